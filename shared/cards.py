@@ -1,0 +1,105 @@
+"""Model cards: what a model is called, the sizes of its network, its gates, and where its checkpoint lives."""
+
+import difflib
+import re
+import tomllib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+
+from shared.errors import ToolError
+
+MODELS = Path(__file__).resolve().parent.parent / "models"
+CHECKPOINT_FOLDERS = (MODELS / "checkpoints", Path.home() / ".cache" / "edgepress", Path.home() / ".cache" / "videoseal")
+
+Positive = Annotated[int, Field(ge=1)]
+Four = tuple[Positive, Positive, Positive, Positive]
+FileStem = Annotated[str, StringConstraints(pattern=re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$"))]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+STRICT = ConfigDict(extra="forbid")  # a misspelt field is an error, never ignored
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the published checkpoint lives, and what is expected inside."""
+
+    __pydantic_config__ = STRICT
+    url: Annotated[str, StringConstraints(pattern=re.compile(r"^https?://[^/]+/.+[^/]$"))]
+    container: str = "model"  # key of the checkpoint's dict that holds the flat state dict
+    prefix: str = "detector."  # what the detector's keys start with
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Limits that a quantized product must keep against its float32 model; None is no limit."""
+
+    __pydantic_config__ = STRICT
+    max_size_mib: Annotated[float, Field(gt=0)] | None = None
+    min_cosine: Fraction | None = None
+    min_bit_agreement: Fraction | None = None
+    min_speedup: Annotated[float, Field(gt=0)] | None = None
+
+
+@dataclass(frozen=True)
+class Card:
+    """One detector model."""
+
+    __pydantic_config__ = STRICT
+    name: FileStem
+    title: str
+    nbits: Positive
+    depths: Four
+    dims: Four
+    stem_stride: Literal[2, 4]
+    image_size: Annotated[int, Field(ge=32)]  # what the network was trained on; pixels, square
+    output_prefix: FileStem
+    checkpoint: Source
+    gates: dict[str, Gates] = field(default_factory=dict)
+
+    def find_checkpoint(self) -> Path | None:
+        """Return the checkpoint's file in the usual folders, or None."""
+        return next((path for path in self.checkpoint_places() if path.is_file()), None)
+
+    def checkpoint_places(self) -> list[Path]:
+        """Return where the checkpoint is looked for, in this order."""
+        published = self.checkpoint.url.rpartition("/")[2]
+        names = [f"{self.name}.pth", f"{self.name}.safetensors", f"{self.name}/{published}"]
+        if published != "checkpoint.pth":  # a name two models share says nothing
+            names.append(published)
+        return [folder / name for folder in CHECKPOINT_FOLDERS for name in names]
+
+    def as_arguments(self) -> dict[str, object]:
+        """Return what of the card decides the bytes of a product."""
+        content = asdict(self)
+        return {key: content[key] for key in ("name", "nbits", "depths", "dims", "stem_stride", "image_size")}
+
+
+def card_names() -> list[str]:
+    """Return the names of the cards in models/."""
+    return sorted(path.stem for path in MODELS.glob("*.toml"))
+
+
+def load_card(name: str) -> Card:
+    """Return the card of a model name, or of a path that ends in .toml.
+
+    Raises:
+        ToolError: No such card, or a card with a wrong field; the message names field and file.
+    """
+    path = Path(name) if name.endswith(".toml") else MODELS / f"{name}.toml"
+    if not path.is_file():
+        if name.endswith(".toml"):
+            raise ToolError("no such model card", where=path)
+        near = difflib.get_close_matches(name.lower(), card_names(), n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else "name one of them, or a path to your own card (.toml)"
+        raise ToolError(f"unknown model '{name}'", expected="one of " + ", ".join(card_names()), remedy=hint)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        card = TypeAdapter(Card).validate_python({"name": path.stem, **content})
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ToolError("model card is not valid TOML", where=path, got=error) from None
+    except ValidationError as error:
+        faults = [f"field {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise ToolError("bad model card: " + "; ".join(faults), where=path) from None
+    return card

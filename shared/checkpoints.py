@@ -1,0 +1,259 @@
+"""Open strangers' checkpoints safely and lazily, select a component, and map its keys strictly.
+
+Nothing here executes what a file says: `.pth` files are read with an unpickler that knows tensors and plain containers only
+(`weights_only=True`, with no second try), and their tensors, like those of `.safetensors` files, stay memory-mapped.
+"""
+
+import json
+import math
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from shared.errors import ToolError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+CONTAINERS = ("model", "state_dict")  # keys under which training code keeps the flat state dict
+WRAPPER = "module."  # what DataParallel puts before every key
+RESAVE = "ask its author for a plain state dict (torch.save of tensors), or for .safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: its flat state dict, memory-mapped, and what lies beside it.
+
+    Args:
+        path: The file.
+        state: Keys to tensors, in the file's order.
+        container: Key of the dict that held the state dict; None where it lay bare.
+        beside_bytes: Bytes of tensors in each other top-level entry, such as the optimizer.
+        notes: Text kept with the weights: `args` of a training checkpoint, metadata of a .safetensors file.
+    """
+
+    path: Path
+    state: "dict[str, Tensor]"
+    container: str | None
+    beside_bytes: dict[str, int]
+    notes: dict[str, str]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a .pth or .safetensors file by its content, not its name.
+
+    Raises:
+        ToolError: The file is missing, empty, no checkpoint, damaged, or holds more than tensors and plain containers.
+    """
+    if not path.is_file():
+        raise ToolError("no such checkpoint file", where=path, remedy="check the path, or get the checkpoint first")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(512)
+    if size == 0:
+        raise ToolError("the checkpoint file is empty", where=path, remedy="download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise ToolError("this is a Git LFS pointer, not the weights", where=path, remedy="run 'git lfs pull'")
+    if head.startswith(b"PK\x03\x04"):
+        return _open_pth(path)
+    if len(head) > 8 and 2 <= int.from_bytes(head[:8], "little") <= size - 8 and head[8:9] == b"{":
+        return _open_safetensors(path)
+    if head.startswith(b"\x80"):
+        raise ToolError("the checkpoint is in PyTorch's legacy format, before 1.6", where=path, remedy=RESAVE)
+    kind = "an HTML page" if head.lstrip()[:1] == b"<" else "text" if _is_text(head) else "an unknown or cut-off format"
+    raise ToolError(
+        "not a checkpoint", where=path, got=kind, expected="a .pth (zip) or .safetensors file", remedy="download it again"
+    )
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        return head.decode("utf-8").isprintable() or b"\n" in head
+    except UnicodeDecodeError:
+        return False
+
+
+def _open_safetensors(path: Path) -> Checkpoint:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            return Checkpoint(path, state, None, {}, dict(file.metadata() or {}))
+    except (SafetensorError, OSError) as error:
+        raise ToolError("damaged .safetensors file", where=path, got=error, remedy="download it again") from None
+
+
+def _open_pth(path: Path) -> Checkpoint:
+    import torch
+
+    _check_pth_layout(path)
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "no reason given")
+        raise ToolError(
+            "the checkpoint holds Python objects; they were not loaded", where=path, got=reason.strip(), remedy=RESAVE
+        ) from None
+    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise ToolError("damaged .pth file", where=path, got=str(error).splitlines()[0], remedy="download it again") from None
+    if not isinstance(content, Mapping):
+        raise ToolError("the checkpoint is no dict", where=path, got=type(content).__name__, remedy=RESAVE)
+    container = next((key for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
+    found = content if container is None else content[container]
+    state = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    if not state:
+        raise ToolError("no tensors in the checkpoint", where=path, got=f"keys {sorted(map(str, content))}", remedy=RESAVE)
+    if all(key.startswith(WRAPPER) for key in state):
+        state = {key.removeprefix(WRAPPER): value for key, value in state.items()}
+    beside = {} if container is None else {str(k): tensor_bytes(v) for k, v in content.items() if k != container}
+    notes = {key: value for key, value in content.items() if key == "args" and isinstance(value, str)}
+    return Checkpoint(path, state, container, beside, notes)
+
+
+def _check_pth_layout(path: Path) -> None:
+    """Refuse what memory-mapping would read wrongly: compressed, overlapping or cut-off records, code, tampered headers."""
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+            names = {record.filename.partition("/")[2] for record in records}
+            if "constants.pkl" in names or any(name.startswith("code/") for name in names):
+                raise ToolError("this is a TorchScript program, not a checkpoint", where=path, remedy=RESAVE)
+            end = 0
+            for record in records:
+                start = _data_offset(record, file)
+                stored = record.compress_type == zipfile.ZIP_STORED and record.compress_size == record.file_size
+                if not stored or record.header_offset < end or start + record.file_size > archive.start_dir:
+                    raise ToolError(
+                        f"record '{record.filename}' is compressed, overlaps another or lies outside the file",
+                        where=path,
+                        expected="records as torch.save writes them",
+                        remedy=RESAVE,
+                    )
+                end = start + record.file_size
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise ToolError(
+            "damaged .pth file, probably cut off", where=path, got=str(error), remedy="download it again"
+        ) from None
+
+
+def _data_offset(record: zipfile.ZipInfo, file: IO[bytes]) -> int:
+    """Return where a record's data starts: after its local header, whose name and extra field vary in length."""
+    file.seek(record.header_offset)
+    header = file.read(30)
+    if header[:4] != b"PK\x03\x04":
+        raise zipfile.BadZipFile(f"no record at byte {record.header_offset}")
+    return record.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+
+
+def tensor_bytes(value: object) -> int:
+    """Return the bytes of all tensors in a nest of dicts, lists and tuples."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(tensor_bytes(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return sum(tensor_bytes(item) for item in value)
+    return 0
+
+
+def select_detector(checkpoint: Checkpoint, prefix: str) -> "dict[str, Tensor]":
+    """Return the detector's tensors with `prefix` removed from their keys; a state dict without any prefix is taken whole.
+
+    Raises:
+        ToolError: No key starts with the prefix, and the keys are not a bare detector's either.
+    """
+    chosen = {key.removeprefix(prefix): value for key, value in checkpoint.state.items() if key.startswith(prefix)}
+    if chosen:
+        return chosen
+    if any(key.startswith("convnext.") for key in checkpoint.state):
+        return checkpoint.state
+    groups = sorted({key.partition(".")[0] for key in checkpoint.state})
+    raise ToolError(
+        f"no key starts with '{prefix}'", where=checkpoint.path, got=f"groups {', '.join(groups)}", remedy="is it the right file?"
+    )
+
+
+def require_match(state: "Mapping[str, Tensor]", expected: Mapping[str, Iterable[int]], where: Path) -> None:
+    """Raise one ToolError that lists every missing, unexpected and misshapen key, each list sorted."""
+    want = {key: tuple(shape) for key, shape in expected.items()}
+    faults = []
+    if missing := sorted(want.keys() - state.keys()):
+        faults.append(f"{len(missing)} missing: {', '.join(missing)}")
+    if unexpected := sorted(state.keys() - want.keys()):
+        faults.append(f"{len(unexpected)} unexpected: {', '.join(unexpected)}")
+    misshapen = [
+        f"{key} {tuple(state[key].shape)} instead of {want[key]}"
+        for key in sorted(want.keys() & state.keys())
+        if tuple(state[key].shape) != want[key]
+    ]
+    if misshapen:
+        faults.append(f"{len(misshapen)} with the wrong shape: {', '.join(misshapen)}")
+    if faults:
+        raise ToolError(
+            "the keys do not fit the model: " + "; ".join(faults), where=where, remedy="choose the model this file belongs to"
+        )
+
+
+def require_sound(state: "Mapping[str, Tensor]", where: Path) -> None:
+    """Raise ToolError unless every tensor is dense, floating point and finite; all faults at once."""
+    import torch
+
+    faults = []
+    for key, tensor in state.items():
+        if tensor.layout is not torch.strided or not tensor.is_floating_point():
+            faults.append(f"{key} is {tensor.dtype}, {tensor.layout}")
+        elif tensor.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(tensor)):
+            bad = int((~torch.isfinite(tensor)).sum())
+            faults.append(f"{key} holds {bad} NaN or infinite of {tensor.numel()} values")
+    if faults:
+        raise ToolError("unusable weights: " + "; ".join(faults), where=where, remedy="get the checkpoint again")
+
+
+def write_safetensors(
+    path: Path,
+    shapes: Mapping[str, Iterable[int]],
+    tensors: "Iterable[tuple[str, Tensor]]",
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Write float32 tensors that come one at a time, so that only one of them is in memory.
+
+    The library's own writer wants them all at once. Format: 8 bytes header length, JSON header, data.
+
+    Args:
+        path: File to write.
+        shapes: Key to shape, in the order in which the tensors will come.
+        tensors: Key and float32 tensor, in that order.
+        metadata: Text kept in the header.
+        progress: Called with the bytes of each tensor written.
+
+    Source: https://github.com/huggingface/safetensors#format
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for key, shape in shapes.items():
+        size = 4 * math.prod(shape := tuple(shape))
+        header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (key, tensor), (expected, shape) in zip(tensors, shapes.items(), strict=True):
+            assert key == expected and tuple(tensor.shape) == tuple(shape), (key, expected)
+            file.write(memoryview(tensor.contiguous().numpy()).cast("B"))
+            progress(tensor.numel() * 4)
+
+
+def as_float32(tensor: "Tensor") -> "torch.Tensor":
+    """Return the tensor as contiguous float32; itself where it is that already."""
+    import torch
+
+    return tensor.to(torch.float32).contiguous()
