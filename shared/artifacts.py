@@ -6,6 +6,7 @@ is not hashed again: content can't change without one of them changing.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -188,7 +189,7 @@ def draft_beside(output: Path) -> Iterator[Path]:
         ToolError: The folder is missing or not writable.
     """
     draft = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    for stale in output.parent.glob(f".{output.name}.*.partial"):
+    for stale in output.parent.glob(f".{glob.escape(output.name)}.*.partial"):
         if not _is_running(stale.suffixes[-2].lstrip(".")):
             stale.unlink(missing_ok=True)
     try:

@@ -201,12 +201,14 @@ def require_match(state: "Mapping[str, Tensor]", expected: Mapping[str, Iterable
         )
 
 
-def require_sound(state: "Mapping[str, Tensor]", where: Path) -> None:
-    """Raise ToolError unless every tensor is dense, floating point and finite; all faults at once."""
+def require_sound(state: "Mapping[str, Tensor]", where: Path, *, integers: bool = False) -> None:
+    """Raise ToolError unless every tensor is dense, finite and floating point (or, with `integers`, integer); all faults at once."""
     import torch
 
     faults = []
     for key, tensor in state.items():
+        if tensor.layout is torch.strided and integers and not tensor.is_floating_point():
+            continue
         if tensor.layout is not torch.strided or not tensor.is_floating_point():
             faults.append(f"{key} is {tensor.dtype}, {tensor.layout}")
         elif tensor.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(tensor)):

@@ -10,7 +10,7 @@ Source:
     Video Seal, Fernandez et al. 2024, arXiv:2412.09492 (pixel decoder, message layout of the output).
 """
 
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +19,17 @@ from torch.nn import functional as F
 EPSILON = 1e-6  # of every normalisation in the published network
 
 
-@dataclass(frozen=True)
-class DetectorConfig:
-    """Sizes of one detector network.
+class DetectorSizes(Protocol):
+    """What of a model card makes a network: message length K, blocks and channels of the four stages, stride of the stem."""
 
-    Args:
-        nbits: Message length K.
-        depths: Blocks in each of the four stages.
-        dims: Channels in each of the four stages.
-        stem_stride: Stride of the first convolution; 4, or 2 for ChunkySeal.
-    """
-
-    nbits: int
-    depths: tuple[int, int, int, int]
-    dims: tuple[int, int, int, int]
-    stem_stride: int = 4
+    @property
+    def nbits(self) -> int: ...
+    @property
+    def depths(self) -> tuple[int, int, int, int]: ...
+    @property
+    def dims(self) -> tuple[int, int, int, int]: ...
+    @property
+    def stem_stride(self) -> int: ...
 
 
 class ChannelNorm(nn.Module):
@@ -84,16 +80,16 @@ class Block(nn.Module):
 class ConvNeXtV2(nn.Module):
     """The encoder: float32 (N, 3, H, W) in [-1, 1] -> float32 (N, dims[3], H / (8 * stem_stride), W / (8 * stem_stride))."""
 
-    def __init__(self, config: DetectorConfig) -> None:
+    def __init__(self, sizes: DetectorSizes) -> None:
         super().__init__()
-        dims = config.dims
-        stem = nn.Sequential(nn.Conv2d(3, dims[0], kernel_size=4, stride=config.stem_stride), ChannelNorm(dims[0]))
+        dims = sizes.dims
+        stem = nn.Sequential(nn.Conv2d(3, dims[0], kernel_size=4, stride=sizes.stem_stride), ChannelNorm(dims[0]))
         halvings = [
             nn.Sequential(ChannelNorm(dims[i]), nn.Conv2d(dims[i], dims[i + 1], kernel_size=2, stride=2)) for i in range(3)
         ]
         self.downsample_layers = nn.ModuleList([stem, *halvings])
         self.stages = nn.ModuleList(
-            nn.Sequential(*(Block(dim) for _ in range(depth))) for depth, dim in zip(config.depths, dims, strict=True)
+            nn.Sequential(*(Block(dim) for _ in range(depth))) for depth, dim in zip(sizes.depths, dims, strict=True)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,22 +139,69 @@ class Detector(nn.Module):
     Output: float32 (N, 1 + K): the confidence that the image is marked, then one logit per bit; a logit above 0 reads as 1.
 
     Args:
-        config: Sizes of the network.
+        sizes: Sizes of the network.
         maps_input: False only with weights of `shared.fusion`, whose stem has taken the mapping in.
     """
 
-    def __init__(self, config: DetectorConfig, *, maps_input: bool = True) -> None:
+    def __init__(self, sizes: DetectorSizes, *, maps_input: bool = True) -> None:
         super().__init__()
         self.maps_input = maps_input
-        self.convnext = ConvNeXtV2(config)
-        self.pixel_decoder = PixelDecoder(config.dims[3], config.nbits)
+        self.convnext = ConvNeXtV2(sizes)
+        self.pixel_decoder = PixelDecoder(sizes.dims[3], sizes.nbits)
 
     def forward(self, image: Tensor) -> Tensor:
         y: Tensor = self.pixel_decoder(self.convnext(image * 2 - 1 if self.maps_input else image))
         return y
 
 
-def build_on_meta(config: DetectorConfig, *, maps_input: bool = True) -> Detector:
+class ImageForm(Protocol):
+    """How a product takes its image; see `shared.runtime.InputForm`."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def layout(self) -> str: ...
+    @property
+    def resize(self) -> bool: ...
+
+
+class Deployed(nn.Module):
+    """A detector behind the input form of a product.
+
+    The resize is the published pipeline's: bilinear with antialiasing. It is linear, separable and of fixed size, so two
+    matrices do it, taken from torch's own resize; converters know matrices, but no antialiasing.
+
+    Args:
+        detector: The network.
+        form: Size and layout of the image, and whether it is resized.
+        network_size: Height and width the network was trained on.
+    """
+
+    def __init__(self, detector: Detector, form: ImageForm, network_size: int) -> None:
+        super().__init__()
+        self.detector = detector
+        self.is_nhwc = form.layout == "nhwc"
+        self.resize: Tensor | None
+        matrix = _resize_matrix(form.size, network_size) if form.resize and form.size != network_size else None
+        self.register_buffer("resize", matrix, persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        if self.is_nhwc:
+            image = image.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
+        if self.resize is not None:
+            image = self.resize @ image @ self.resize.T  # (N, C, size, size) -> (N, C, network_size, network_size)
+        y: Tensor = self.detector(image)
+        return y
+
+
+def _resize_matrix(size: int, network_size: int) -> Tensor:
+    """Return float32 (network_size, size): what antialiased bilinear resizing does to one column of pixels."""
+    columns = torch.eye(size).reshape(1, 1, size, size)
+    resized = F.interpolate(columns, size=(network_size, size), mode="bilinear", align_corners=False, antialias=True)
+    return resized.reshape(network_size, size)
+
+
+def build_on_meta(sizes: DetectorSizes, *, maps_input: bool = True) -> Detector:
     """Return the network with its shapes but without memory for its weights; load them with `assign=True`."""
     with torch.device("meta"):
-        return Detector(config, maps_input=maps_input).eval().requires_grad_(requires_grad=False)
+        return Detector(sizes, maps_input=maps_input).eval().requires_grad_(requires_grad=False)

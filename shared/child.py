@@ -1,0 +1,162 @@
+"""Work in a process of its own: memory is given back, noise is caught, and a crash becomes one error.
+
+Parent and child exchange messages over pipes: a line of JSON, then the raw bytes of the arrays it announces. Neither side
+unpickles anything the other sent.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.artifacts import ROOT
+from shared.errors import ToolError, one_line
+from shared.machine import peak_rss_bytes
+
+Arrays = Mapping[str, NDArray[Any]]
+Message = dict[str, Any]
+Handler = Callable[[Message, Arrays], tuple[Message, Arrays]]
+
+PR_SET_PDEATHSIG = 1  # prctl(2): the signal this process gets when its parent dies
+LOG_TAIL = 200  # characters of a crashed child's last line that go into the error
+
+
+class ChildError(Exception):
+    """What was asked for failed in the child, or the child crashed, hung or was killed."""
+
+
+class Child:
+    """A running `python -m <module>` that answers messages.
+
+    Args:
+        module: A module whose main block calls `serve`.
+        timeout_s: Limit for each answer.
+    """
+
+    def __init__(self, module: str, timeout_s: float) -> None:
+        self.peak_rss_bytes = 0
+        self._timeout_s = timeout_s
+        self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - closed in close()
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            with contextlib.suppress(OSError):  # what was not sent can't be flushed any more
+                assert stream is not None
+                stream.close()
+
+    def ask(self, message: Message, arrays: Arrays | None = None) -> tuple[Message, dict[str, NDArray[Any]]]:
+        """Send one message and return the answer.
+
+        Raises:
+            ToolError: Raised by the handler in the child.
+            ChildError: Anything else that went wrong there.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        watchdog = threading.Timer(self._timeout_s, self._process.kill)
+        watchdog.start()
+        start = time.monotonic()
+        try:
+            _send(self._process.stdin, message, arrays or {})
+            reply, results = _receive(self._process.stdout)
+        except (OSError, EOFError):
+            code = self._process.wait()
+            if time.monotonic() - start >= self._timeout_s:
+                raise ChildError(f"no answer within {self._timeout_s:.0f} s") from None
+            raise ChildError(self._death(code)) from None
+        finally:
+            watchdog.cancel()
+        self.peak_rss_bytes = reply["peak_rss_bytes"]
+        if "tool_error" in reply:
+            raise ToolError(reply["tool_error"])
+        if "error" in reply:
+            raise ChildError(one_line(reply["error"]))
+        return reply, results
+
+    def _death(self, code: int) -> str:
+        """Say how the process ended, with the last line it wrote."""
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        last = f": {one_line(lines[-1])[:LOG_TAIL]}" if lines else ""
+        if code == -signal.SIGKILL:
+            return "its process was killed, probably out of memory"
+        return f"its process crashed with {signal.Signals(-code).name}{last}" if code < 0 else f"its process ended with {code}{last}"
+
+
+def serve(handler: Handler) -> None:
+    """Answer messages on stdin until it ends; what libraries print goes to stderr, answers alone to the real stdout."""
+    _die_with_parent()
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+        while True:
+            message, arrays = _receive(sys.stdin.buffer)
+            results: Arrays = {}
+            try:
+                reply, results = handler(message, arrays)
+            except ToolError as error:
+                reply = {"tool_error": str(error)}
+            except Exception as error:  # noqa: BLE001 - the parent decides what it means; the traceback stays in the log
+                traceback.print_exc()
+                reply = {"error": _first_line(error)}
+            _send(replies, {**reply, "peak_rss_bytes": peak_rss_bytes()}, results)
+
+
+def _first_line(error: Exception) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return text or type(error).__name__
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end this process with its parent, so that a killed tool leaves nobody writing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _send(stream: IO[bytes], message: Message, arrays: Arrays) -> None:
+    solid = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    heads = [[name, array.dtype.str, list(array.shape)] for name, array in solid.items()]
+    stream.write(json.dumps({"message": message, "arrays": heads}).encode() + b"\n")
+    for array in solid.values():
+        stream.write(array.tobytes())
+    stream.flush()
+
+
+def _receive(stream: IO[bytes]) -> tuple[Message, dict[str, NDArray[Any]]]:
+    """Read one message; EOFError when the other side is gone."""
+    line = stream.readline()
+    if not line.endswith(b"\n"):
+        raise EOFError
+    head = json.loads(line)
+    arrays = {}
+    for name, dtype, shape in head["arrays"]:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        data = stream.read(size)
+        if len(data) < size:
+            raise EOFError
+        arrays[name] = np.frombuffer(data, dtype).reshape(shape)
+    return head["message"], arrays

@@ -1,0 +1,148 @@
+"""Make a command of a tool's function: its result to stdout, its errors to one line, its outcome to an exit code.
+
+Exit codes: 0 done; 1 a check ran and failed; 2 could not run, nothing written; 130 interrupted, 143 terminated.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from shared.errors import ToolError, one_line
+from shared.machine import GIB, MIB, peak_rss_bytes
+
+# typer carries its own click and exports only BadParameter of its errors; this is the class of all wrong usage.
+UsageError = typer.BadParameter.__mro__[1]
+
+PLAIN_WIDTH = 140  # columns when the output is no terminal
+SUPPORTED = ((3, 11), (3, 13))
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output file, whatever it is.")]
+Refresh = Annotated[bool, typer.Option("--refresh", help="Replace the output file if edgepress wrote it and it is out of date.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=256, help="Threads of the runtime; default: all CPUs.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the generated samples.")]
+ModelName = Annotated[str, typer.Option("--model", help="Model card: videoseal, pixelseal, chunkyseal, or a path to your own .toml.")]
+
+progress_console = Console(stderr=True, highlight=False)
+
+
+def run(tool: Callable[..., Any]) -> NoReturn:
+    """Run a tool's function as the command of this process, and exit."""
+    if not SUPPORTED[0] <= sys.version_info[:2] <= SUPPORTED[1]:
+        _fail(f"edgepress runs on Python 3.11 to 3.13; this is {sys.version_info.major}.{sys.version_info.minor}")
+    signal.signal(signal.SIGTERM, _terminate)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+    app.command(name=tool.__name__)(_with_json_option(tool))
+    try:
+        code = app(standalone_mode=False)
+    except ToolError as error:
+        _fail(str(error))
+    except UsageError as error:
+        _fail(f"{error.format_message().rstrip('.')}; see --help")  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted, nothing written", code=130)
+    except MemoryError:
+        _fail("out of memory; close other programs or use a larger machine")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at exit
+        sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    sys.exit(code or 0)
+
+
+def _with_json_option(tool: Callable[..., Any]) -> Callable[..., None]:
+    """Return the tool with `--json` added, printing its result instead of returning it."""
+
+    @functools.wraps(tool)
+    def command(*, json_output: bool, **arguments: Any) -> None:
+        result = tool(**arguments)
+        if json_output:
+            sys.stdout.write(to_json(result) + "\n")
+        else:
+            console = Console(highlight=False)
+            if not console.is_terminal:
+                console.width = PLAIN_WIDTH
+            console.print(result)
+        sys.stdout.flush()
+        if not getattr(result, "ok", True):
+            raise typer.Exit(1)
+
+    option = typer.Option("--json", help="Print one JSON object instead of tables.")
+    extra = inspect.Parameter("json_output", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
+    signature = inspect.signature(tool)
+    command.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), extra], return_annotation=None
+    )
+    command.__annotations__ = {**tool.__annotations__, "json_output": extra.annotation}
+    command.__annotations__.pop("return", None)
+    return command
+
+
+def to_json(result: Any) -> str:
+    """Return a result dataclass as one JSON object; NaN is an error, never written."""
+    content = dataclasses.asdict(result)
+    if hasattr(result, "ok"):
+        content["ok"] = result.ok
+    return json.dumps(content, default=_plain, allow_nan=False)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"no JSON for {type(value).__name__}")
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    sys.stderr.write(f"error: {one_line(message)}\n")
+    sys.exit(code)
+
+
+def _terminate(*_: object) -> NoReturn:
+    _fail("terminated, nothing written", code=143)
+
+
+@contextlib.contextmanager
+def step(name: str) -> Iterator[None]:
+    """Show a step while it runs, then its duration and the peak memory so far; silent when stderr is no terminal."""
+    start = time.monotonic()
+    if not progress_console.is_terminal:
+        yield
+        return
+    with progress_console.status(name):
+        yield
+    peak = max(peak_rss_bytes(), peak_rss_bytes(children=True))
+    progress_console.print(f"{name:<60} {time.monotonic() - start:7.1f} s   peak {peak / GIB:5.2f} GiB")
+
+
+@contextlib.contextmanager
+def byte_progress(name: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Yield a function to be called with the bytes of each piece; draws a bar when stderr is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=progress_console, transient=True, disable=not progress_console.is_terminal) as progress:
+        task = progress.add_task(name, total=total, completed=done)
+        yield lambda size: progress.update(task, advance=size)
+
+
+def warn(message: str) -> None:
+    """Print one line on stderr, terminal or not: for what a user must not miss."""
+    sys.stderr.write(f"note: {one_line(message)}\n")
+
+
+def size_text(size_bytes: float) -> str:
+    """Return a size in MiB, or in KiB or bytes where that is too coarse."""
+    if abs(size_bytes) >= MIB:
+        return f"{size_bytes / MIB:.1f} MiB"
+    return f"{size_bytes / 1024:.1f} KiB" if abs(size_bytes) >= 1024 else f"{size_bytes:.0f} B"

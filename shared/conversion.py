@@ -1,0 +1,106 @@
+"""The process behind `tools.convert_detector`: seeded weights, and the float32 TFLite export, both in little memory.
+
+litert-torch holds constants as it finds them. Weights that are memory-mapped, already folded (`shared.fusion`) and left alone
+(`shared.upstream`) stay on disk until the exporter copies them into the model.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter
+
+from shared.artifacts import draft_beside
+from shared.cards import Card
+from shared.child import Arrays, Message, serve
+from shared.errors import ToolError
+from shared.runtime import InputForm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+REHEARSAL = "rehearsal"  # key in the metadata of seeded weights
+SMALL = 0.02  # standard deviation of seeded biases and of the deviations from 1 in seeded norms
+
+
+def rehearse(message: Message) -> Message:
+    """Write a checkpoint of seeded weights with the card's keys and shapes; no tensor is constant, as none is after training."""
+    from shared.checkpoints import write_safetensors
+
+    card = TypeAdapter(Card).validate_python(message["card"])
+    shapes = {card.checkpoint.prefix + key: shape for key, shape in detector_shapes(card).items()}
+    notes = {REHEARSAL: f"seed {message['seed']}: untrained"}
+    write_safetensors(Path(message["draft"]), shapes, seeded_weights(shapes, message["seed"]), notes)
+    return {}
+
+
+def detector_shapes(card: Card) -> dict[str, tuple[int, ...]]:
+    """Return the detector's keys, without the checkpoint's prefix, and their shapes."""
+    from shared.detector import build_on_meta
+
+    return {key: tuple(value.shape) for key, value in build_on_meta(card).state_dict().items()}
+
+
+def seeded_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> "Iterator[tuple[str, Tensor]]":
+    """Yield normal float32 weights that keep activations in range: layers scaled by fan-in, norms near 1, the rest near 0."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for key, shape in shapes.items():
+        values = torch.randn(shape, generator=generator)
+        is_norm = len(shape) == 1 and key.endswith("weight")
+        is_layer = len(shape) > 1 and key.endswith("weight")
+        values *= math.prod(shape[1:]) ** -0.5 if is_layer else SMALL
+        yield key, values + 1 if is_norm else values
+
+
+def convert(message: Message) -> Message:
+    """Export the detector of a checkpoint as a float32 TFLite model."""
+    import torch
+
+    from shared.checkpoints import as_float32, open_checkpoint, require_match, require_sound, select_detector, write_safetensors
+    from shared.detector import Deployed, build_on_meta
+    from shared.fusion import fold_affine
+
+    card = TypeAdapter(Card).validate_python(message["card"])
+    form = InputForm(**message["form"])
+    weights, draft = Path(message["weights"]), Path(message["draft"])
+    checkpoint = open_checkpoint(weights)
+    if (REHEARSAL in checkpoint.notes) != message["rehearsal"]:
+        raise ToolError("these weights are a rehearsal's, untrained", where=weights, remedy="use --rehearsal, without --checkpoint")
+    state = select_detector(checkpoint, card.checkpoint.prefix)
+    shapes = detector_shapes(card)
+    require_match(state, shapes, weights)
+    require_sound(state, weights)
+    casts = sorted({str(tensor.dtype) for tensor in state.values()} - {"torch.float32"})
+    with draft_beside(draft.with_suffix(".folded")) as folded:
+        write_safetensors(folded, shapes, fold_affine(shapes, lambda key: as_float32(state[key])))
+        network = build_on_meta(card, maps_input=False)
+        network.load_state_dict(open_checkpoint(folded).state, assign=True)
+        size = form.size
+        image = torch.zeros((1, 3, size, size) if form.layout == "nchw" else (1, size, size, 3))
+        _export(Deployed(network, form, card.image_size).eval(), image, draft)
+    return {"parameters": sum(math.prod(shape) for shape in shapes.values()), "casts": casts}
+
+
+def _export(module: Any, image: "Tensor", draft: Path) -> None:
+    """Run litert-torch; the input is named `image`, the output `output_0`."""
+    os.environ["LITERT_TORCH_SHOW_PROGRESS"] = "n"
+    import litert_torch
+
+    from shared.upstream import weights_left_mapped
+
+    with weights_left_mapped():
+        converted = litert_torch.convert(module, sample_kwargs={"image": image}, lightweight_conversion=True)
+        converted.export(str(draft))
+
+
+def handle(message: Message, _: Arrays) -> tuple[Message, Arrays]:
+    """Do the task that the message names."""
+    return {"rehearse": rehearse, "convert": convert}[message["task"]](message), {}
+
+
+if __name__ == "__main__":
+    serve(handle)

@@ -1,0 +1,161 @@
+"""One way to load and run a model, whatever its format, in a process of its own.
+
+A model is a program: one that crashes, hangs or eats memory takes its own process with it and becomes one error here. It also
+makes peak memory a number per model, and lets two models run in turns without their thread pools meeting.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.cards import Card
+from shared.child import Arrays, Child
+from shared.errors import ToolError
+from shared.images import image_layout, seeded_image, to_layout
+from shared.machine import MIB, available_memory_bytes, cpu_count
+from shared.tflite import check_is_tflite, read_metadata
+
+Kernels = Literal["xnnpack", "reference", "torch"]
+Layout = Literal["nchw", "nhwc"]
+
+TIMEOUT_S = 600.0  # for one load or one run; the largest network known here needs under one minute
+# XNNPACK keeps a packed copy of every float weight beside the mapped file.
+XNNPACK_MEMORY = 1.3  # times the file's size
+BASE_MEMORY = 700 * MIB  # interpreter, libraries and activations; measured with the 2.9 GiB network
+
+
+@dataclass(frozen=True)
+class InputForm:
+    """How a deployed detector takes its image.
+
+    Args:
+        size: Height and width in pixels.
+        layout: 'nchw' is float32 (1, 3, size, size), 'nhwc' is float32 (1, size, size, 3).
+        resize: Whether the graph resizes the image to the network's own size.
+    """
+
+    size: int
+    layout: Layout = "nchw"
+    resize: bool = False
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape and dtype of one input or output."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model to run.
+
+    Args:
+        path: A .tflite file, or a checkpoint (.pth, .safetensors) of the detector that `card` describes.
+        card: Needed for a checkpoint; None for a .tflite file.
+        form: How the detector of a checkpoint takes its image; default: the card's size, nchw.
+    """
+
+    path: Path
+    card: Card | None = None
+    form: InputForm | None = None
+
+    def nbits(self) -> int | None:
+        """Return the message length the model itself tells, or None: not a detector, or not one of ours."""
+        if self.card is not None:
+            return self.card.nbits
+        nbits = read_metadata(self.path).get("nbits")
+        return nbits if isinstance(nbits, int) and nbits > 0 else None
+
+
+class Model:
+    """A loaded model; use through `open_model`."""
+
+    def __init__(self, child: Child, kernels: Kernels, reply: dict[str, Any]) -> None:
+        self._child = child
+        self.kernels = kernels
+        self.load_ms: float = reply["load_ms"]
+        self.inputs = [TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in reply["inputs"]]
+        self.outputs = [TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in reply["outputs"]]
+
+    def run(self, inputs: Arrays) -> tuple[dict[str, NDArray[Any]], float]:
+        """Return the outputs by name, and the milliseconds that the model itself took."""
+        reply, outputs = self._child.ask({}, inputs)
+        return outputs, reply["run_ms"]
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """Largest resident set of the model's process so far, its mapped file included."""
+        return self._child.peak_rss_bytes
+
+
+@contextlib.contextmanager
+def open_model(
+    source: ModelSource, *, threads: int | None = None, kernels: Kernels | None = None, timeout_s: float = TIMEOUT_S
+) -> Iterator[Model]:
+    """Load a model in a process of its own, and end that process afterwards.
+
+    Args:
+        source: The model.
+        threads: Threads of the runtime; all CPUs when None.
+        kernels: Which kernels run it; `choose_kernels` when None.
+        timeout_s: Limit for loading, and for each run.
+
+    Raises:
+        ToolError: The file is missing or of another format.
+        ChildError: The model does not load, or later does not run.
+    """
+    if source.card is None:
+        check_is_tflite(source.path)
+    kernels = kernels or choose_kernels(source)
+    request: dict[str, Any] = {"path": str(source.path), "threads": threads or cpu_count(), "kernels": kernels}
+    if source.card is not None:
+        form = source.form or InputForm(source.card.image_size)
+        request |= {"card": asdict(source.card), "form": asdict(form)}
+    with Child("shared.worker", timeout_s) as child:
+        reply, _ = child.ask(request)
+        yield Model(child, kernels, reply)
+
+
+def choose_kernels(source: ModelSource) -> Kernels:
+    """Return XNNPACK, the fast default, or reference kernels where its packed copy of the weights would not fit in memory."""
+    if source.card is not None:
+        return "torch"
+    available = available_memory_bytes()
+    return "xnnpack" if available is None or memory_need_bytes(source) <= available else "reference"
+
+
+def memory_need_bytes(source: ModelSource) -> int:
+    """Return the memory one loaded model is expected to take beyond its mapped file."""
+    if source.card is not None:
+        return BASE_MEMORY
+    return int(source.path.stat().st_size * XNNPACK_MEMORY) + BASE_MEMORY
+
+
+def sample_inputs(specs: list[TensorSpec], seed: int) -> dict[str, NDArray[Any]]:
+    """Return one seeded sample for each input: a made-up picture for square RGB float inputs, else uniform noise.
+
+    float inputs lie in [0, 1], integer inputs cover the dtype's range (int32 and wider: 0 to 9).
+    """
+    rng = np.random.default_rng(seed)
+    samples: dict[str, NDArray[Any]] = {}
+    for spec in specs:
+        dtype = np.dtype(spec.dtype)
+        layout = image_layout(spec.shape)
+        if layout is not None and dtype == np.float32:
+            samples[spec.name] = to_layout(seeded_image(layout[1], rng), layout[0])
+        elif dtype.kind == "f":
+            samples[spec.name] = rng.random(spec.shape).astype(dtype)
+        elif dtype.kind in "iu":
+            low, high = (np.iinfo(dtype).min, np.iinfo(dtype).max) if dtype.itemsize <= 2 else (0, 9)
+            samples[spec.name] = rng.integers(low, high, spec.shape, dtype=dtype, endpoint=True)
+        else:
+            raise ToolError(f"input '{spec.name}' has a type that can't be made up", got=spec.dtype, expected="float or integer")
+    return samples

@@ -1,0 +1,98 @@
+"""The process behind `shared.runtime`: loads one model at the first message, runs it at every later one."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+
+from shared.cards import Card
+from shared.child import Arrays, Message, serve
+from shared.runtime import InputForm
+
+Specs = list[tuple[str, list[int], str]]
+Run = Callable[[Arrays], dict[str, NDArray[Any]]]
+
+TORCH_INPUT, TORCH_OUTPUT = "image", "output_0"  # as litert-torch names them after conversion
+
+
+def load_tflite(path: str, threads: int, kernels: str) -> tuple[Specs, Specs, Run]:
+    """Return inputs, outputs and a run function of a TFLite model; named by its signature where it has just one."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    resolver = OpResolverType.AUTO if kernels == "xnnpack" else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    interpreter = Interpreter(model_path=path, num_threads=threads, experimental_op_resolver_type=resolver)
+    interpreter.allocate_tensors()
+    given, made = interpreter.get_input_details(), interpreter.get_output_details()
+    names = _signature_names(interpreter)
+
+    def run(inputs: Arrays) -> dict[str, NDArray[Any]]:
+        for tensor in given:
+            interpreter.set_tensor(tensor["index"], inputs[names.get(tensor["name"], tensor["name"])])
+        interpreter.invoke()
+        return {names.get(t["name"], t["name"]): interpreter.get_tensor(t["index"]) for t in made}
+
+    def specs(tensors: list[dict[str, Any]]) -> Specs:
+        return [(names.get(t["name"], t["name"]), [int(n) for n in t["shape"]], np.dtype(t["dtype"]).name) for t in tensors]
+
+    return specs(given), specs(made), run
+
+
+def _signature_names(interpreter: Any) -> dict[str, str]:
+    """Return tensor name -> name in the model's only signature; empty where it has none or several."""
+    signatures = interpreter.get_signature_list()
+    if len(signatures) != 1:
+        return {}
+    runner = interpreter.get_signature_runner(next(iter(signatures)))
+    details = {**runner.get_input_details(), **runner.get_output_details()}
+    return {tensor["name"]: name for name, tensor in details.items()}
+
+
+def load_torch(path: Path, threads: int, card: Card, form: InputForm) -> tuple[Specs, Specs, Run]:
+    """Return inputs, outputs and a run function of the detector in a checkpoint, its weights memory-mapped."""
+    import torch
+
+    from shared.checkpoints import as_float32, open_checkpoint, require_match, select_detector
+    from shared.detector import Deployed, build_on_meta
+
+    torch.set_num_threads(threads)
+    network = build_on_meta(card)
+    state = select_detector(open_checkpoint(path), card.checkpoint.prefix)
+    require_match(state, {key: value.shape for key, value in network.state_dict().items()}, path)
+    network.load_state_dict({key: as_float32(value) for key, value in state.items()}, assign=True)
+    deployed = Deployed(network, form, card.image_size)
+
+    def run(inputs: Arrays) -> dict[str, NDArray[Any]]:
+        with torch.inference_mode():
+            return {TORCH_OUTPUT: deployed(torch.from_numpy(inputs[TORCH_INPUT].copy())).numpy()}
+
+    shape = [1, 3, form.size, form.size] if form.layout == "nchw" else [1, form.size, form.size, 3]
+    return [(TORCH_INPUT, shape, "float32")], [(TORCH_OUTPUT, [1, 1 + card.nbits], "float32")], run
+
+
+class Worker:
+    """Holds the loaded model between messages."""
+
+    def __init__(self) -> None:
+        self.run: Run | None = None
+
+    def handle(self, message: Message, arrays: Arrays) -> tuple[Message, Arrays]:
+        """Load at the first message, run at the others; both timed without the exchange."""
+        start = time.perf_counter()
+        if self.run is not None:
+            results = self.run(arrays)
+            return {"run_ms": (time.perf_counter() - start) * 1e3}, results
+        if "card" in message:
+            card = TypeAdapter(Card).validate_python(message["card"])
+            form = InputForm(**message["form"])
+            inputs, outputs, self.run = load_torch(Path(message["path"]), message["threads"], card, form)
+        else:
+            inputs, outputs, self.run = load_tflite(message["path"], message["threads"], message["kernels"])
+        return {"inputs": inputs, "outputs": outputs, "load_ms": (time.perf_counter() - start) * 1e3}, {}
+
+
+if __name__ == "__main__":
+    serve(Worker().handle)

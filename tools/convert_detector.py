@@ -1,0 +1,237 @@
+"""Convert a watermark detector to TFLite, checked against torch before the file gets its name.
+
+Example:
+    python -m tools.convert_detector --model videoseal --rehearsal --quantize int8
+
+Source: network and checkpoints, https://github.com/facebookresearch/videoseal; converter, litert-torch 0.10
+"""
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Group as Lines
+from rich.console import RenderableType
+from rich.table import Table
+
+from shared import artifacts
+from shared.artifacts import Plan, Product
+from shared.cards import MODELS, Card, load_card
+from shared.child import Child, ChildError
+from shared.cli import ModelName, Overwrite, Refresh, Seed, run, size_text, step, warn
+from shared.errors import ToolError
+from shared.machine import GIB, require_disk, require_memory
+from shared.metrics import cosine, max_abs_error, relative_error
+from shared.runtime import InputForm, Kernels, ModelSource, open_model, sample_inputs
+from shared.tflite import append_metadata
+from tools.quantize_tflite import Coverage, quantize_tflite
+
+PACKAGES = ("litert-torch", "litert-converter", "ai-edge-litert", "torch")
+CONVERT_TIMEOUT_S = 3600.0
+BYTES_PER_PARAMETER = 4
+# Measured at 33.4 M and 773.7 M parameters: libraries, and four times the largest convolution while it is transposed.
+BASE_MEMORY = int(0.9 * GIB)
+MEMORY_PER_BYTE = 0.3
+MAX_RELATIVE_ERROR = 1e-4  # float32 rounding in another order gives 1e-6; a wrong layer gives 1e-1
+CHECK_SEED = 1
+
+
+class Precision(StrEnum):
+    """What the product computes with; the names of quantize_tflite's aliases."""
+
+    NONE = "none"
+    FP16 = "fp16"
+    INT8 = "int8"
+    INT8_WEIGHT_ONLY = "int8-weight-only"
+    INT4 = "int4"
+
+
+class InputLayout(StrEnum):
+    """Order of the axes of the image."""
+
+    NCHW = "nchw"
+    NHWC = "nhwc"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the float32 model is from torch on one image, and what the check took."""
+
+    relative_error: float
+    max_abs_error: float
+    cosine: float
+    kernels: Kernels
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class FloatModel:
+    """What was found out about the float32 model."""
+
+    parameters: int
+    agreement: Agreement
+    casts: list[str]
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Seed of the weights that stand in for trained ones."""
+
+    seed: int
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Result of convert_detector: the float32 model, and the quantized one if asked for."""
+
+    model: str
+    rehearsal: bool
+    float_model: FloatModel
+    float_product: Product
+    quantized_product: Product | None
+    coverage: Coverage | None
+    message: str
+
+    def __rich__(self) -> RenderableType:
+        table = Table("product", "size", "smaller by", "time", "", title=f"{self.model}, {self.float_model.parameters / 1e6:.1f} M parameters")
+        for product in (self.float_product, self.quantized_product):
+            if product is not None:
+                saved = 1 - product.size_bytes / self.float_product.size_bytes
+                state = "up to date" if product.up_to_date else "written"
+                table.add_row(str(product.path), size_text(product.size_bytes), f"{saved:.1%}", f"{product.seconds:.1f} s", state)
+        return Lines(table, self.message)
+
+
+def file_name(card: Card, form: InputForm, precision: Precision, *, rehearsal: bool) -> str:
+    """Return the guides' name of a product, such as chunkyseal_detector_chunkyseal_256_int8.tflite."""
+    parts = [
+        card.output_prefix,
+        "rehearsal" if rehearsal else "",
+        str(form.size),
+        form.layout if form.layout == "nhwc" else "",
+        "resize" if form.resize else "",
+        "" if precision is Precision.NONE else precision.value,
+    ]
+    return "_".join(part for part in parts if part) + ".tflite"
+
+
+def _rehearsal_weights(card: Card, folder: Path, seed: int) -> Path:
+    """Write, or find up to date, the seeded weights of a card."""
+    output = folder / f"{card.output_prefix}_rehearsal_seed{seed}.safetensors"
+
+    def make(draft: Path) -> Rehearsal:
+        with step(f"write seeded weights to {output.name}"), Child("shared.conversion", CONVERT_TIMEOUT_S) as child:
+            child.ask({"task": "rehearse", "card": asdict(card), "seed": seed, "draft": str(draft)})
+        return Rehearsal(seed)
+
+    arguments = {"card": card.as_arguments(), "seed": seed}
+    artifacts.build(Plan(output, "convert_detector", arguments, [], ("torch",), refresh=True), Rehearsal, make)
+    return output
+
+
+def _convert(weights: Path, card: Card, form: InputForm, draft: Path, *, rehearsal: bool) -> FloatModel:
+    """Write the float32 model to `draft` and check it."""
+    message = {"task": "convert", "card": asdict(card), "form": asdict(form), "rehearsal": rehearsal}
+    with step("convert to float32 TFLite"):
+        try:
+            with Child("shared.conversion", CONVERT_TIMEOUT_S) as child:
+                reply, _ = child.ask({**message, "weights": str(weights), "draft": str(draft)})
+        except ChildError as error:
+            raise ToolError("litert-torch could not convert the network", where=weights, got=error) from None
+    metadata = {"model": card.name, "nbits": card.nbits, "image_size": form.size, "input_layout": form.layout}
+    append_metadata(draft, {**metadata, "resize": form.resize, "rehearsal": rehearsal})
+    with step("check against torch"):
+        agreement = _check(ModelSource(weights, card, form), ModelSource(draft))
+    return FloatModel(reply["parameters"], agreement, reply["casts"])
+
+
+def _check(torch_model: ModelSource, tflite_model: ModelSource) -> Agreement:
+    """Run both on one image, one after the other, and raise ToolError unless they agree."""
+    try:
+        with open_model(torch_model) as model:
+            image = sample_inputs(model.inputs, CHECK_SEED)
+            reference = next(iter(model.run(image)[0].values()))
+            torch_peak = model.peak_rss_bytes
+        with open_model(tflite_model) as model:
+            candidate = next(iter(model.run(image)[0].values()))
+            peak, kernels = max(torch_peak, model.peak_rss_bytes), model.kernels
+        error = relative_error(reference, candidate)
+    except (ChildError, ValueError) as problem:
+        raise ToolError("the converted model could not be checked against torch; nothing was kept", got=problem) from None
+    if error > MAX_RELATIVE_ERROR:
+        raise ToolError(
+            "the converted model disagrees with torch; nothing was kept",
+            got=f"relative error {error:.2g}",
+            expected=f"at most {MAX_RELATIVE_ERROR:g}",
+        )
+    return Agreement(error, max_abs_error(reference, candidate), cosine(reference, candidate), kernels, peak)
+
+
+def convert_detector(
+    *,
+    model: ModelName,
+    checkpoint: Annotated[Path | None, typer.Option(help="Full or detector-only checkpoint, .pth or .safetensors.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: the guides' name in models/.")] = None,
+    quantize: Annotated[Precision, typer.Option(help="Precision of the product; the float32 model is kept beside it.")] = Precision.NONE,
+    image_size: Annotated[int | None, typer.Option(min=32, max=8192, help="Pixels; default: the network's own size.")] = None,
+    input_layout: Annotated[InputLayout, typer.Option(help="nchw: (1, 3, S, S); nhwc: (1, S, S, 3).")] = InputLayout.NCHW,
+    simple: Annotated[bool, typer.Option("--simple/--no-simple", help="--no-simple resizes inside the graph.")] = True,
+    rehearsal: Annotated[bool, typer.Option("--rehearsal", help="Use seeded, untrained weights instead of a checkpoint.")] = False,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    refresh: Refresh = False,
+) -> Conversion:
+    """Convert a watermark detector to TFLite, checked against torch before the file gets its name.
+
+    Input `image`: float32, RGB in [0, 1]. Output `output_0`: float32 (1, 1 + nbits), the confidence, then one logit per bit.
+
+    Raises:
+        ToolError: Unusable checkpoint or card, too little memory or disk, or a model that disagrees with torch.
+    """
+    card = load_card(model)
+    if (checkpoint is None) != rehearsal:
+        raise ToolError("give either --checkpoint FILE or --rehearsal", remedy=f"the published checkpoint: {card.checkpoint.url}")
+    form = InputForm(image_size or card.image_size, input_layout.value, resize=not simple)
+    if simple and form.size != card.image_size:
+        warn(f"{card.title} was trained at {card.image_size} pixels; at {form.size} without resizing its accuracy is unknown (see --no-simple)")
+    wants_float = quantize is Precision.NONE
+    output = output or MODELS / file_name(card, form, quantize, rehearsal=rehearsal)
+    float_path = output if wants_float else output.with_name(file_name(card, form, Precision.NONE, rehearsal=rehearsal))
+    if rehearsal:
+        warn(f"REHEARSAL: {card.title} with seeded, untrained weights; size, speed and memory are real, messages are not")
+    weights_bytes = _weights_bytes(card)
+    if not float_path.exists():
+        require_disk((3 if rehearsal else 2) * weights_bytes, float_path.parent, "convert this model")
+    weights = _rehearsal_weights(card, float_path.parent, seed) if rehearsal else checkpoint
+    assert weights is not None
+
+    def make(draft: Path) -> FloatModel:
+        require_memory(BASE_MEMORY + int(weights_bytes * MEMORY_PER_BYTE), "convert this model")
+        return _convert(weights, card, form, draft, rehearsal=rehearsal)
+
+    arguments = {"card": card.as_arguments(), "form": asdict(form), "rehearsal": rehearsal}
+    plan = Plan(float_path, "convert_detector", arguments, [weights], PACKAGES, overwrite=overwrite, refresh=refresh)
+    float_product, found = artifacts.build(plan, FloatModel, make)
+    agreement = f"float32 agrees with torch to {found.agreement.relative_error:.1g} (relative), {found.agreement.kernels} kernels"
+    if found.casts:
+        agreement += f"; weights were {', '.join(found.casts)}"
+    if wants_float:
+        return Conversion(card.title, rehearsal, found, float_product, None, None, agreement)
+    quantized = quantize_tflite(float_path, output=output, recipe=quantize.value, overwrite=overwrite, refresh=refresh)
+    message = f"{quantized.message}; {agreement}"
+    return Conversion(card.title, rehearsal, found, float_product, quantized.product, quantized.coverage, message)
+
+
+def _weights_bytes(card: Card) -> int:
+    """Return the bytes of a card's float32 weights, from its sizes: 8 dim^2 per block, and the convolutions between."""
+    widths = list(card.dims)
+    blocks = sum(depth * (8 * dim * dim + 62 * dim) for depth, dim in zip(card.depths, widths, strict=True))
+    halvings = sum(4 * a * b for a, b in zip(widths, widths[1:], strict=False))
+    decoder = 9 * widths[3] ** 2 + widths[3] * (1 + card.nbits)
+    return BYTES_PER_PARAMETER * (blocks + halvings + decoder)
+
+
+if __name__ == "__main__":
+    run(convert_detector)

@@ -1,0 +1,215 @@
+"""Take one component's weights out of a full training checkpoint.
+
+Example:
+    python -m tools.extract_weights checkpoint.pth --model chunkyseal -o models/chunkyseal_detector.safetensors
+
+A training checkpoint holds embedder, discriminator and optimizer beside the detector: 13 GB, of which a phone needs 2.9. The
+file is memory-mapped and copied tensor by tensor, so memory does not grow with it.
+
+Source: layout of the checkpoints published with Video Seal, https://github.com/facebookresearch/videoseal
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group as Lines
+from rich.console import RenderableType
+from rich.table import Table
+
+from shared import artifacts
+from shared.artifacts import Plan, Product
+from shared.cards import MODELS, Card, card_names, load_card
+from shared.checkpoints import Checkpoint, open_checkpoint, require_match, require_sound, select_detector, tensor_bytes
+from shared.cli import Overwrite, Refresh, run, size_text, step
+from shared.conversion import detector_shapes
+from shared.download import download as download_file
+from shared.errors import ToolError
+from shared.machine import require_disk
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PACKAGES = ("torch", "safetensors")
+FORMATS = (".safetensors", ".pth")
+
+
+class Component(StrEnum):
+    """What can be taken out by name."""
+
+    DETECTOR = "detector"
+    EMBEDDER = "embedder"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that share the first part of their keys."""
+
+    name: str
+    tensors: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the checkpoint held: `kept` was written, `dropped` was not; `card` is the model whose detector it is, if known."""
+
+    kept: list[Group]
+    dropped: list[Group]
+    card: str | None
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """Result of extract_weights; without a product when no checkpoint was found and none was required."""
+
+    checkpoint: Path | None
+    product: Product | None
+    contents: Contents | None
+    message: str
+
+    def __rich__(self) -> RenderableType:
+        if self.product is None or self.contents is None:
+            return self.message
+        table = Table("group", "tensors", "size", "", title=f"{self.checkpoint} -> {self.product.path}")
+        for groups, word in ((self.contents.kept, "kept"), (self.contents.dropped, "dropped")):
+            for group in groups:
+                table.add_row(group.name, f"{group.tensors}", size_text(group.size_bytes), word)
+        return Lines(table, self.message)
+
+
+def _locate(card: Card, *, download: bool) -> Path | None:
+    """Return the checkpoint of a card in the usual folders, downloaded if asked for and not there."""
+    found = card.find_checkpoint()
+    if found is None and download:
+        found = card.checkpoint_places()[0]
+        with step(f"download {card.checkpoint.url}"):
+            download_file(card.checkpoint.url, found)
+    return found
+
+
+def _choose(checkpoint: Checkpoint, prefix: str) -> "dict[str, Tensor]":
+    """Return the tensors to keep under the keys the published code loads."""
+    chosen = {key: tensor for key, tensor in checkpoint.state.items() if key.startswith(prefix)}
+    if not chosen and prefix == "detector.":
+        chosen = {prefix + key: tensor for key, tensor in select_detector(checkpoint, prefix).items()}
+    if not chosen:
+        groups = ", ".join(sorted({key.partition(".")[0] for key in checkpoint.state}))
+        raise ToolError(f"no key starts with '{prefix}'", where=checkpoint.path, got=f"groups {groups}", remedy="use --prefix")
+    return chosen
+
+
+def _groups(state: "dict[str, Tensor]") -> list[Group]:
+    sizes: dict[str, list[int]] = {}
+    for key, tensor in state.items():
+        sizes.setdefault(key.partition(".")[0], []).append(tensor_bytes(tensor))
+    return [Group(name, len(each), sum(each)) for name, each in sizes.items()]
+
+
+def _detector_shapes(card: Card) -> dict[str, tuple[int, ...]]:
+    return {card.checkpoint.prefix + key: shape for key, shape in detector_shapes(card).items()}
+
+
+def _recognise(chosen: "dict[str, Tensor]") -> str | None:
+    """Return the name of the first card whose detector has just these keys and shapes."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in chosen.items()}
+    return next((name for name in card_names() if _detector_shapes(load_card(name)) == shapes), None)
+
+
+def _write(draft: Path, suffix: str, chosen: "dict[str, Tensor]", notes: dict[str, str]) -> None:
+    """Write the tensors straight from the mapped checkpoint, then read the copy back and compare every value."""
+    import torch
+    from safetensors.torch import save_file
+
+    if suffix == ".pth":
+        torch.save({"model": chosen, **notes}, draft)
+    else:
+        starts: set[int] = set()
+        solid = {}
+        for key, tensor in chosen.items():  # the format forbids two keys for one storage: give the second its own
+            tied = tensor.data_ptr() in starts
+            solid[key] = tensor.clone() if tied else tensor.contiguous()
+            starts.add(tensor.data_ptr())
+        save_file(solid, draft, metadata={"format": "pt", **notes})
+    copy = open_checkpoint(draft).state
+    wrong = [key for key, tensor in chosen.items() if key not in copy or not torch.equal(copy[key], tensor)]
+    if wrong or len(copy) != len(chosen):
+        raise ToolError("the copy differs from the checkpoint", where=draft, got=", ".join(wrong), remedy="is the disk sound?")
+
+
+def extract_weights(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Full or partial checkpoint, .pth or .safetensors; with --model it may be left out.")
+    ] = None,
+    *,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write, .safetensors or .pth.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model card the weights must fit; also finds the checkpoint.")] = None,
+    component: Annotated[Component, typer.Option(help="Which network to take out.")] = Component.DETECTOR,
+    prefix: Annotated[str | None, typer.Option(help="Take out every key that starts with this, instead of a component.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the published checkpoint if it is not here.")] = False,
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Succeed, writing nothing, if there is none.")] = False,
+    overwrite: Overwrite = False,
+    refresh: Refresh = False,
+) -> Extraction:
+    """Take one component's weights out of a full training checkpoint.
+
+    Keys stay as they are (`detector.convnext...`). A .pth output is `{"model": state dict}`, which the published code loads.
+
+    Raises:
+        ToolError: No checkpoint, no such component, unusable or (with `model`) unfitting weights, or no place to write.
+    """
+    card = None if model is None else load_card(model)
+    kind = prefix.rstrip(".") if prefix is not None else component.value
+    if checkpoint is None:
+        if card is None:
+            raise ToolError("nothing to extract from", expected="a CHECKPOINT file, or --model")
+        output = output or MODELS / f"{card.name}_{kind}.safetensors"
+        checkpoint = _locate(card, download=download)
+        if checkpoint is None:
+            return _without_checkpoint(card, output, allow_missing=allow_missing)
+    output = output or checkpoint.with_name(f"{checkpoint.stem}_{kind}.safetensors")
+    if output.suffix not in FORMATS:
+        raise ToolError("unknown output format", where=output, got=output.suffix or "no suffix", expected=" or ".join(FORMATS))
+    source = checkpoint
+
+    def make(draft: Path) -> Contents:
+        with step(f"open {source}"):
+            opened = open_checkpoint(source)
+            chosen = _choose(opened, component.value + "." if prefix is None else prefix)
+        is_detector = prefix is None and component is Component.DETECTOR
+        if card is not None and is_detector:
+            require_match(chosen, _detector_shapes(card), source)
+        require_disk(tensor_bytes(chosen), draft.parent, "write the weights")
+        with step("check the weights"):
+            require_sound(chosen, source, integers=not is_detector)
+        with step(f"write {output}"):
+            _write(draft, output.suffix, chosen, opened.notes)
+        rest = {key: tensor for key, tensor in opened.state.items() if key not in chosen}
+        beside = [Group(name, 0, size) for name, size in opened.beside_bytes.items()]
+        return Contents(_groups(chosen), _groups(rest) + beside, _recognise(chosen))
+
+    arguments = {"component": component.value, "prefix": prefix, "format": output.suffix, "card": card and card.as_arguments()}
+    plan = Plan(output, "extract_weights", arguments, [checkpoint], PACKAGES, overwrite=overwrite, refresh=refresh)
+    product, contents = artifacts.build(plan, Contents, make)
+    kept = f"{size_text(product.size_bytes)} kept of {size_text(checkpoint.stat().st_size)} in {checkpoint}"
+    known = f"; the detector of {contents.card}" if contents.card else ""
+    message = f"up to date: {kept}{known}" if product.up_to_date else f"{kept}{known}; {product.seconds:.1f} s"
+    return Extraction(checkpoint, product, contents, message)
+
+
+def _without_checkpoint(card: Card, output: Path, *, allow_missing: bool) -> Extraction:
+    """Fall back on weights extracted earlier; else say where a checkpoint was looked for."""
+    places = ", ".join(str(place) for place in card.checkpoint_places())
+    if allow_missing and output.is_file():
+        return Extraction(None, None, None, f"no checkpoint found; using {output}, extracted earlier")
+    if allow_missing:
+        return Extraction(None, None, None, f"no checkpoint of {card.title} found (looked for {places}); nothing extracted")
+    raise ToolError(
+        f"no checkpoint of {card.title} found", got=f"none of {places}", remedy=f"use --download, or get {card.checkpoint.url}"
+    )
+
+
+if __name__ == "__main__":
+    run(extract_weights)
