@@ -33,10 +33,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Gates:
-    """Limits that a quantized product must keep against its float32 model; None is no limit."""
+    """Limits that a quantized product must keep against its float32 model; None is no limit. MB are 2^20 bytes, as in the guides."""
 
     __pydantic_config__ = STRICT
-    max_size_mib: Annotated[float, Field(gt=0)] | None = None
+    max_size_mb: Annotated[float, Field(gt=0)] | None = None
     min_cosine: Fraction | None = None
     min_bit_agreement: Fraction | None = None
     min_speedup: Annotated[float, Field(gt=0)] | None = None

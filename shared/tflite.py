@@ -111,6 +111,21 @@ def read_op_weights(path: Path) -> list[OpWeights]:
     return found
 
 
+def read_dequantized_types(path: Path) -> set[str]:
+    """Return the types of constants that a DEQUANTIZE op turns into float32 at run time."""
+    types = set()
+    with _open_model(path) as model:
+        for g in range(model.SubgraphsLength()):
+            graph = model.Subgraphs(g)
+            for i in range(graph.OperatorsLength()):
+                op = graph.Operators(i)
+                if _op_type(model.OperatorCodes(op.OpcodeIndex())) == "DEQUANTIZE":
+                    tensor = graph.Tensors(op.Inputs(0))
+                    if _buffer_bytes(model, tensor):
+                        types.add(_names("TensorType")[tensor.Type()].lower())
+    return types
+
+
 def _op_type(code: Any) -> str:
     return _names("BuiltinOperator")[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())]
 

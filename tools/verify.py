@@ -1,0 +1,202 @@
+"""Check that a TFLite model loads, runs, repeats itself and stays in range.
+
+Example:
+    python -m tools.verify model.tflite
+
+Nothing here says whether the model is any good: that takes a reference, see compare.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Group as Lines
+from rich.console import RenderableType
+from rich.table import Table
+
+from shared import artifacts
+from shared.artifacts import Plan, Product
+from shared.child import ChildError
+from shared.cli import Overwrite, Refresh, Seed, Threads, run, size_text, step, to_json
+from shared.errors import ToolError
+from shared.machine import cpu_count
+from shared.metrics import message_bits
+from shared.runtime import Model, ModelSource, TensorSpec, open_model, sample_inputs
+from shared.tflite import check_is_tflite
+
+PACKAGES = ("ai-edge-litert", "numpy")
+REPEATS = 3
+MAX_ABS = 1e4  # logits, coordinates and pixels stay far below; an overflow in some layer does not
+MAX_THREADS_ERROR = 1e-5  # relative to the largest output; threads may only change the order of float sums
+SHOWN_BITS = 32
+
+Outputs = list[NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row: what was checked, what was found, what is allowed."""
+
+    name: str
+    value: str
+    limit: str
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All checks of one model."""
+
+    checks: list[Check]
+    load_ms: float
+    run_ms: float
+    peak_rss_bytes: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return all(check.ok for check in self.checks)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Result of verify."""
+
+    model: Path
+    findings: Findings
+    report: Product | None
+    message: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return self.findings.ok
+
+    def __rich__(self) -> RenderableType:
+        table = Table("check", "value", "limit", "", title=f"{self.model}")
+        for check in self.findings.checks:
+            table.add_row(check.name, check.value, check.limit, "ok" if check.ok else "FAILED")
+        return Lines(table, self.message)
+
+
+def _describe(specs: list[TensorSpec]) -> str:
+    return "; ".join(f"{spec.name} {spec.dtype} {spec.shape}" for spec in specs) or "none"
+
+
+def _run(model: Model, seed: int) -> tuple[Outputs, float]:
+    """Run one seeded sample; outputs in the model's order, and milliseconds."""
+    outputs, run_ms = model.run(sample_inputs(model.inputs, seed))
+    return [outputs[spec.name] for spec in model.outputs], run_ms
+
+
+def _largest_difference(one: Outputs, other: Outputs) -> float:
+    return max(float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0)) for a, b in zip(one, other, strict=True))
+
+
+def _check_outputs(first: Outputs, other: Outputs, repeats: list[Outputs]) -> Iterator[Check]:
+    """Yield the checks on outputs: `first` and `repeats` from one sample, `other` from another."""
+    bad = sum(int((~np.isfinite(output)).sum()) for output in first)
+    yield Check("finite", f"{bad} NaN or infinite", "0", bad == 0)
+    largest = max(float(np.abs(output.astype(np.float64)).max(initial=0)) for output in first)
+    yield Check("range", f"largest magnitude {largest:.4g}", f"{MAX_ABS:g}", largest <= MAX_ABS)
+    reaction = _largest_difference(first, other)
+    yield Check("reacts to its input", f"another sample changes the output by {reaction:.4g}", "more than 0", reaction > 0)
+    drift = max(_largest_difference(first, again) for again in repeats)
+    yield Check("repeats", f"{REPEATS} runs differ by {drift:.4g}", "0", drift == 0)
+
+
+def _check_detector(output: NDArray[Any], nbits: int) -> Iterator[Check]:
+    """Yield the checks on a detector's output, float32 (1, 1 + nbits)."""
+    fits = output.shape == (1, 1 + nbits)
+    yield Check("detector output", f"{output.shape}", f"(1, {1 + nbits})", fits)
+    if fits:
+        bits = message_bits(output)[0]
+        ones = int(bits.sum())
+        yield Check("confidence", f"logit {output[0, 0]:.4f}", "finite", bool(np.isfinite(output[0, 0])))
+        yield Check(f"first {SHOWN_BITS} bits", "".join("01"[bit] for bit in bits[:SHOWN_BITS].astype(int)), "", ok=True)
+        yield Check("bits that are one", f"{ones} of {nbits}", f"1 to {nbits - 1}", 0 < ones < nbits)
+
+
+def _verify(source: ModelSource, threads: int, seed: int, nbits: int | None) -> Findings:
+    """Go through the checks in order; stop at the first that makes the next ones pointless."""
+    checks: list[Check] = []
+    load_ms = run_ms = 0.0
+    peak = 0
+    stage = "loads"
+    try:
+        with step(f"load and run with {threads} threads"), open_model(source, threads=threads) as model:
+            load_ms = model.load_ms
+            checks.append(Check("loads", f"{load_ms:.0f} ms, {model.kernels} kernels", "", ok=True))
+            for name, specs in (("inputs", model.inputs), ("outputs", model.outputs)):
+                static = bool(specs) and all(size > 0 for spec in specs for size in spec.shape)
+                checks.append(Check(name, _describe(specs), "at least one, of fixed shape", static))
+            stage = "runs"
+            first, _ = _run(model, seed)
+            timed = [_run(model, seed) for _ in range(REPEATS - 1)]
+            other, _ = _run(model, seed + 1)
+            run_ms, peak = min(ms for _, ms in timed), model.peak_rss_bytes
+            checks.append(Check("runs", f"{run_ms:.1f} ms", "", ok=True))
+        checks += _check_outputs(first, other, [outputs for outputs, _ in timed])
+        stage = "threads"
+        if threads > 1:
+            with step("run with 1 thread"), open_model(source, threads=1) as model:
+                alone, _ = _run(model, seed)
+            scale = max(float(np.abs(output.astype(np.float64)).max(initial=0)) for output in first) or 1.0
+            error = _largest_difference(first, alone) / scale
+            value = f"1 and {threads} threads differ by {error:.2g} of the largest output"
+            checks.append(Check("threads", value, f"{MAX_THREADS_ERROR:g}", error <= MAX_THREADS_ERROR))
+    except ChildError as error:
+        checks.append(Check(stage, str(error), "", ok=False))
+        return Findings(checks, load_ms, run_ms, peak)
+    if nbits is not None:
+        checks += _check_detector(first[0], nbits)
+    return Findings(checks, load_ms, run_ms, peak)
+
+
+def verify(
+    model: Annotated[Path, typer.Argument(help="The .tflite model.")],
+    *,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the checks as JSON.")] = None,
+    threads: Threads = None,
+    bits: Annotated[int | None, typer.Option(min=1, help="Message bits of a detector without our metadata.")] = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    refresh: Refresh = False,
+) -> Verification:
+    """Check that a TFLite model loads, runs, repeats itself and stays in range.
+
+    The model runs in a process of its own: one that crashes the runtime is a failed check.
+
+    Raises:
+        ToolError: The file is missing or no TFLite model.
+    """
+    check_is_tflite(model)
+    source = ModelSource(model)
+    count = threads or cpu_count()
+    nbits = bits or source.nbits()
+    if output is None:
+        findings, report = _verify(source, count, seed, nbits), None
+    else:
+
+        def make(draft: Path) -> Findings:
+            found = _verify(source, count, seed, nbits)
+            draft.write_text(to_json(found) + "\n", encoding="utf-8")
+            return found
+
+        arguments = {"threads": count, "seed": seed, "bits": nbits}
+        plan = Plan(output, "verify", arguments, [model], PACKAGES, overwrite=overwrite, refresh=refresh)
+        report, findings = artifacts.build(plan, Findings, make)
+    failed = [check.name for check in findings.checks if not check.ok]
+    verdict = f"FAILED: {', '.join(failed)}" if failed else f"all {len(findings.checks)} checks passed"
+    if report is not None and report.up_to_date:
+        verdict = f"up to date: {verdict}, see {report.path}"
+    peak = f"; peak memory {size_text(findings.peak_rss_bytes)}, the mapped file included" if findings.peak_rss_bytes else ""
+    return Verification(model, findings, report, verdict + peak)
+
+
+if __name__ == "__main__":
+    run(verify)
