@@ -11,8 +11,9 @@ from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, Validati
 
 from shared.errors import ToolError
 
-MODELS = Path(__file__).resolve().parent.parent / "models"
-CHECKPOINT_FOLDERS = (MODELS / "checkpoints", Path.home() / ".cache" / "edgepress", Path.home() / ".cache" / "videoseal")
+CARDS = Path(__file__).resolve().parent.parent / "models"
+PRODUCTS = Path("models")  # where products go by default, seen from where the command runs: the project's root
+CHECKPOINT_FOLDERS = (PRODUCTS / "checkpoints", Path.home() / ".cache" / "edgepress", Path.home() / ".cache" / "videoseal")
 
 Positive = Annotated[int, Field(ge=1)]
 Four = tuple[Positive, Positive, Positive, Positive]
@@ -78,7 +79,7 @@ class Card:
 
 def card_names() -> list[str]:
     """Return the names of the cards in models/."""
-    return sorted(path.stem for path in MODELS.glob("*.toml"))
+    return sorted(path.stem for path in CARDS.glob("*.toml"))
 
 
 def load_card(name: str) -> Card:
@@ -87,7 +88,7 @@ def load_card(name: str) -> Card:
     Raises:
         ToolError: No such card, or a card with a wrong field; the message names field and file.
     """
-    path = Path(name) if name.endswith(".toml") else MODELS / f"{name}.toml"
+    path = Path(name) if name.endswith(".toml") else CARDS / f"{name}.toml"
     if not path.is_file():
         if name.endswith(".toml"):
             raise ToolError("no such model card", where=path)

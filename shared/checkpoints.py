@@ -136,9 +136,7 @@ def _check_pth_layout(path: Path) -> None:
                     )
                 end = start + record.file_size
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise ToolError(
-            "damaged .pth file, probably cut off", where=path, got=str(error), remedy="download it again"
-        ) from None
+        raise ToolError("damaged .pth file, probably cut off", where=path, got=str(error), remedy="download it again") from None
 
 
 def _data_offset(record: zipfile.ZipInfo, file: IO[bytes]) -> int:

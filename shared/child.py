@@ -104,7 +104,9 @@ class Child:
         last = f": {one_line(lines[-1])[:LOG_TAIL]}" if lines else ""
         if code == -signal.SIGKILL:
             return "its process was killed, probably out of memory"
-        return f"its process crashed with {signal.Signals(-code).name}{last}" if code < 0 else f"its process ended with {code}{last}"
+        return (
+            f"its process crashed with {signal.Signals(-code).name}{last}" if code < 0 else f"its process ended with {code}{last}"
+        )
 
 
 def serve(handler: Handler) -> None:

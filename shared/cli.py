@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -27,23 +28,24 @@ from shared.machine import GIB, MIB, peak_rss_bytes
 UsageError = typer.BadParameter.__mro__[1]
 
 PLAIN_WIDTH = 140  # columns when the output is no terminal
-SUPPORTED = ((3, 11), (3, 13))
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output file, whatever it is.")]
 Refresh = Annotated[bool, typer.Option("--refresh", help="Replace the output file if edgepress wrote it and it is out of date.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=256, help="Threads of the runtime; default: all CPUs.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the generated samples.")]
-ModelName = Annotated[str, typer.Option("--model", help="Model card: videoseal, pixelseal, chunkyseal, or a path to your own .toml.")]
+ModelName = Annotated[
+    str, typer.Option("--model", help="Model card: videoseal, pixelseal, chunkyseal, or a path to your own .toml.")
+]
 
 progress_console = Console(stderr=True, highlight=False)
 
 
 def run(tool: Callable[..., Any]) -> NoReturn:
     """Run a tool's function as the command of this process, and exit."""
-    if not SUPPORTED[0] <= sys.version_info[:2] <= SUPPORTED[1]:
-        _fail(f"edgepress runs on Python 3.11 to 3.13; this is {sys.version_info.major}.{sys.version_info.minor}")
     signal.signal(signal.SIGTERM, _terminate)
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+    app = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+    )
     app.command(name=tool.__name__)(_with_json_option(tool))
     try:
         code = app(standalone_mode=False)
@@ -86,9 +88,17 @@ def _with_json_option(tool: Callable[..., Any]) -> Callable[..., None]:
     command.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*signature.parameters.values(), extra], return_annotation=None
     )
+    command.__doc__ = _help(tool)
     command.__annotations__ = {**tool.__annotations__, "json_output": extra.annotation}
     command.__annotations__.pop("return", None)
     return command
+
+
+def _help(tool: Callable[..., Any]) -> str:
+    """Return the tool's docstring without its sections for programmers, and the example of its module."""
+    text = inspect.getdoc(tool) or ""
+    example = re.search(r"^Example:\n +(.+)", inspect.getmodule(tool).__doc__ or "", re.MULTILINE)
+    return text.partition("\n\nRaises:")[0] + (f"\n\nExample: {example[1]}" if example else "")
 
 
 def to_json(result: Any) -> str:

@@ -84,9 +84,7 @@ class ConvNeXtV2(nn.Module):
         super().__init__()
         dims = sizes.dims
         stem = nn.Sequential(nn.Conv2d(3, dims[0], kernel_size=4, stride=sizes.stem_stride), ChannelNorm(dims[0]))
-        halvings = [
-            nn.Sequential(ChannelNorm(dims[i]), nn.Conv2d(dims[i], dims[i + 1], kernel_size=2, stride=2)) for i in range(3)
-        ]
+        halvings = [nn.Sequential(ChannelNorm(dims[i]), nn.Conv2d(dims[i], dims[i + 1], kernel_size=2, stride=2)) for i in range(3)]
         self.downsample_layers = nn.ModuleList([stem, *halvings])
         self.stages = nn.ModuleList(
             nn.Sequential(*(Block(dim) for _ in range(depth))) for depth, dim in zip(sizes.depths, dims, strict=True)

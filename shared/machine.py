@@ -42,7 +42,12 @@ def _control_group_headroom() -> list[int]:
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "memory":
-            root, limit, usage, cache = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"
+            root, limit, usage, cache = (
+                Path("/sys/fs/cgroup/memory"),
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_cache",
+            )
         elif controllers == "":
             root, limit, usage, cache = Path("/sys/fs/cgroup"), "memory.max", "memory.current", "file"
         else:

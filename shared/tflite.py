@@ -58,7 +58,13 @@ def check_is_tflite(path: Path) -> None:
     if head.startswith(b"version https://git-lfs"):
         raise ToolError("this is a Git LFS pointer, not the model", where=path, remedy="run 'git lfs pull'")
     if head[4:8] != IDENTIFIER:
-        kind = "a zip file, perhaps a .task bundle" if b"PK\x03\x04" in head[:8] else "an HTML page" if head[:1] == b"<" else "no 'TFL3' at byte 4"
+        kind = (
+            "a zip file, perhaps a .task bundle"
+            if b"PK\x03\x04" in head[:8]
+            else "an HTML page"
+            if head[:1] == b"<"
+            else "no 'TFL3' at byte 4"
+        )
         raise ToolError("not a TFLite model", where=path, got=kind, expected="a .tflite file")
 
 

@@ -35,7 +35,10 @@ def large_weights_quantized() -> Iterator[None]:
         step = max(1, CHUNK_BYTES // tensor_data[0].nbytes)
         return np.concatenate(
             [
-                published(tensor_data[i : i + step], replace(quantization_params, scale=scale[i : i + step], zero_point=zero[i : i + step]))
+                published(
+                    tensor_data[i : i + step],
+                    replace(quantization_params, scale=scale[i : i + step], zero_point=zero[i : i + step]),
+                )
                 for i in range(0, len(tensor_data), step)
             ]
         )

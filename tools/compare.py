@@ -18,7 +18,7 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Group as Lines
 from rich.console import RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 
 from shared import artifacts, metrics
 from shared.artifacts import Plan, Product
@@ -118,7 +118,8 @@ class Comparison:
 
     def __rich__(self) -> RenderableType:
         found = self.findings
-        table = Table("", "reference", *(f"candidate {number}" for number, _ in enumerate(found.candidates, start=1)))
+        names = ["reference", *(f"candidate {number}" for number, _ in enumerate(found.candidates, start=1))]
+        table = Table("", *(Column(name, overflow="fold") for name in names))
         for name, reference, of in _rows(found.reference):
             table.add_row(name, reference, *(of(candidate) for candidate in found.candidates))
         gates = Table("candidate", "gate", "value", "limit", "")
@@ -140,7 +141,7 @@ def _rows(reference: Measured) -> Iterator[tuple[str, str, Callable[[Candidate],
         return lambda c: "-" if (value := pick(c)) is None else format(value, form)
 
     yield "file", reference.path.name, lambda c: c.path.name
-    yield "size", size_text(reference.size_bytes), lambda c: f"{size_text(c.size_bytes)} ({c.reduction:.1%} smaller)"
+    yield "size", size_text(reference.size_bytes), lambda c: f"{size_text(c.size_bytes)} ({_change(c.reduction)})"
     yield "load", f"{reference.load_ms:.0f} ms", measured(lambda m: f"{m.load_ms:.0f} ms")
     yield "latency, median", f"{reference.median_ms:.1f} ms", measured(lambda m: f"{m.median_ms:.1f} ms")
     yield "latency, p90", f"{reference.p90_ms:.1f} ms", measured(lambda m: f"{m.p90_ms:.1f} ms")
@@ -151,6 +152,10 @@ def _rows(reference: Measured) -> Iterator[tuple[str, str, Callable[[Candidate],
     yield "cosine, worst", "1", number(lambda c: c.cosine, ".6f")
     yield "relative error, worst", "0", number(lambda c: c.relative_error, ".3g")
     yield "largest difference", "0", number(lambda c: c.max_abs_error, ".3g")
+
+
+def _change(reduction: float) -> str:
+    return f"{reduction:.1%} smaller" if reduction >= 0 else f"{-reduction:.1%} larger"
 
 
 class _Recorder:
@@ -355,7 +360,12 @@ def compare(
     samples = len(files) or samples
     runs = max(samples, runs or (LARGE_RUNS if is_large else RUNS))
     protocol = _Protocol(inputs, samples, runs, threads or cpu_count())
-    limits = {"min_bit_agreement": min_bit_agreement, "min_cosine": min_cosine, "min_speedup": min_speedup, "max_size_mb": max_size_mb}
+    limits = {
+        "min_bit_agreement": min_bit_agreement,
+        "min_cosine": min_cosine,
+        "min_speedup": min_speedup,
+        "max_size_mb": max_size_mb,
+    }
 
     def find() -> Findings:
         available = available_memory_bytes()
@@ -388,7 +398,13 @@ def _message(findings: Findings, report: Product | None) -> str:
     how = f"{findings.reference.runs} runs {order}, {findings.samples} samples, {findings.threads} threads"
     broken = [f"{c.path.name} {gate.name}" for c in findings.candidates for gate in c.gates if not gate.ok]
     broken += [f"{c.path.name} {c.error}" for c in findings.candidates if c.error is not None]
-    verdict = f"FAILED: {'; '.join(broken)}" if broken else "every gate kept" if any(c.gates for c in findings.candidates) else "no gates set"
+    verdict = (
+        f"FAILED: {'; '.join(broken)}"
+        if broken
+        else "every gate kept"
+        if any(c.gates for c in findings.candidates)
+        else "no gates set"
+    )
     head = f"up to date, see {report.path}: " if report is not None and report.up_to_date else ""
     return f"{head}{verdict} ({how})"
 

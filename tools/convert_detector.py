@@ -6,6 +6,7 @@ Example:
 Source: network and checkpoints, https://github.com/facebookresearch/videoseal; converter, litert-torch 0.10
 """
 
+import time
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.table import Table
 
 from shared import artifacts
 from shared.artifacts import Plan, Product
-from shared.cards import MODELS, Card, load_card
+from shared.cards import PRODUCTS, Card, load_card
 from shared.child import Child, ChildError
 from shared.cli import ModelName, Overwrite, Refresh, Seed, run, size_text, step, warn
 from shared.errors import ToolError
@@ -63,6 +64,7 @@ class Agreement:
     max_abs_error: float
     cosine: float
     kernels: Kernels
+    seconds: float
     peak_rss_bytes: int
 
 
@@ -71,6 +73,7 @@ class FloatModel:
     """What was found out about the float32 model."""
 
     parameters: int
+    convert_seconds: float
     agreement: Agreement
     casts: list[str]
 
@@ -95,7 +98,9 @@ class Conversion:
     message: str
 
     def __rich__(self) -> RenderableType:
-        table = Table("product", "size", "smaller by", "time", "", title=f"{self.model}, {self.float_model.parameters / 1e6:.1f} M parameters")
+        table = Table(
+            "product", "size", "smaller by", "time", "", title=f"{self.model}, {self.float_model.parameters / 1e6:.1f} M parameters"
+        )
         for product in (self.float_product, self.quantized_product):
             if product is not None:
                 saved = 1 - product.size_bytes / self.float_product.size_bytes
@@ -133,6 +138,7 @@ def _rehearsal_weights(card: Card, folder: Path, seed: int) -> Path:
 
 def _convert(weights: Path, card: Card, form: InputForm, draft: Path, *, rehearsal: bool) -> FloatModel:
     """Write the float32 model to `draft` and check it."""
+    start = time.monotonic()
     message = {"task": "convert", "card": asdict(card), "form": asdict(form), "rehearsal": rehearsal}
     with step("convert to float32 TFLite"):
         try:
@@ -142,13 +148,15 @@ def _convert(weights: Path, card: Card, form: InputForm, draft: Path, *, rehears
             raise ToolError("litert-torch could not convert the network", where=weights, got=error) from None
     metadata = {"model": card.name, "nbits": card.nbits, "image_size": form.size, "input_layout": form.layout}
     append_metadata(draft, {**metadata, "resize": form.resize, "rehearsal": rehearsal})
+    seconds = round(time.monotonic() - start, 3)
     with step("check against torch"):
         agreement = _check(ModelSource(weights, card, form), ModelSource(draft))
-    return FloatModel(reply["parameters"], agreement, reply["casts"])
+    return FloatModel(reply["parameters"], seconds, agreement, reply["casts"])
 
 
 def _check(torch_model: ModelSource, tflite_model: ModelSource) -> Agreement:
     """Run both on one image, one after the other, and raise ToolError unless they agree."""
+    start = time.monotonic()
     try:
         with open_model(torch_model) as model:
             image = sample_inputs(model.inputs, CHECK_SEED)
@@ -166,15 +174,20 @@ def _check(torch_model: ModelSource, tflite_model: ModelSource) -> Agreement:
             got=f"relative error {error:.2g}",
             expected=f"at most {MAX_RELATIVE_ERROR:g}",
         )
-    return Agreement(error, max_abs_error(reference, candidate), cosine(reference, candidate), kernels, peak)
+    seconds = round(time.monotonic() - start, 3)
+    return Agreement(error, max_abs_error(reference, candidate), cosine(reference, candidate), kernels, seconds, peak)
 
 
 def convert_detector(
     *,
     model: ModelName,
     checkpoint: Annotated[Path | None, typer.Option(help="Full or detector-only checkpoint, .pth or .safetensors.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: the guides' name in models/.")] = None,
-    quantize: Annotated[Precision, typer.Option(help="Precision of the product; the float32 model is kept beside it.")] = Precision.NONE,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; default: the guides' name in models/.")
+    ] = None,
+    quantize: Annotated[
+        Precision, typer.Option(help="Precision of the product; the float32 model is kept beside it.")
+    ] = Precision.NONE,
     image_size: Annotated[int | None, typer.Option(min=32, max=8192, help="Pixels; default: the network's own size.")] = None,
     input_layout: Annotated[InputLayout, typer.Option(help="nchw: (1, 3, S, S); nhwc: (1, S, S, 3).")] = InputLayout.NCHW,
     simple: Annotated[bool, typer.Option("--simple/--no-simple", help="--no-simple resizes inside the graph.")] = True,
@@ -195,9 +208,11 @@ def convert_detector(
         raise ToolError("give either --checkpoint FILE or --rehearsal", remedy=f"the published checkpoint: {card.checkpoint.url}")
     form = InputForm(image_size or card.image_size, input_layout.value, resize=not simple)
     if simple and form.size != card.image_size:
-        warn(f"{card.title} was trained at {card.image_size} pixels; at {form.size} without resizing its accuracy is unknown (see --no-simple)")
+        warn(
+            f"{card.title} was trained at {card.image_size} pixels; at {form.size} without resizing its accuracy is unknown (see --no-simple)"
+        )
     wants_float = quantize is Precision.NONE
-    output = output or MODELS / file_name(card, form, quantize, rehearsal=rehearsal)
+    output = output or PRODUCTS / file_name(card, form, quantize, rehearsal=rehearsal)
     float_path = output if wants_float else output.with_name(file_name(card, form, Precision.NONE, rehearsal=rehearsal))
     if rehearsal:
         warn(f"REHEARSAL: {card.title} with seeded, untrained weights; size, speed and memory are real, messages are not")
@@ -214,7 +229,10 @@ def convert_detector(
     arguments = {"card": card.as_arguments(), "form": asdict(form), "rehearsal": rehearsal}
     plan = Plan(float_path, "convert_detector", arguments, [weights], PACKAGES, overwrite=overwrite, refresh=refresh)
     float_product, found = artifacts.build(plan, FloatModel, make)
-    agreement = f"float32 agrees with torch to {found.agreement.relative_error:.1g} (relative), {found.agreement.kernels} kernels"
+    check = found.agreement
+    agreement = f"float32 agrees with torch to {check.relative_error:.1g} (relative; {check.kernels} kernels)"
+    if not float_product.up_to_date:
+        agreement += f"; converted in {found.convert_seconds:.1f} s, checked in {check.seconds:.1f} s"
     if found.casts:
         agreement += f"; weights were {', '.join(found.casts)}"
     if wants_float:

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from shared import artifacts
 from shared.artifacts import Plan, Product
-from shared.cards import MODELS, Card, card_names, load_card
+from shared.cards import PRODUCTS, Card, card_names, load_card
 from shared.checkpoints import Checkpoint, open_checkpoint, require_match, require_sound, select_detector, tensor_bytes
 from shared.cli import Overwrite, Refresh, run, size_text, step
 from shared.conversion import detector_shapes
@@ -165,7 +165,7 @@ def extract_weights(
     if checkpoint is None:
         if card is None:
             raise ToolError("nothing to extract from", expected="a CHECKPOINT file, or --model")
-        output = output or MODELS / f"{card.name}_{kind}.safetensors"
+        output = output or PRODUCTS / f"{card.name}_{kind}.safetensors"
         checkpoint = _locate(card, download=download)
         if checkpoint is None:
             return _without_checkpoint(card, output, allow_missing=allow_missing)

@@ -94,7 +94,9 @@ class QuantizedModel:
     message: str
 
     def __rich__(self) -> RenderableType:
-        table = Table("op type", "quantized", "weights before", "after", "now", "why not all", title=f"{self.source} -> {self.product.path}")
+        table = Table(
+            "op type", "quantized", "weights before", "after", "now", "why not all", title=f"{self.source} -> {self.product.path}"
+        )
         for row in self.coverage.op_types:
             counts = f"{row.quantized} of {row.ops}"
             table.add_row(
@@ -147,7 +149,9 @@ def _read_rules(path: Path) -> Rules:
     except ValueError as error:
         raise ToolError("the recipe is not valid JSON", where=path, got=error) from None
     if not isinstance(rules, list) or not rules:
-        raise ToolError("the recipe is no list of rules", where=path, got=type(rules).__name__, remedy="see AI Edge Quantizer's recipes")
+        raise ToolError(
+            "the recipe is no list of rules", where=path, got=type(rules).__name__, remedy="see AI Edge Quantizer's recipes"
+        )
     whole_scopes = set()
     for number, rule in enumerate(rules, start=1):
         missing = sorted(RULE_KEYS - rule.keys()) if isinstance(rule, dict) else sorted(RULE_KEYS)
@@ -159,7 +163,9 @@ def _read_rules(path: Path) -> Rules:
             raise ToolError(f"rule {number}: bad regex {rule['regex']!r}: {error}", where=path) from None
         if rule["operation"] == "*" and rule["regex"] in whole_scopes:
             remedy = "write the same regex differently, e.g. with '^' before it"
-            raise ToolError(f"rule {number} would delete an earlier '*' rule with the regex {rule['regex']!r}", where=path, remedy=remedy)
+            raise ToolError(
+                f"rule {number} would delete an earlier '*' rule with the regex {rule['regex']!r}", where=path, remedy=remedy
+            )
         whole_scopes |= {rule["regex"]} if rule["operation"] == "*" else set()
     return rules
 
@@ -229,7 +235,9 @@ def quantize_tflite(
     model: Annotated[Path, typer.Argument(help="Float .tflite model.")],
     *,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: <model>_<recipe>.tflite.")] = None,
-    recipe: Annotated[str, typer.Option(help=f"Recipe: {', '.join(ALIASES)}, a name of AI Edge Quantizer, or a .json file.")] = "int8",
+    recipe: Annotated[
+        str, typer.Option(help=f"Recipe: {', '.join(ALIASES)}, a name of AI Edge Quantizer, or a .json file.")
+    ] = "int8",
     overwrite: Overwrite = False,
     refresh: Refresh = False,
 ) -> QuantizedModel:
@@ -254,7 +262,9 @@ def quantize_tflite(
         rows = measure_coverage(before, read_op_weights(draft), rules)
         if not any(row.quantized for row in rows):
             reasons = "; ".join(sorted({f"{row.op_type} {row.reason}" for row in rows})) or "it has no constant operands"
-            raise ToolError(f"recipe {recipe} changes no op of this model", where=model, got=reasons, remedy="choose another recipe")
+            raise ToolError(
+                f"recipe {recipe} changes no op of this model", where=model, got=reasons, remedy="choose another recipe"
+            )
         copy_appended_zip(model, draft)
         _require_loads(draft)
         return Coverage(recipe, expansion, rows, size)

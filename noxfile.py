@@ -1,0 +1,152 @@
+#!/usr/bin/env -S nox -s
+"""Recipes that press a model from checkpoint to verified product, and one session per tool.
+
+nox -s chunkyseal_int8                              # rehearsal with seeded weights, or your checkpoint if it is found
+nox -s chunkyseal_int8 -- --checkpoint FILE         # from your checkpoint
+nox -s chunkyseal_int8 -- --download                # from the published one
+nox -s verify -- model.tflite                       # one tool
+"""
+
+import sys
+
+if not (3, 11) <= sys.version_info[:2] <= (3, 13):  # before any import that older Pythons lack
+    sys.exit("edgepress runs on Python 3.11 to 3.13; nox runs on %d.%d here" % sys.version_info[:2])
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.10.14"
+nox.options.default_venv_backend = "virtualenv"  # pip finds a CPU build of torch where an index offers one
+nox.options.reuse_venv = "yes"  # the environments are large; constraints.txt pins what is in them
+
+MODELS = Path("models")
+TOOLS = {
+    "extract_weights": "Take one component's weights out of a full training checkpoint.",
+    "convert_detector": "Convert a watermark detector to TFLite, checked against torch.",
+    "quantize_tflite": "Quantize a TFLite model, and say what became of every layer.",
+    "verify": "Check that a TFLite model loads, runs, repeats itself and stays in range.",
+    "compare": "Compare quantized models with their reference: size, speed, answers.",
+}
+
+
+def install(session: nox.Session, dependencies: str) -> None:
+    """Install this project with one of its dependency sets, at the versions of constraints.txt."""
+    session.install("--constraint", "constraints.txt", "--editable", f".[{dependencies}]")
+
+
+def tool(session: nox.Session, name: str, *arguments: str | Path) -> None:
+    """Run one tool in the session's environment."""
+    session.run("python", "-m", f"tools.{name}", *arguments)
+
+
+def press_detector(session: nox.Session, model: str, precision: str) -> None:
+    """Extract, convert, quantize, verify and compare one detector; steps that are up to date say so and are skipped."""
+    parser = argparse.ArgumentParser(prog=f"nox -s {session.name} --")
+    parser.add_argument("--checkpoint", type=Path, help="full or detector-only checkpoint, .pth or .safetensors")
+    parser.add_argument("--download", action="store_true", help="fetch the published checkpoint if none is found")
+    options = parser.parse_args(session.posargs)
+    install(session, "recipe")
+
+    # A detector-only file; left out when there is no checkpoint anywhere.
+    weights = MODELS / f"{model}_detector.safetensors"
+    given = [options.checkpoint.absolute()] if options.checkpoint else []
+    wanted = ["--download"] if options.download else ["--allow-missing"]
+    tool(session, "extract_weights", *given, "--model", model, "-o", weights, *wanted, "--refresh")
+    rehearsal = not weights.exists()
+
+    # The float32 model, checked against torch.
+    card = nox.project.load_toml(MODELS / f"{model}.toml")
+    stem = f"{card['output_prefix']}{'_rehearsal' if rehearsal else ''}_{card['image_size']}"
+    float_model = MODELS / f"{stem}.tflite"
+    source = ["--rehearsal"] if rehearsal else ["--checkpoint", weights]
+    tool(session, "convert_detector", "--model", model, *source, "-o", float_model, "--refresh")
+
+    # The product, and the proof that it still works.
+    product = MODELS / f"{stem}_{precision}.tflite"
+    gates = [f"--{name.replace('_', '-')}={limit}" for name, limit in card["gates"][precision].items()]
+    tool(session, "quantize_tflite", float_model, "-o", product, "--recipe", precision, "--refresh")
+    tool(session, "verify", product, "-o", MODELS / f"{stem}_{precision}_verify.json", "--refresh")
+    tool(session, "compare", float_model, product, "-o", MODELS / f"{stem}_{precision}_compare.json", "--refresh", *gates)
+    if rehearsal:
+        session.warn(f"REHEARSAL: {product} holds seeded, untrained weights. Give a checkpoint for a model that reads messages.")
+
+
+@nox.session(default=False, tags=["recipe"])
+def chunkyseal_int8(session: nox.Session) -> None:
+    """ChunkySeal's detector as verified INT8 TFLite: the main job."""
+    press_detector(session, "chunkyseal", "int8")
+
+
+@nox.session(default=False, tags=["recipe"])
+def chunkyseal_fp16(session: nox.Session) -> None:
+    """ChunkySeal's detector as verified TFLite with float16 weights."""
+    press_detector(session, "chunkyseal", "fp16")
+
+
+@nox.session(default=False, tags=["recipe"])
+def videoseal_int8(session: nox.Session) -> None:
+    """VideoSeal 1.0's detector as verified INT8 TFLite."""
+    press_detector(session, "videoseal", "int8")
+
+
+@nox.session(default=False, tags=["recipe"])
+def videoseal_fp16(session: nox.Session) -> None:
+    """VideoSeal 1.0's detector as verified TFLite with float16 weights."""
+    press_detector(session, "videoseal", "fp16")
+
+
+@nox.session(default=False, tags=["recipe"])
+def pixelseal_int8(session: nox.Session) -> None:
+    """PixelSeal's detector as verified INT8 TFLite."""
+    press_detector(session, "pixelseal", "int8")
+
+
+def tool_session(name: str, summary: str) -> Callable[[nox.Session], None]:
+    """Make the session of one tool: `nox -s NAME -- ARGUMENTS`."""
+
+    def session_function(session: nox.Session) -> None:
+        install(session, name)
+        tool(session, name, *session.posargs)
+
+    session_function.__doc__ = summary
+    return nox.session(name=name, default=False, tags=["tool"])(session_function)
+
+
+for _name, _summary in TOOLS.items():
+    globals()[_name] = tool_session(_name, _summary)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    install(session, "lint")
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", "--check")
+
+
+@nox.session(default=False)
+def typecheck(session: nox.Session) -> None:
+    """Check types."""
+    install(session, "typecheck")
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests; those on other people's files skip where the files are absent."""
+    install(session, "tests")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Measure the guide's way and ours side by side; rewrites tests/bench.json and the README's table."""
+    install(session, "tests")
+    session.run("python", "-m", "tests.bench", *session.posargs)
+
+
+if __name__ == "__main__":
+    nox.main()
