@@ -1,4 +1,3 @@
-#!/usr/bin/env -S nox -s
 """Recipes that press a model from checkpoint to verified product, and one session per tool.
 
 nox -s chunkyseal_int8                              # rehearsal with seeded weights, or your checkpoint if it is found
@@ -10,7 +9,7 @@ nox -s verify -- model.tflite                       # one tool
 import sys
 
 if not (3, 11) <= sys.version_info[:2] <= (3, 13):  # before any import that older Pythons lack
-    sys.exit("edgepress runs on Python 3.11 to 3.13; nox runs on %d.%d here" % sys.version_info[:2])
+    sys.exit("edgepress runs on Python 3.11 to 3.13; nox runs here on " + sys.version.split()[0])
 
 import argparse
 from collections.abc import Callable

@@ -251,7 +251,7 @@ def _is_installed(name: str) -> bool:
     return any(metadata.distributions(name=name))
 
 
-def _as_json(value: object) -> Any:
+def _as_json(value: Any) -> Any:
     """Return the value as JSON gives it back, so that what was written compares equal with what is planned."""
     return TypeAdapter(Any).dump_python(value, mode="json")
 

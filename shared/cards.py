@@ -34,7 +34,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Gates:
-    """Limits that a quantized product must keep against its float32 model; None is no limit. MB are 2^20 bytes, as in the guides."""
+    """Limits that a quantized product must keep against its float32 model; None is no limit. MB are 2^20 bytes."""
 
     __pydantic_config__ = STRICT
     max_size_mb: Annotated[float, Field(gt=0)] | None = None

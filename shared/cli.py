@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 from rich.console import Console
@@ -25,7 +25,7 @@ from shared.errors import ToolError, one_line
 from shared.machine import GIB, MIB, peak_rss_bytes
 
 # typer carries its own click and exports only BadParameter of its errors; this is the class of all wrong usage.
-UsageError = typer.BadParameter.__mro__[1]
+UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 
 PLAIN_WIDTH = 140  # columns when the output is no terminal
 
@@ -52,7 +52,7 @@ def run(tool: Callable[..., Any]) -> NoReturn:
     except ToolError as error:
         _fail(str(error))
     except UsageError as error:
-        _fail(f"{error.format_message().rstrip('.')}; see --help")  # type: ignore[attr-defined]
+        _fail(f"{error.format_message().rstrip('.')}; see --help")
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted, nothing written", code=130)
     except MemoryError:

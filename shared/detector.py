@@ -72,7 +72,7 @@ class Block(nn.Module):
         self.pwconv2 = nn.Linear(4 * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.dwconv(x).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
+        y: Tensor = self.dwconv(x).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
         y = self.pwconv2(self.grn(F.gelu(self.pwconv1(self.norm(y)))))
         return x + y.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
 

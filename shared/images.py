@@ -45,7 +45,7 @@ def read_image(path: Path, size: int) -> Image:
                 square = ImageOps.fit(upright, (size, size), pillow.Resampling.BICUBIC)
     except (UnidentifiedImageError, OSError, SyntaxError, pillow.DecompressionBombWarning, pillow.DecompressionBombError) as error:
         raise ToolError("unreadable image", where=path, got=error, expected=", ".join(FORMATS)) from None
-    pixels = np.asarray(square, dtype=np.float32) / 255
+    pixels = np.asarray(square, dtype=np.float32) / np.float32(255)
     return pixels.transpose(2, 0, 1)[np.newaxis]  # (H, W, 3) -> (1, 3, H, W)
 
 
@@ -65,7 +65,8 @@ def seeded_image(size: int, rng: np.random.Generator) -> Image:
     image += image.mean(axis=0)  # channels of photographs move together
     image = (image - image.min()) / (image.max() - image.min())
     image = np.clip(image + rng.normal(0, 0.02, image.shape), 0, 1)
-    return image.astype(np.float32)[np.newaxis]
+    pixels: Image = image.astype(np.float32)[np.newaxis]
+    return pixels
 
 
 def image_layout(shape: tuple[int, ...]) -> tuple[str, int] | None:

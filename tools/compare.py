@@ -284,7 +284,8 @@ def _verdict(source: ModelSource, speedup: float) -> str:
     relation = f"slower than its reference ({speedup:.2f} times as fast)" if speedup < SLOWER else "as fast as its reference"
     unpacked = sorted(read_dequantized_types(source.path)) if source.card is None else []
     if unpacked:
-        return f"{relation}: its {', '.join(unpacked)} weights are unpacked to float32, so it saves size, not time; for speed take int8"
+        weights = ", ".join(unpacked)
+        return f"{relation}: its {weights} weights are unpacked to float32, which saves size, not time; for speed take int8"
     return f"{relation}: this CPU has no faster kernels for what it computes with; measure on the target device"
 
 
@@ -386,7 +387,7 @@ def compare(
             draft.write_text(to_json(found) + "\n", encoding="utf-8")
             return found
 
-        arguments = {"runs": runs, "samples": samples, "threads": protocol.threads, "bits": nbits, "seed": seed}
+        arguments: dict[str, object] = {"runs": runs, "samples": samples, "threads": protocol.threads, "bits": nbits, "seed": seed}
         arguments |= {"limits": limits, "card": card and card.as_arguments(), "images": [file.name for file in files]}
         plan = Plan(output, "compare", arguments, [reference, *candidates, *files], PACKAGES, overwrite=overwrite, refresh=refresh)
         report, findings = artifacts.build(plan, Findings, make)

@@ -6,6 +6,7 @@ Example:
 Source: network and checkpoints, https://github.com/facebookresearch/videoseal; converter, litert-torch 0.10
 """
 
+import itertools
 import time
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -208,9 +209,7 @@ def convert_detector(
         raise ToolError("give either --checkpoint FILE or --rehearsal", remedy=f"the published checkpoint: {card.checkpoint.url}")
     form = InputForm(image_size or card.image_size, input_layout.value, resize=not simple)
     if simple and form.size != card.image_size:
-        warn(
-            f"{card.title} was trained at {card.image_size} pixels; at {form.size} without resizing its accuracy is unknown (see --no-simple)"
-        )
+        warn(f"{card.title} was trained at {card.image_size} pixels; at {form.size} its accuracy is unknown; --no-simple resizes")
     wants_float = quantize is Precision.NONE
     output = output or PRODUCTS / file_name(card, form, quantize, rehearsal=rehearsal)
     float_path = output if wants_float else output.with_name(file_name(card, form, Precision.NONE, rehearsal=rehearsal))
@@ -246,7 +245,7 @@ def _weights_bytes(card: Card) -> int:
     """Return the bytes of a card's float32 weights, from its sizes: 8 dim^2 per block, and the convolutions between."""
     widths = list(card.dims)
     blocks = sum(depth * (8 * dim * dim + 62 * dim) for depth, dim in zip(card.depths, widths, strict=True))
-    halvings = sum(4 * a * b for a, b in zip(widths, widths[1:], strict=False))
+    halvings = sum(4 * a * b for a, b in itertools.pairwise(widths))
     decoder = 9 * widths[3] ** 2 + widths[3] * (1 + card.nbits)
     return BYTES_PER_PARAMETER * (blocks + halvings + decoder)
 

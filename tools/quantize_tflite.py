@@ -206,29 +206,33 @@ def measure_coverage(before: list[OpWeights], after: list[OpWeights], rules: Rul
 
 def _why_left(op: OpWeights, rules: Rules) -> str:
     """Return why the quantizer left an op as it was."""
-    from ai_edge_quantizer import algorithm_manager, qtyping
-
     if op.dtype == "FLOAT16":
         return "weights are float16, which the quantizer skips"
     if op.dtype not in FLOATS:
         return f"weights are {op.dtype} already"
-    try:
-        operation = qtyping.TFLOperationName(op.op_type)
-    except ValueError:
-        return "op unknown to the quantizer"
-    matching = [r for r in rules if r["operation"] in ("*", op.op_type) and re.search(r["regex"], op.name + ";")]
+    matching = [rule for rule in rules if rule["operation"] in ("*", op.op_type) and re.search(rule["regex"], op.name + ";")]
     if not matching:
         return "no rule matches"
     if matching[-1]["algorithm_key"] == "no_quantize":
         return "excluded by a rule"
-    for rule in matching:
-        try:
-            config = qtyping.OpQuantizationConfig.from_dict(rule["op_config"])
-            algorithm_manager.check_op_quantization_config(rule["algorithm_key"], operation, config)
-        except (ValueError, KeyError, TypeError):
-            continue
-        return "fewer weights than the rule asks for" if config.min_weight_elements else "skipped by the quantizer"
-    return "no rule supports this op type"
+    supporting = [rule for rule in matching if _supports(rule, op.op_type)]
+    if not supporting:
+        return "no rule supports this op type"
+    is_small = supporting[-1]["op_config"].get("min_weight_elements", 0) > 0
+    return "fewer weights than the rule asks for" if is_small else "skipped by the quantizer"
+
+
+def _supports(rule: dict[str, Any], op_type: str) -> bool:
+    """Whether the quantizer's policy knows the rule's configuration for an op type."""
+    from ai_edge_quantizer import algorithm_manager, qtyping
+
+    try:
+        config = qtyping.OpQuantizationConfig.from_dict(rule["op_config"])
+        operation = qtyping.TFLOperationName(op_type)
+        algorithm_manager.check_op_quantization_config(rule["algorithm_key"], operation, config)
+    except (ValueError, KeyError, TypeError):
+        return False
+    return True
 
 
 def quantize_tflite(

@@ -22,7 +22,6 @@ from shared import artifacts
 from shared.artifacts import Plan, Product
 from shared.child import ChildError
 from shared.cli import Overwrite, Refresh, Seed, Threads, run, size_text, step, to_json
-from shared.errors import ToolError
 from shared.machine import cpu_count
 from shared.metrics import message_bits
 from shared.runtime import Model, ModelSource, TensorSpec, open_model, sample_inputs

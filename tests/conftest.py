@@ -1,0 +1,96 @@
+"""Small networks with the published code's outputs, converted once per run, and other people's files where they are."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "tests" / "data"
+REALDATA = ROOT.parent / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests on other people's files where these are absent, and say so."""
+    if not REALDATA.is_dir():
+        for item in items:
+            if item.get_closest_marker("realdata"):
+                item.add_marker(pytest.mark.skip(reason="other people's files (../shared/data) are not here"))
+
+
+@dataclass(frozen=True)
+class Small:
+    """A small network of the published kind: card, checkpoint, and the published code's output for one batch."""
+
+    card: Path
+    checkpoint: Path
+
+
+def write_card(path: Path, **changes: object) -> Path:
+    """Write a model card for a small network, with some fields changed."""
+    fields: dict[str, object] = {
+        "title": "Small",
+        "nbits": 32,
+        "depths": [1, 1, 2, 1],
+        "dims": [16, 32, 48, 64],
+        "stem_stride": 4,
+        "image_size": 64,
+        "output_prefix": f"small_detector_{path.stem}",
+    }
+    lines = [f"{name} = {json.dumps(value)}" for name, value in {**fields, **changes}.items()]
+    path.write_text("\n".join(lines) + '\n[checkpoint]\nurl = "https://example.org/small.pth"\n')
+    return path
+
+
+@pytest.fixture(scope="session")
+def videoseal_small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """VideoSeal's kind: stem stride 4, 32 bits."""
+    folder = tmp_path_factory.mktemp("videoseal_small")
+    return Small(write_card(folder / "videoseal_small.toml"), DATA / "parity_videoseal_small.safetensors")
+
+
+@pytest.fixture(scope="session")
+def chunkyseal_small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """ChunkySeal's kind: stem stride 2, channels grown with the square root of the bits."""
+    folder = tmp_path_factory.mktemp("chunkyseal_small")
+    card = write_card(folder / "chunkyseal_small.toml", nbits=256, dims=[22, 33, 45, 67], stem_stride=2)
+    return Small(card, DATA / "parity_chunkyseal_small.safetensors")
+
+
+@pytest.fixture(scope="session")
+def float_models(videoseal_small: Small, chunkyseal_small: Small, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Both small networks as float32 TFLite models."""
+    from tools.convert_detector import convert_detector
+
+    models = {}
+    for small in (videoseal_small, chunkyseal_small):
+        output = tmp_path_factory.mktemp("models") / f"{small.card.stem}.tflite"
+        convert_detector(model=str(small.card), checkpoint=small.checkpoint, output=output)
+        models[small.card.stem] = output
+    return models
+
+
+@pytest.fixture(scope="session")
+def float_model(float_models: dict[str, Path]) -> Path:
+    """The small VideoSeal network as float32 TFLite model."""
+    return float_models["videoseal_small"]
+
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run_tool() -> Iterator[Run]:
+    """Return a function that runs a tool as its users do: `run_tool("verify", "model.tflite")`."""
+
+    def run(name: str, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", f"tools.{name}", *map(str, arguments)]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env, timeout=300)
+
+    yield run

@@ -1,0 +1,71 @@
+"""A card says what it should, and a bad one says what is wrong with it."""
+
+from pathlib import Path
+
+import pytest
+
+from shared.cards import card_names, load_card
+from shared.errors import ToolError
+from tests.conftest import write_card
+
+
+def test_every_shipped_card_loads_and_has_gates_for_its_recipes() -> None:
+    assert card_names() == ["chunkyseal", "pixelseal", "videoseal"]
+    for name in card_names():
+        assert {"int8", "fp16"} <= load_card(name).gates.keys()
+
+
+@pytest.mark.parametrize(("name", "near"), [("chunkysea", "chunkyseal"), ("VideoSeal", "videoseal"), ("pixel-seal", "pixelseal")])
+def test_an_unknown_model_gets_the_near_miss(name: str, near: str) -> None:
+    with pytest.raises(ToolError, match=f"did you mean {near}"):
+        load_card(name)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("nbits", 0),
+        ("nbits", "many"),
+        ("depths", [1, 1, 1]),
+        ("dims", [16, 32, 48, -1]),
+        ("stem_stride", 3),
+        ("image_size", 8),
+        ("output_prefix", "../elsewhere"),
+        ("colour", "blue"),
+    ],
+)
+def test_a_bad_field_is_named_with_its_file(tmp_path: Path, field: str, value: object) -> None:
+    card = write_card(tmp_path / "bad.toml", **{field: value})
+    with pytest.raises(ToolError, match=rf"bad\.toml.*{field}"):
+        load_card(str(card))
+
+
+def test_all_bad_fields_are_named_at_once(tmp_path: Path) -> None:
+    card = write_card(tmp_path / "bad.toml", nbits=0, stem_stride=5)
+    with pytest.raises(ToolError, match=r"nbits.*stem_stride"):
+        load_card(str(card))
+
+
+def test_a_card_that_is_no_toml_or_not_there_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("nbits = = 3")
+    with pytest.raises(ToolError, match="not valid TOML"):
+        load_card(str(tmp_path / "bad.toml"))
+    with pytest.raises(ToolError, match="no such model card"):
+        load_card(str(tmp_path / "absent.toml"))
+
+
+def test_a_checkpoint_is_found_in_the_products_folder_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    card = load_card("videoseal")
+    places = card.checkpoint_places()
+    assert places[0] == Path("models/checkpoints/videoseal.pth")
+    assert any(place.parent == Path.home() / ".cache" / "videoseal" for place in places)
+    published = Path("models/checkpoints/y_256b_img.pth")
+    assert published in places
+    published.parent.mkdir(parents=True)
+    published.touch()
+    assert card.find_checkpoint() == published
+
+
+def test_a_file_name_that_several_models_share_is_not_taken_for_either() -> None:
+    assert not any(place.name == "checkpoint.pth" and place.parent.name == "videoseal" for place in load_card("pixelseal").checkpoint_places())
