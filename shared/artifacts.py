@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -101,8 +101,8 @@ def build(plan: Plan, found_type: type[Found], make: Callable[[Path], Found]) ->
     for source in plan.inputs:
         if plan.output.exists() and source.exists() and plan.output.samefile(source):
             raise ToolError("the output is the input", where=plan.output, remedy="choose another file with -o")
-    inputs = [record(path) for path in plan.inputs]
     old = read_provenance(plan.output)
+    inputs = [record(path, known=old.inputs if old else ()) for path in plan.inputs]
     if old is not None and plan.output.is_file() and _describes(old, plan, inputs):
         with contextlib.suppress(ValidationError):
             found = TypeAdapter(found_type).validate_python(old.found)
@@ -149,11 +149,14 @@ def read_provenance(product: Path) -> Provenance | None:
         return None
 
 
-def record(path: Path, *, name: Path | None = None, sha256: str | None = None) -> FileRecord:
-    """Return size, times and sha256 of a file; the hash comes from its own provenance where that still holds.
+def record(
+    path: Path, *, known: Iterable[FileRecord] = (), name: Path | None = None, sha256: str | None = None
+) -> FileRecord:
+    """Return size, times and sha256 of a file; the hash comes from an earlier record where that still holds.
 
     Args:
         path: The file.
+        known: Earlier records, beside the one in the file's own provenance.
         name: The name to record, where it is about to change.
         sha256: The hash, where the caller has just computed it.
 
@@ -167,9 +170,10 @@ def record(path: Path, *, name: Path | None = None, sha256: str | None = None) -
         )
         if sha256 is not None:
             return unhashed
-        known = read_provenance(path)
-        if known is not None and replace(known.output, path=unhashed.path, sha256="") == unhashed:
-            return replace(unhashed, sha256=known.output.sha256)
+        own = read_provenance(path)
+        for earlier in (*known, *([own.output] if own else [])):
+            if replace(earlier, path=unhashed.path, sha256="") == unhashed:
+                return replace(unhashed, sha256=earlier.sha256)
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if path.stat().st_mtime_ns != before.st_mtime_ns:

@@ -140,7 +140,7 @@ def _die_with_parent() -> None:
 
 
 def _send(stream: IO[bytes], message: Message, arrays: Arrays) -> None:
-    solid = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    solid = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     heads = [[name, array.dtype.str, list(array.shape)] for name, array in solid.items()]
     stream.write(json.dumps({"message": message, "arrays": heads}).encode() + b"\n")
     for array in solid.values():

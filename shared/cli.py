@@ -27,6 +27,7 @@ from shared.machine import GIB, MIB, peak_rss_bytes
 # typer carries its own click and exports only BadParameter of its errors; this is the class of all wrong usage.
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 
+INTERRUPTED, TERMINATED = 130, 143
 PLAIN_WIDTH = 140  # columns when the output is no terminal
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output file, whatever it is.")]
@@ -54,7 +55,7 @@ def run(tool: Callable[..., Any]) -> NoReturn:
     except UsageError as error:
         _fail(f"{error.format_message().rstrip('.')}; see --help")
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted, nothing written", code=130)
+        _fail("interrupted, nothing written", code=INTERRUPTED)
     except MemoryError:
         _fail("out of memory; close other programs or use a larger machine")
     except BrokenPipeError:
@@ -62,6 +63,8 @@ def run(tool: Callable[..., Any]) -> NoReturn:
         sys.exit(1)
     except OSError as error:
         _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    if code == INTERRUPTED:  # how typer returns Ctrl-C
+        _fail("interrupted, nothing written", code=INTERRUPTED)
     sys.exit(code or 0)
 
 
@@ -121,7 +124,7 @@ def _fail(message: str, code: int = 2) -> NoReturn:
 
 
 def _terminate(*_: object) -> NoReturn:
-    _fail("terminated, nothing written", code=143)
+    _fail("terminated, nothing written", code=TERMINATED)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,192 @@
+"""Files appear whole or not at all, and up to date means up to date."""
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from shared.artifacts import Plan, Product, build, draft_beside, provenance_path, read_provenance, record
+from shared.errors import ToolError
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the pretended tool found."""
+
+    letters: int
+    ok: bool = True
+
+
+class Work:
+    """A pretended tool that counts how often it really worked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.source = folder / "source.txt"
+        self.source.write_text("abc")
+        self.plan = Plan(folder / "out.txt", "verify", {"shout": True}, [self.source], ["numpy"])
+        self.times = 0
+        self.ok = True
+
+    def make(self, draft: Path) -> Found:
+        self.times += 1
+        text = self.source.read_text()
+        draft.write_text(text.upper())
+        return Found(len(text), self.ok)
+
+    def build(self, **changes: object) -> tuple[Product, Found]:
+        return build(replace(self.plan, **changes), Found, self.make)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Work:
+    return Work(tmp_path)
+
+
+def test_a_product_appears_with_its_provenance_and_nothing_else(work: Work) -> None:
+    product, found = work.build()
+    assert (product.path.read_text(), found, product.up_to_date) == ("ABC", Found(3), False)
+    provenance = json.loads(provenance_path(product.path).read_text())
+    assert provenance["tool"] == "verify"
+    assert provenance["arguments"] == {"shout": True}
+    assert provenance["output"]["sha256"] == product.sha256
+    assert provenance["inputs"][0]["sha256"] == record(work.source).sha256
+    assert {"python", "numpy", "edgepress-code"} <= provenance["versions"].keys()
+    assert sorted(path.name for path in product.path.parent.iterdir()) == ["out.txt", "out.txt.json", "source.txt"]
+
+
+def test_the_second_build_finds_it_up_to_date_with_what_was_found(work: Work) -> None:
+    first, _ = work.build()
+    second, found = work.build()
+    assert (work.times, second.up_to_date, found) == (1, True, Found(3))
+    assert second.sha256 == first.sha256
+
+
+@pytest.mark.parametrize("changes", [{"arguments": {"shout": False}}, {"tool": "compare"}, {"packages": ["numpy", "typer"]}])
+def test_other_arguments_tools_or_versions_make_it_stale(work: Work, changes: dict[str, object]) -> None:
+    work.build()
+    with pytest.raises(ToolError, match="out of date"):
+        work.build(**changes)
+    work.build(**changes, refresh=True)
+    assert work.times == 2
+
+
+def test_an_input_changed_to_the_same_size_and_time_makes_it_stale(work: Work) -> None:
+    work.build()
+    times = work.source.stat()
+    work.source.write_text("xyz")
+    os.utime(work.source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    product, _ = work.build(refresh=True)
+    assert (work.times, product.path.read_text()) == (2, "XYZ")
+
+
+def test_a_product_changed_by_hand_is_not_ours_any_more(work: Work) -> None:
+    product, _ = work.build()
+    times = product.path.stat()
+    product.path.write_text("AB!")
+    os.utime(product.path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ToolError, match="use --overwrite"):
+        work.build(refresh=True)
+    assert product.path.read_text() == "AB!"
+    work.build(overwrite=True)
+    assert product.path.read_text() == "ABC"
+
+
+def test_a_strangers_file_needs_overwrite(work: Work) -> None:
+    work.plan.output.write_text("precious")
+    for refresh in (False, True):
+        with pytest.raises(ToolError, match="the output exists"):
+            work.build(refresh=refresh)
+    assert (work.plan.output.read_text(), work.times) == ("precious", 0)
+
+
+def test_a_product_that_failed_its_own_check_is_made_again(work: Work) -> None:
+    work.ok = False
+    work.build()
+    work.build(refresh=True)
+    assert work.times == 2
+
+
+def test_an_error_leaves_nothing_and_keeps_what_was_there(work: Work) -> None:
+    def fail(draft: Path) -> Found:
+        draft.write_text("half")
+        raise ToolError("no")
+
+    with pytest.raises(ToolError):
+        build(work.plan, Found, fail)
+    assert not work.plan.output.exists()
+    product, _ = work.build()
+    with pytest.raises(ToolError):
+        build(replace(work.plan, overwrite=True, arguments={}), Found, fail)
+    assert product.path.read_text() == "ABC"
+    assert not list(product.path.parent.glob(".*"))
+
+
+def test_killed_between_provenance_and_product_the_next_run_finishes(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The provenance is new, the product still the old one: it is known as the one to be replaced."""
+    product, _ = work.build()
+    work.source.write_text("xyz")
+    rename = Path.replace
+
+    def die(self: Path, target: Path) -> Path:
+        if target == product.path:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", die)
+        work.build(refresh=True)
+    assert product.path.read_text() == "ABC"
+    again, _ = work.build(refresh=True)
+    assert again.path.read_text() == "XYZ"
+
+
+def test_an_output_that_is_an_input_a_folder_or_a_link_is_refused(work: Work, tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match="the output is the input"):
+        work.build(output=work.source, overwrite=True)
+    with pytest.raises(ToolError, match="is a folder"):
+        work.build(output=tmp_path, overwrite=True)
+    link = tmp_path / "link.txt"
+    link.symlink_to(tmp_path / "nowhere.txt")
+    with pytest.raises(ToolError, match="the output exists"):
+        work.build(output=link, refresh=True)
+
+
+def test_a_folder_that_is_missing_or_no_folder_is_refused_before_the_work(work: Work, tmp_path: Path) -> None:
+    for folder in (tmp_path / "absent", work.source):
+        with pytest.raises(ToolError, match="cannot write here"):
+            work.build(output=folder / "out.txt")
+    assert work.times == 0
+
+
+def test_drafts_of_dead_processes_are_cleared_away_and_others_left(tmp_path: Path) -> None:
+    dead, alive = tmp_path / ".out.txt.999999999.partial", tmp_path / f".out.txt.{os.getppid()}.partial"
+    dead.touch()
+    alive.touch()
+    with draft_beside(tmp_path / "out.txt"):
+        pass
+    assert (dead.exists(), alive.exists()) == (False, True)
+
+
+def test_an_unchanged_file_is_not_hashed_again(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    product, _ = work.build()
+
+    def forbidden(*_: object) -> object:
+        raise AssertionError
+
+    monkeypatch.setattr("hashlib.file_digest", forbidden)
+    assert record(product.path).sha256 == product.sha256
+    assert work.build()[0].up_to_date
+
+
+def test_provenance_that_is_not_ours_is_none(work: Work) -> None:
+    provenance_path(work.plan.output).write_text('{"tool": "another"}')
+    assert read_provenance(work.plan.output) is None
+
+
+def test_a_missing_input_is_an_error(work: Work, tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match="no such file"):
+        work.build(inputs=[tmp_path / "absent"])
+
+

@@ -1,0 +1,86 @@
+"""Images become arrays of the documented layout and range, or an error."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shared.errors import ToolError
+from shared.images import image_files, image_layout, read_image, seeded_image, to_layout
+from tests.conftest import REALDATA
+
+
+def test_an_image_is_rgb_in_0_to_1_channels_first(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 20), (255, 0, 51)).save(tmp_path / "a.png")
+    pixels = read_image(tmp_path / "a.png", 16)
+    assert (pixels.shape, pixels.dtype) == ((1, 3, 16, 16), np.float32)
+    np.testing.assert_allclose(pixels[0, :, 8, 8], [1, 0, 0.2], atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1"])
+def test_other_modes_become_rgb(tmp_path: Path, mode: str) -> None:
+    Image.new(mode, (8, 8)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", 8).shape == (1, 3, 8, 8)
+
+
+def test_a_turned_photograph_is_turned_back(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (8, 8))
+    picture.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    picture.save(tmp_path / "a.png", exif=exif)
+    assert read_image(tmp_path / "a.png", 8)[0, 0, 7, 7] == 1
+
+
+@pytest.mark.parametrize("kind", ["text", "cut", "gif"])
+def test_what_is_no_whole_image_is_an_error(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path, "GIF" if kind == "gif" else "PNG")
+    if kind == "cut":
+        path.write_bytes(path.read_bytes()[:2000])
+    if kind == "text":
+        path.write_text("not a picture")
+    with pytest.raises(ToolError, match=r"a\.png: unreadable image"):
+        read_image(path, 16)
+
+
+def test_a_folder_is_searched_sorted_and_must_hold_images(tmp_path: Path) -> None:
+    for name in ("b.png", "sub/a.JPG", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [path.name for path in image_files(tmp_path)] == ["b.png", "a.JPG"]
+    with pytest.raises(ToolError, match="no such image folder"):
+        image_files(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ToolError, match="no images"):
+        image_files(tmp_path / "empty")
+
+
+def test_made_up_pictures_repeat_and_fill_the_range() -> None:
+    one, again, other = (seeded_image(32, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert (one.shape, one.dtype) == ((1, 3, 32, 32), np.float32)
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other).max() > 0.1
+    assert 0 <= one.min() < 0.1 < 0.9 < one.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((1, 3, 8, 8), ("nchw", 8)), ((1, 8, 8, 3), ("nhwc", 8)), ((1, 3, 8, 9), None), ((2, 3, 8, 8), None), ((1, 146, 2), None)],
+)
+def test_layout_is_read_from_the_shape(shape: tuple[int, ...], layout: tuple[str, int] | None) -> None:
+    assert image_layout(shape) == layout
+
+
+def test_layouts_hold_the_same_pixels() -> None:
+    image = seeded_image(8, np.random.default_rng(0))
+    np.testing.assert_array_equal(to_layout(image, "nhwc")[0, 2, 5], image[0, :, 2, 5])
+    assert to_layout(image, "nchw") is image
+
+
+@pytest.mark.realdata
+def test_real_photographs_are_read() -> None:
+    for path in image_files(REALDATA / "images"):
+        pixels = read_image(path, 64)
+        assert pixels.std() > 0.01
