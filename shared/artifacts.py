@@ -149,9 +149,7 @@ def read_provenance(product: Path) -> Provenance | None:
         return None
 
 
-def record(
-    path: Path, *, known: Iterable[FileRecord] = (), name: Path | None = None, sha256: str | None = None
-) -> FileRecord:
+def record(path: Path, *, known: Iterable[FileRecord] = (), name: Path | None = None, sha256: str | None = None) -> FileRecord:
     """Return size, times and sha256 of a file; the hash comes from an earlier record where that still holds.
 
     Args:

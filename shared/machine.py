@@ -81,7 +81,9 @@ def require_memory(need_bytes: int, purpose: str) -> None:
 
 
 def require_disk(need_bytes: int, folder: Path, purpose: str) -> None:
-    """Raise ToolError when the disk that holds `folder` has less than `need_bytes` free."""
+    """Raise ToolError when the disk that holds `folder` has less than `need_bytes` free, or there is no such folder."""
+    if not folder.is_dir():
+        raise ToolError("no such folder to write to", where=folder, remedy="create it or choose another with -o")
     have = shutil.disk_usage(folder).free
     if have < need_bytes:
         raise ToolError(

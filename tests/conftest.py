@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +85,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
-def run_tool() -> Iterator[Run]:
+def run_tool() -> Run:
     """Return a function that runs a tool as its users do: `run_tool("verify", "model.tflite")`."""
 
     def run(name: str, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
@@ -93,4 +93,4 @@ def run_tool() -> Iterator[Run]:
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env, timeout=300)
 
-    yield run
+    return run

@@ -68,4 +68,6 @@ def test_a_checkpoint_is_found_in_the_products_folder_first(tmp_path: Path, monk
 
 
 def test_a_file_name_that_several_models_share_is_not_taken_for_either() -> None:
-    assert not any(place.name == "checkpoint.pth" and place.parent.name == "videoseal" for place in load_card("pixelseal").checkpoint_places())
+    assert not any(
+        place.name == "checkpoint.pth" and place.parent.name == "videoseal" for place in load_card("pixelseal").checkpoint_places()
+    )

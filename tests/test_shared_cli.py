@@ -92,7 +92,10 @@ def test_a_failed_check_exits_1_with_its_result(command: list[str]) -> None:
         (["memory"], "error: out of memory; close other programs or use a larger machine\n"),
         (["fine", "--colour"], "error: No such option: --colour; see --help\n"),
         ([], "error: Missing argument 'KIND'; see --help\n"),
-        (["fine", "--value", "much"], "error: Invalid value for '--value': Input should be a valid number, unable to parse string as a number; see --help\n"),
+        (
+            ["fine", "--value", "much"],
+            "error: Invalid value for '--value': Input should be a valid number, unable to parse string as a number; see --help\n",
+        ),
     ],
 )
 def test_what_could_not_run_is_one_line_and_exit_2(command: list[str], arguments: list[str], line: str) -> None:

@@ -25,7 +25,9 @@ def load(small: Small, *, maps_input: bool = True) -> tuple[Detector, Mapping[st
     return network, tensors
 
 
-@pytest.mark.parametrize(("card", "published"), [("videoseal", "videoseal_1.0"), ("pixelseal", "pixelseal"), ("chunkyseal", "chunkyseal")])
+@pytest.mark.parametrize(
+    ("card", "published"), [("videoseal", "videoseal_1.0"), ("pixelseal", "pixelseal"), ("chunkyseal", "chunkyseal")]
+)
 def test_keys_and_shapes_of_every_card_are_the_published_ones(card: str, published: str) -> None:
     shapes = {f"detector.{key}": list(value.shape) for key, value in build_on_meta(load_card(card)).state_dict().items()}
     assert shapes == PUBLISHED[published]["detector"]

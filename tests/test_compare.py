@@ -1,0 +1,191 @@
+"""compare measures both sides alike, and every gate of it trips."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shared.child import ChildError
+from shared.errors import ToolError
+from shared.runtime import Model, open_model
+from tests.conftest import Run, Small
+from tools import compare as module
+from tools.compare import compare
+from tools.quantize_tflite import quantize_tflite
+
+
+@pytest.fixture(scope="module")
+def products(float_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The float32 model and its products, side by side."""
+    folder = tmp_path_factory.mktemp("products")
+    found = {"none": Path(shutil.copy(float_model, folder / "model.tflite"))}
+    for recipe in ("int8", "fp16"):
+        found[recipe] = quantize_tflite(found["none"], recipe=recipe).product.path
+    return found
+
+
+def test_a_model_against_itself_is_perfect(products: dict[str, Path]) -> None:
+    candidate = compare(products["none"], [products["none"]], runs=3, samples=2).findings.candidates[0]
+    assert (candidate.bit_agreement, candidate.relative_error, candidate.max_abs_error) == (1, 0, 0)
+    assert candidate.cosine == pytest.approx(1)
+    assert candidate.reduction == 0
+
+
+def test_candidates_are_measured_against_their_reference(products: dict[str, Path]) -> None:
+    found = compare(products["none"], [products["int8"], products["fp16"]], runs=4, samples=3, threads=1).findings
+    int8, fp16 = found.candidates
+    assert (found.samples, found.threads, found.reference.runs, found.interleaved) == (3, 1, 4, True)
+    for candidate in (int8, fp16):
+        assert candidate.measured is not None
+        assert candidate.measured.median_ms > 0
+        assert candidate.measured.p90_ms >= candidate.measured.median_ms
+        assert candidate.speedup == found.reference.median_ms / candidate.measured.median_ms
+        assert candidate.reduction == 1 - candidate.size_bytes / found.reference.size_bytes
+    assert int8.cosine is not None
+    assert fp16.cosine is not None
+    assert 0.99 < int8.cosine < fp16.cosine <= 1
+
+
+def test_a_checkpoint_run_in_torch_is_a_reference(products: dict[str, Path], videoseal_small: Small) -> None:
+    found = compare(videoseal_small.checkpoint, [products["none"]], model=str(videoseal_small.card), runs=2, samples=2).findings
+    assert found.reference.kernels == "torch"
+    assert found.candidates[0].relative_error is not None
+    assert found.candidates[0].relative_error < 1e-5
+    assert found.candidates[0].bit_agreement == 1
+
+
+@pytest.mark.parametrize("gate", ["min_cosine", "min_speedup", "max_size_mb"])
+def test_every_gate_trips_and_is_kept(products: dict[str, Path], gate: str) -> None:
+    kept, tripped = {"max_size_mb": (100.0, 0.001), "min_speedup": (0.0, 1e6)}.get(gate, (0.0, 1.0))
+    for limit, ok in ((kept, True), (tripped, False)):
+        result = compare(products["none"], [products["int8"]], runs=2, samples=2, **{gate: limit})  # type: ignore[arg-type]
+        found = result.findings.candidates[0].gates
+        assert [(one.name, one.limit, one.ok) for one in found] == [(gate, limit, ok)]
+        assert result.ok is ok
+        assert ("FAILED" in result.message) is not ok
+
+
+def test_bit_agreement_below_its_limit_trips(products: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The candidate, loaded last, answers with every sign turned."""
+    run, init, loaded = Model.run, Model.__init__, []
+
+    def remember(self: Model, *arguments: object) -> None:
+        init(self, *arguments)  # type: ignore[arg-type]
+        loaded.append(self)
+
+    def turn(self: Model, inputs: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], float]:  # type: ignore[type-arg]
+        outputs, run_ms = run(self, inputs)
+        sign = np.float32(-1 if self is loaded[-1] and len(loaded) == 2 else 1)
+        return {name: output * sign for name, output in outputs.items()}, run_ms
+
+    monkeypatch.setattr(Model, "__init__", remember)
+    monkeypatch.setattr(Model, "run", turn)
+    result = compare(products["none"], [products["none"]], runs=2, samples=2, min_bit_agreement=0.9)
+    assert not result.ok
+    agreement = result.findings.candidates[0].bit_agreement
+    assert agreement is not None
+    assert agreement < 0.1
+
+
+def test_one_model_at_a_time_where_memory_is_short(products: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    open_now, most = [0], [0]
+
+    class Counting:
+        def __init__(self, *arguments: object, **options: object) -> None:
+            self.context = open_model(*arguments, **options)  # type: ignore[arg-type]
+
+        def __enter__(self) -> Model:
+            open_now[0] += 1
+            most[0] = max(most[0], open_now[0])
+            return self.context.__enter__()
+
+        def __exit__(self, *details: object) -> None:
+            open_now[0] -= 1
+            self.context.__exit__(*details)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "open_model", Counting)
+    monkeypatch.setattr(module, "available_memory_bytes", lambda: 2**30)
+    found = compare(products["none"], [products["int8"]], runs=2, samples=2).findings
+    assert (found.interleaved, most[0]) == (False, 1)
+    monkeypatch.setattr(module, "available_memory_bytes", lambda: None)
+    assert compare(products["none"], [products["int8"]], runs=2, samples=2).findings.interleaved
+    assert most[0] == 2
+
+
+def test_images_of_a_folder_are_the_inputs(products: dict[str, Path], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.png", "c.png"):
+        Image.fromarray(rng.integers(0, 256, (80, 90, 3), np.uint8)).save(tmp_path / name)
+    found = compare(products["none"], [products["int8"]], images=tmp_path, samples=2, runs=2).findings
+    assert found.samples == 2
+    made_up = compare(products["none"], [products["int8"]], samples=2, runs=2).findings
+    assert found.candidates[0].max_abs_error != made_up.candidates[0].max_abs_error
+
+
+def test_a_slower_candidate_is_told_in_words_with_the_reason(products: dict[str, Path]) -> None:
+    from shared.runtime import ModelSource
+
+    assert module._verdict(ModelSource(products["int8"]), 2.0) == "2.00 times faster than its reference"
+    slow = module._verdict(ModelSource(products["fp16"]), 0.5)
+    assert slow.startswith("slower than its reference (0.50 times as fast): its float16 weights are unpacked to float32")
+    assert "no faster kernels" in module._verdict(ModelSource(products["int8"]), 0.5)
+    assert module._verdict(ModelSource(products["int8"]), 1.0).startswith("as fast as its reference")
+
+
+def test_a_candidate_that_crashes_is_a_failed_check_not_a_crash(products: dict[str, Path], tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.tflite"
+    damaged.write_bytes(products["int8"].read_bytes()[:5000])
+    result = compare(products["none"], [damaged, products["int8"]], runs=2, samples=2, min_cosine=0.5)
+    broken, sound = result.findings.candidates
+    assert broken.error is not None
+    assert (broken.measured, [gate.ok for gate in broken.gates]) == (None, [False])
+    assert sound.error is None
+    assert not result.ok
+    with pytest.raises(ToolError, match="the reference does not run"):
+        compare(damaged, [products["int8"]], runs=2, samples=2)
+
+
+def test_nan_in_a_candidate_is_a_failed_check(products: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = (module.Measured(products["none"], 10, 1, 1, 1, 1, "xnnpack", 1), [[np.ones((1, 33), np.float32)]])
+    shown = (reference[0], [[np.full((1, 33), np.nan, np.float32)]])
+    candidate = module._against(reference, module.ModelSource(products["int8"]), shown, 32)
+    assert candidate.error == "an output holds NaN or infinite values"
+    assert module._against(reference, module.ModelSource(products["int8"]), ChildError("gone"), 32).error == "gone"
+
+
+def test_models_of_different_message_lengths_cannot_be_compared(products: dict[str, Path], float_models: dict[str, Path]) -> None:
+    candidate = compare(products["none"], [float_models["chunkyseal_small"]], runs=2, samples=2).findings.candidates[0]
+    assert candidate.error is not None
+    assert "differ in shape" in candidate.error
+
+
+def test_the_report_is_json_and_up_to_date_the_second_time(products: dict[str, Path], tmp_path: Path, run_tool: Run) -> None:
+    arguments = [products["none"], products["int8"], "-o", tmp_path / "compare.json", "--runs", "2", "--samples", "2", "--json"]
+    first = run_tool("compare", *arguments)
+    assert first.returncode == 0
+    assert json.loads((tmp_path / "compare.json").read_text())["ok"] is True
+    second = run_tool("compare", *arguments)
+    assert json.loads(second.stdout)["report"]["up_to_date"]
+    assert json.loads(second.stdout)["findings"] == json.loads(first.stdout)["findings"]
+
+
+def test_exit_codes_of_the_command(products: dict[str, Path], tmp_path: Path, run_tool: Run) -> None:
+    quick = ["--runs", "2", "--samples", "2"]
+    tripped = run_tool("compare", products["none"], products["int8"], "--max-size-mb", "0.001", *quick)
+    assert (tripped.returncode, "FAILED" in tripped.stdout, tripped.stderr) == (1, True, "")
+    for wrong in (
+        [tmp_path / "absent.tflite", products["int8"]],
+        [products["none"], tmp_path / "absent.tflite"],
+        [products["none"]],
+    ):
+        done = run_tool("compare", *wrong, *quick)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_images_for_a_model_that_takes_none_are_an_error(products: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ToolError, match="no images"):
+        compare(products["none"], [products["int8"]], images=tmp_path / "empty")

@@ -1,0 +1,214 @@
+"""A converted detector answers as the published network does, in every form and precision."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from shared.artifacts import read_provenance
+from shared.cards import load_card
+from shared.errors import ToolError
+from shared.runtime import InputForm, ModelSource, open_model
+from shared.tflite import read_metadata
+from tests.conftest import Run, Small
+from tools import convert_detector as module
+from tools.convert_detector import InputLayout, Precision, convert_detector, file_name
+from tools.verify import verify
+
+TFLITE_TOLERANCE = 1e-4
+
+
+@pytest.mark.parametrize("kind", ["videoseal_small", "chunkyseal_small"])
+def test_tflite_output_is_the_published_codes(kind: str, float_models: dict[str, Path], request: pytest.FixtureRequest) -> None:
+    tensors = load_file(request.getfixturevalue(kind).checkpoint)
+    with open_model(ModelSource(float_models[kind])) as model:
+        for image, published in zip(tensors["_parity.input"], tensors["_parity.output"], strict=True):
+            output = model.run({"image": image[None].numpy()})[0]["output_0"]
+            np.testing.assert_allclose(output[0], published.numpy(), atol=TFLITE_TOLERANCE)
+
+
+def test_every_precision_gives_a_model_that_verify_passes(videoseal_small: Small, tmp_path: Path) -> None:
+    sizes = {}
+    for precision in Precision:
+        output = tmp_path / f"{precision.value}.tflite"
+        result = convert_detector(
+            model=str(videoseal_small.card), checkpoint=videoseal_small.checkpoint, output=output, quantize=precision
+        )
+        found = verify(output).findings
+        assert found.ok, [check for check in found.checks if not check.ok]
+        assert any(check.name == "bits that are one" for check in found.checks)
+        sizes[precision] = output.stat().st_size
+        if precision is not Precision.NONE:
+            assert result.float_product.path.name == "small_detector_videoseal_small_64.tflite"
+            assert "smaller" in result.message
+    assert sizes["int4"] < sizes["int8"] < sizes["fp16"] < sizes["none"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "size", "simple", "shape"),
+    [("nhwc", 64, True, (1, 64, 64, 3)), ("nchw", 128, True, (1, 3, 128, 128)), ("nhwc", 100, False, (1, 100, 100, 3))],
+)
+def test_every_form_gives_a_model_that_verify_passes(
+    videoseal_small: Small, tmp_path: Path, layout: str, size: int, simple: bool, shape: tuple[int, ...]
+) -> None:
+    output = tmp_path / "form.tflite"
+    form = {"input_layout": InputLayout(layout), "image_size": size, "simple": simple}
+    convert_detector(model=str(videoseal_small.card), checkpoint=videoseal_small.checkpoint, output=output, **form)  # type: ignore[arg-type]
+    assert verify(output).ok
+    with open_model(ModelSource(output)) as model:
+        assert model.inputs[0].shape == shape
+    metadata = read_metadata(output)
+    assert (metadata["input_layout"], metadata["image_size"], metadata["resize"]) == (layout, size, not simple)
+
+
+def test_a_rehearsal_says_so_in_name_metadata_and_on_stderr(tmp_path: Path, videoseal_small: Small, run_tool: Run) -> None:
+    output = tmp_path / "small_detector_videoseal_small_rehearsal_64_int8.tflite"
+    done = run_tool("convert_detector", "--model", videoseal_small.card, "--rehearsal", "--quantize", "int8", "-o", output)
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    assert done.stderr.startswith("note: REHEARSAL: Small with seeded, untrained weights")
+    assert read_metadata(output)["rehearsal"] is True
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".json"} == {
+        output.name,
+        "small_detector_videoseal_small_rehearsal_64.tflite",
+        "small_detector_videoseal_small_rehearsal_seed0.safetensors",
+    }
+    weights = tmp_path / "small_detector_videoseal_small_rehearsal_seed0.safetensors"
+    with pytest.raises(ToolError, match="a rehearsal's, untrained"):
+        convert_detector(model=str(videoseal_small.card), checkpoint=weights, output=tmp_path / "real.tflite")
+    again = run_tool("convert_detector", "--model", videoseal_small.card, "--rehearsal", "--quantize", "int8", "-o", output)
+    assert again.returncode == 0
+    assert "up to date" in again.stdout
+
+
+def test_no_seeded_weight_is_constant(tmp_path: Path, videoseal_small: Small) -> None:
+    """Constants would be folded away, and the rehearsal would show a lighter model than a trained one."""
+    from shared.conversion import detector_shapes, seeded_weights
+
+    shapes = detector_shapes(load_card(str(videoseal_small.card)))
+    one, again = dict(seeded_weights(shapes, 5)), dict(seeded_weights(shapes, 5))
+    assert all(tensor.std() > 0 for tensor in one.values() if tensor.numel() > 1)
+    assert all(torch.equal(one[key], again[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("card", "precision", "rehearsal", "name"),
+    [
+        ("videoseal", "none", False, "videoseal_detector_videoseal_256.tflite"),
+        ("pixelseal", "int8", False, "videoseal_detector_pixelseal_256_int8.tflite"),
+        ("chunkyseal", "fp16", False, "chunkyseal_detector_chunkyseal_256_fp16.tflite"),
+        ("chunkyseal", "int8", True, "chunkyseal_detector_chunkyseal_rehearsal_256_int8.tflite"),
+    ],
+)
+def test_names_are_the_guides(card: str, precision: str, rehearsal: bool, name: str) -> None:
+    assert file_name(load_card(card), InputForm(256), Precision(precision), rehearsal=rehearsal) == name
+
+
+def test_other_forms_have_names_of_their_own() -> None:
+    name = file_name(load_card("videoseal"), InputForm(512, "nhwc", resize=True), Precision.NONE, rehearsal=False)
+    assert name == "videoseal_detector_videoseal_512_nhwc_resize.tflite"
+
+
+@pytest.mark.parametrize("card", ["videoseal", "chunkyseal"])
+def test_the_size_predicted_from_a_card_is_right(card: str) -> None:
+    from shared.conversion import detector_shapes
+
+    exact = 4 * sum(int(np.prod(shape)) for shape in detector_shapes(load_card(card)).values())
+    assert module._weights_bytes(load_card(card)) == pytest.approx(exact, rel=0.01)
+
+
+def test_a_model_that_disagrees_with_torch_never_gets_its_name(
+    videoseal_small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check is given other weights than were converted."""
+    other = tmp_path / "other.safetensors"
+    state = load_file(videoseal_small.checkpoint)
+    state["detector.pixel_decoder.linear.bias"] += 0.01
+    save_file(state, other)
+    check = module._check
+    monkeypatch.setattr(
+        module, "_check", lambda torch_model, model: check(ModelSource(other, torch_model.card, torch_model.form), model)
+    )
+    with pytest.raises(ToolError, match="disagrees with torch; nothing was kept; got relative error"):
+        convert_detector(model=str(videoseal_small.card), checkpoint=videoseal_small.checkpoint, output=tmp_path / "m.tflite")
+    assert [path.name for path in tmp_path.iterdir()] == ["other.safetensors"]
+
+
+def test_an_edited_card_makes_the_product_stale(videoseal_small: Small, tmp_path: Path, float_model: Path) -> None:
+    provenance = read_provenance(float_model)
+    assert provenance is not None
+    card = tmp_path / "videoseal_small.toml"
+    card.write_text(videoseal_small.card.read_text().replace("image_size = 64", "image_size = 65"))
+    with pytest.raises(ToolError, match="exists and is out of date"):
+        convert_detector(model=str(card), checkpoint=videoseal_small.checkpoint, output=float_model)
+
+
+def test_half_precision_weights_are_cast_and_told(videoseal_small: Small, tmp_path: Path) -> None:
+    half = {key: value.half() for key, value in load_file(videoseal_small.checkpoint).items() if key.startswith("detector.")}
+    save_file(half, tmp_path / "half.safetensors")
+    result = convert_detector(
+        model=str(videoseal_small.card), checkpoint=tmp_path / "half.safetensors", output=tmp_path / "m.tflite"
+    )
+    assert result.float_model.casts == ["torch.float16"]
+    assert "weights were torch.float16" in result.message
+
+
+def test_too_little_memory_or_disk_is_told_before_the_work(
+    videoseal_small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {"model": str(videoseal_small.card), "checkpoint": videoseal_small.checkpoint, "output": tmp_path / "m.tflite"}
+    monkeypatch.setattr("shared.machine.available_memory_bytes", lambda: 2**20)
+    with pytest.raises(ToolError, match=r"not enough free memory to convert this model; got 0.0 GiB; expected at least 0.9 GiB"):
+        convert_detector(**arguments)  # type: ignore[arg-type]
+    monkeypatch.setattr("shared.machine.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(ToolError, match="not enough free disk to convert this model"):
+        convert_detector(**arguments)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+BAD_INPUTS = {
+    "no weights": "give either --checkpoint FILE or --rehearsal",
+    "both": "give either --checkpoint FILE or --rehearsal",
+    "missing": "no such file",
+    "empty": "the checkpoint file is empty",
+    "text": "not a checkpoint",
+    "nan": "holds 1 NaN",
+    "missing keys": "1 missing",
+    "wrong model": "missing",
+    "unknown model": "did you mean videoseal",
+    "unknown precision": "int9",
+    "output exists": "use --overwrite",
+    "no folder": "no such folder",
+}
+
+
+@pytest.mark.parametrize("fault", BAD_INPUTS)
+def test_bad_input_is_one_line_exit_2_and_nothing_written(
+    fault: str, videoseal_small: Small, tmp_path: Path, run_tool: Run
+) -> None:
+    weights = tmp_path / "weights.safetensors"
+    state = load_file(videoseal_small.checkpoint)
+    if fault == "nan":
+        state["detector.pixel_decoder.linear.bias"][3] = float("nan")
+    if fault == "missing keys":
+        del state["detector.pixel_decoder.linear.bias"]
+    save_file(state, weights)
+    if fault in ("empty", "text"):
+        weights.write_text("" if fault == "empty" else "weights, honestly\n")
+    if fault == "missing":
+        weights.unlink()
+    output = tmp_path / ("absent" if fault == "no folder" else "") / "m.tflite"
+    if fault == "output exists":
+        output.write_text("precious")
+    model = {"unknown model": "videosea", "wrong model": "videoseal"}.get(fault, videoseal_small.card)
+    options: list[str | Path] = [] if fault == "no weights" else ["--checkpoint", weights]
+    options += ["--rehearsal"] if fault == "both" else []
+    options += ["--quantize", "int9"] if fault == "unknown precision" else []
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    done = run_tool("convert_detector", "--model", model, "-o", output, *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: [^\n]+\n", done.stderr)
+    assert BAD_INPUTS[fault] in done.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

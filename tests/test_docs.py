@@ -1,0 +1,120 @@
+"""What the documentation says is there, and its numbers are the measured ones."""
+
+import importlib
+import inspect
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+import noxfile
+from tests import bench
+from tests.conftest import ROOT, Run
+from tests.test_recipes import SESSIONS
+
+README = (ROOT / "README.md").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TOOLS = sorted(noxfile.TOOLS)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_shows_the_summary_and_the_example(tool: str, run_tool: Run) -> None:
+    done = run_tool(tool, "--help")
+    summary = inspect.getdoc(getattr(importlib.import_module(f"tools.{tool}"), tool)).splitlines()[0]  # type: ignore[union-attr]
+    shown = " ".join(done.stdout.split())
+    assert done.returncode == 0
+    assert summary in shown
+    assert f"Example: python -m tools.{tool}" in shown
+    assert "Raises" not in shown
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_loads_nothing_heavy(tool: str) -> None:
+    script = f"""
+import runpy, sys
+sys.argv = ["{tool}", "--help"]
+try:
+    runpy.run_module("tools.{tool}", run_name="__main__")
+except SystemExit:
+    pass
+print(sorted({{"torch", "litert_torch", "ai_edge_litert", "ai_edge_quantizer", "safetensors", "PIL"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_the_example_of_a_tool_uses_its_real_options(tool: str) -> None:
+    module = importlib.import_module(f"tools.{tool}")
+    example = re.search(r"Example:\n +python -m tools\.(\w+) (.+)", module.__doc__ or "")
+    assert example is not None
+    assert example[1] == tool
+    parameters = inspect.signature(getattr(module, tool)).parameters
+    for word in shlex.split(example[2]):
+        if word.startswith("--"):
+            assert word.removeprefix("--").replace("-", "_") in parameters
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_tool_has_a_dependency_set_and_a_readme_row(tool: str) -> None:
+    assert tool in PROJECT["optional-dependencies"]
+    assert f"| `{tool}` |" in README
+
+
+def test_every_session_the_readme_names_exists() -> None:
+    for words in re.findall(r"nox -s ([a-z_0-9 ]+)", README + (ROOT / "CONTRIBUTING.md").read_text()):
+        for name in words.split():
+            assert name in SESSIONS, name
+
+
+def test_the_readmes_tables_are_the_measured_ones() -> None:
+    results = json.loads(bench.RESULTS.read_text())
+    assert bench.fill(README, results) == README
+    assert all(table in README for table in bench.tables(results).values())
+    assert {row["recipe"] for row in results["products"]} == {
+        f"{size}_{recipe}" for size in bench.SIZES for recipe in bench.RECIPES
+    }
+
+
+def test_the_measured_products_keep_the_gates_of_their_cards() -> None:
+    from shared.cards import load_card
+
+    for row in json.loads(bench.RESULTS.read_text())["products"]:
+        model, _, precision = row["recipe"].rpartition("_")
+        gates = load_card(model).gates[precision]
+        assert gates.max_size_mb is not None
+        assert row["product_mib"] <= gates.max_size_mb
+        assert row["cosine"] >= (gates.min_cosine or 0)
+        assert row["bit_agreement"] >= (gates.min_bit_agreement or 0)
+        assert row["speedup"] >= (gates.min_speedup or 0)
+
+
+def test_torch_and_the_quantizer_are_pinned_and_every_dependency_is_constrained() -> None:
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    assert pins["torch"] == "2.13.0"
+    wanted = [*PROJECT["dependencies"], *(name for names in PROJECT["optional-dependencies"].values() for name in names)]
+    for name in {re.match(r"[A-Za-z0-9._-]+", requirement)[0] for requirement in wanted} - {"edgepress"}:  # type: ignore[index]
+        assert name in pins
+
+
+def test_the_python_snippet_of_the_readme_names_what_exists() -> None:
+    snippet = re.search(r"```python\n(.+?)```", README, re.DOTALL)
+    assert snippet is not None
+    for module, names in re.findall(r"^from (\S+) import (.+)$", snippet[1], re.MULTILINE):
+        for name in names.split(", "):
+            assert hasattr(importlib.import_module(module), name)
+    compile(snippet[1], "README.md", "exec")
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "DECISIONS.md", ".ci/run"])
+def test_the_project_files_are_there(name: str) -> None:
+    assert (ROOT / name).stat().st_size > 100
+
+
+def test_ci_calls_the_readmes_test_command() -> None:
+    assert "nox -s tests\n" in (ROOT / ".ci" / "run").read_text()
+    assert "nox -s tests" in README

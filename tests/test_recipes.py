@@ -1,0 +1,117 @@
+"""Every recipe has a docstring and a tag, names only existing tools, and goes through all steps."""
+
+import shutil
+from pathlib import Path
+
+import nox.registry
+import pytest
+
+import noxfile
+from shared.cards import load_card
+from tests.conftest import ROOT
+
+SESSIONS = nox.registry.get()
+RECIPES = [name for name, session in SESSIONS.items() if "recipe" in session.tags]
+
+
+class FakeSession:
+    """Records what a session would do."""
+
+    name = "recipe"
+
+    def __init__(self, *posargs: str) -> None:
+        self.posargs = list(posargs)
+        self.commands: list[list[str]] = []
+        self.warnings: list[str] = []
+
+    def install(self, *arguments: str) -> None:
+        assert "constraints.txt" in arguments
+
+    def run(self, *arguments: str | Path) -> None:
+        self.commands.append([str(argument) for argument in arguments])
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "models").mkdir()
+    for card in (ROOT / "models").glob("*.toml"):
+        shutil.copy(card, tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_promised_sessions_are_there() -> None:
+    recipes = {"chunkyseal_int8", "chunkyseal_fp16", "videoseal_int8", "videoseal_fp16", "pixelseal_int8"}
+    assert set(RECIPES) == recipes
+    assert {"tests", "lint", "typecheck", "bench", *noxfile.TOOLS} <= SESSIONS.keys()
+
+
+def test_only_lint_and_tests_run_by_default() -> None:
+    assert {name for name, session in SESSIONS.items() if session.default} == {"lint", "tests"}
+
+
+def test_every_session_has_a_docstring() -> None:
+    for name, session in SESSIONS.items():
+        assert session.func.__doc__, name
+
+
+def test_every_tool_is_a_session_and_the_other_way_round() -> None:
+    files = {path.stem for path in (ROOT / "tools").glob("*.py")} - {"__init__"}
+    assert files == set(noxfile.TOOLS)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_named_after_model_and_precision_and_has_gates(name: str) -> None:
+    model, _, precision = name.rpartition("_")
+    gates = load_card(model).gates[precision]
+    assert gates.max_size_mb is not None
+    assert gates.min_cosine is not None
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_without_a_checkpoint_a_recipe_is_a_rehearsal_through_all_steps(name: str, project: Path) -> None:
+    session = FakeSession()
+    SESSIONS[name].func(session)  # type: ignore[arg-type]
+    steps = [command[2].removeprefix("tools.") for command in session.commands]
+    assert steps == ["extract_weights", "convert_detector", "quantize_tflite", "verify", "compare"]
+    _, convert, quantize, verify, compare = session.commands
+    assert "--rehearsal" in convert
+    product = quantize[quantize.index("-o") + 1]
+    assert "rehearsal" in product
+    assert product in verify
+    assert product in compare
+    assert any(argument.startswith("--min-cosine=") for argument in compare)
+    assert all("--refresh" in command for command in session.commands)
+    assert session.warnings
+    assert session.warnings[0].startswith("REHEARSAL")
+
+
+def test_with_extracted_weights_it_is_the_real_thing(project: Path) -> None:
+    (project / "models" / "chunkyseal_detector.safetensors").touch()
+    session = FakeSession("--checkpoint", "mine.pth")
+    SESSIONS["chunkyseal_int8"].func(session)  # type: ignore[arg-type]
+    assert str(project / "mine.pth") in session.commands[0]
+    assert session.commands[1][-5:-3] == ["--checkpoint", "models/chunkyseal_detector.safetensors"]
+    assert session.commands[2][-4] == "models/chunkyseal_detector_chunkyseal_256_int8.tflite"
+    assert not session.warnings
+
+
+def test_download_is_passed_on_and_a_missing_checkpoint_then_an_error(project: Path) -> None:
+    session = FakeSession("--download")
+    SESSIONS["videoseal_int8"].func(session)  # type: ignore[arg-type]
+    assert "--download" in session.commands[0]
+    assert "--allow-missing" not in session.commands[0]
+
+
+def test_unknown_arguments_are_an_error(project: Path) -> None:
+    with pytest.raises(SystemExit):
+        SESSIONS["videoseal_int8"].func(FakeSession("--chekpoint", "x"))  # type: ignore[arg-type]
+
+
+def test_a_tool_session_passes_its_arguments_on() -> None:
+    session = FakeSession("model.tflite", "--json")
+    SESSIONS["verify"].func(session)  # type: ignore[arg-type]
+    assert session.commands == [["python", "-m", "tools.verify", "model.tflite", "--json"]]

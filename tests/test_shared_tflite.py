@@ -1,0 +1,106 @@
+"""What a model file says of itself is read without loading it."""
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from shared.errors import ToolError
+from shared.tflite import (
+    append_metadata,
+    check_is_tflite,
+    copy_appended_zip,
+    read_dequantized_types,
+    read_metadata,
+    read_op_weights,
+)
+from tests.conftest import REALDATA
+
+
+def test_the_weights_of_every_op_are_counted(float_model: Path) -> None:
+    ops = read_op_weights(float_model)
+    counts = {kind: sum(op.op_type == kind for op in ops) for kind in ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")}
+    assert counts == {"CONV_2D": 5, "DEPTHWISE_CONV_2D": 5, "FULLY_CONNECTED": 11}
+    largest = max(ops, key=lambda op: op.size_weights)
+    assert (largest.size_weights, largest.dtype) == (64 * 64 * 9 * 4, "FLOAT32")
+    assert len({op.name for op in ops}) == len(ops)
+
+
+def test_metadata_is_appended_and_read_back(float_model: Path, tmp_path: Path) -> None:
+    assert read_metadata(float_model) == {
+        "image_size": 64, "input_layout": "nchw", "model": "videoseal_small", "nbits": 32, "rehearsal": False, "resize": False,
+    }  # fmt: skip
+    plain = tmp_path / "plain.bin"
+    plain.write_bytes(b"\0" * 100)
+    assert read_metadata(plain) == {}
+    append_metadata(plain, {"a": 1})
+    first = plain.read_bytes()
+    assert read_metadata(plain) == {"a": 1}
+    plain.write_bytes(b"\0" * 100)
+    append_metadata(plain, {"a": 1})
+    assert plain.read_bytes() == first
+
+
+def test_an_appended_zip_is_carried_over_and_no_zip_stays_none(tmp_path: Path) -> None:
+    source, target = tmp_path / "a.bin", tmp_path / "b.bin"
+    source.write_bytes(b"model")
+    target.write_bytes(b"smaller")
+    copy_appended_zip(source, target)
+    assert target.read_bytes() == b"smaller"
+    with zipfile.ZipFile(source, "a") as archive:
+        archive.writestr("labels.txt", "cat\ndog\n")
+    copy_appended_zip(source, target)
+    assert target.read_bytes().startswith(b"smaller")
+    with zipfile.ZipFile(target) as archive:
+        assert archive.read("labels.txt") == b"cat\ndog\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "empty"),
+        (b"PK\x03\x04" + bytes(60), "perhaps a .task bundle"),
+        (b"<html>", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"0123456789", "no 'TFL3'"),
+    ],
+)
+def test_what_is_no_model_is_named(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "a.tflite").write_bytes(content)
+    with pytest.raises(ToolError, match=says):
+        check_is_tflite(tmp_path / "a.tflite")
+
+
+def test_a_damaged_flatbuffer_is_an_error_not_a_traceback(float_model: Path, tmp_path: Path) -> None:
+    content = float_model.read_bytes()
+    for kept in (8, 64, 1000, len(content) // 2):
+        damaged = tmp_path / "a.tflite"
+        damaged.write_bytes(content[:kept].ljust(200, b"\xff"))
+        with pytest.raises(ToolError, match="damaged TFLite model"):
+            read_op_weights(damaged)
+
+
+@pytest.mark.realdata
+def test_old_files_tell_their_op_types_too() -> None:
+    """Files from before schema 3a keep the op in a deprecated field and leave the new one 0, which means ADD."""
+    ops = read_op_weights(REALDATA / "mediapipe" / "selfie_segmenter.tflite")
+    assert sum(op.op_type == "CONV_2D" for op in ops) > 10
+    assert {op.dtype for op in ops if op.op_type == "CONV_2D"} == {"FLOAT16"}
+
+
+@pytest.mark.realdata
+def test_weights_behind_dequantize_are_known_by_their_stored_type() -> None:
+    assert read_dequantized_types(REALDATA / "mediapipe" / "selfie_segmenter.tflite") == {"float16"}
+    assert read_dequantized_types(REALDATA / "tflite" / "mlperf_tiny_resnet_float.tflite") == set()
+
+
+@pytest.mark.realdata
+def test_label_files_of_a_real_model_are_carried_over(tmp_path: Path) -> None:
+    source = REALDATA / "tflite" / "mobilenet_v1_0.25_224_float_metadata.tflite"
+    target = tmp_path / "a.tflite"
+    shutil.copy(REALDATA / "tflite" / "mlperf_tiny_resnet_float.tflite", target)
+    copy_appended_zip(source, target)
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target) as new:
+        assert old.namelist() == new.namelist() != []
+        assert all(old.read(name) == new.read(name) for name in old.namelist())
