@@ -1,6 +1,7 @@
 """Model cards: what a model is called, the sizes of its network, its gates, and where its checkpoint lives."""
 
 import difflib
+import os
 import re
 import tomllib
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,8 @@ from shared.errors import ToolError
 
 CARDS = Path(__file__).resolve().parent.parent / "models"
 PRODUCTS = Path("models")  # where products go by default, seen from where the command runs: the project's root
-CHECKPOINT_FOLDERS = (PRODUCTS / "checkpoints", Path.home() / ".cache" / "edgepress", Path.home() / ".cache" / "videoseal")
+USER_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+CHECKPOINT_FOLDERS = (PRODUCTS / "checkpoints", USER_CACHE / "edgepress", Path.home() / ".cache" / "videoseal")
 
 Positive = Annotated[int, Field(ge=1)]
 Four = tuple[Positive, Positive, Positive, Positive]

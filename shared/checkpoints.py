@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-CONTAINERS = ("model", "state_dict")  # keys under which training code keeps the flat state dict
+CONTAINERS = ("model", "state_dict")  # keys under which most training code keeps the flat state dict
 WRAPPER = "module."  # what DataParallel puts before every key
 RESAVE = "ask its author for a plain state dict (torch.save of tensors), or for .safetensors"
 
@@ -43,8 +43,12 @@ class Checkpoint:
     notes: dict[str, str]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, container: str = "model") -> Checkpoint:
     """Open a .pth or .safetensors file by its content, not its name.
+
+    Args:
+        path: The file.
+        container: Key of the dict that holds the state dict; `model`, `state_dict` and a bare state dict are found without it.
 
     Raises:
         ToolError: The file is missing, empty, no checkpoint, damaged, or holds more than tensors and plain containers.
@@ -59,7 +63,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if head.startswith(b"version https://git-lfs"):
         raise ToolError("this is a Git LFS pointer, not the weights", where=path, remedy="run 'git lfs pull'")
     if head.startswith(b"PK\x03\x04"):
-        return _open_pth(path)
+        return _open_pth(path, container)
     if len(head) > 8 and 2 <= int.from_bytes(head[:8], "little") <= size - 8 and head[8:9] == b"{":
         return _open_safetensors(path)
     if head.startswith(b"\x80"):
@@ -88,7 +92,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
         raise ToolError("damaged .safetensors file", where=path, got=error, remedy="download it again") from None
 
 
-def _open_pth(path: Path) -> Checkpoint:
+def _open_pth(path: Path, wanted: str) -> Checkpoint:
     import torch
 
     _check_pth_layout(path)
@@ -103,7 +107,7 @@ def _open_pth(path: Path) -> Checkpoint:
         raise ToolError("damaged .pth file", where=path, got=str(error).splitlines()[0], remedy="download it again") from None
     if not isinstance(content, Mapping):
         raise ToolError("the checkpoint is no dict", where=path, got=type(content).__name__, remedy=RESAVE)
-    container = next((key for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
+    container = next((key for key in (wanted, *CONTAINERS) if isinstance(content.get(key), Mapping)), None)
     found = content if container is None else content[container]
     state = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     if not state:

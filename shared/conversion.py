@@ -67,7 +67,7 @@ def convert(message: Message) -> Message:
     card = TypeAdapter(Card).validate_python(message["card"])
     form = InputForm(**message["form"])
     weights, draft = Path(message["weights"]), Path(message["draft"])
-    checkpoint = open_checkpoint(weights)
+    checkpoint = open_checkpoint(weights, card.checkpoint.container)
     if (REHEARSAL in checkpoint.notes) != message["rehearsal"]:
         raise ToolError("these weights are a rehearsal's, untrained", where=weights, remedy="use --rehearsal, without --checkpoint")
     state = select_detector(checkpoint, card.checkpoint.prefix)

@@ -60,7 +60,7 @@ def load_torch(path: Path, threads: int, card: Card, form: InputForm) -> tuple[S
 
     torch.set_num_threads(threads)
     network = build_on_meta(card)
-    state = select_detector(open_checkpoint(path), card.checkpoint.prefix)
+    state = select_detector(open_checkpoint(path, card.checkpoint.container), card.checkpoint.prefix)
     require_match(state, {key: value.shape for key, value in network.state_dict().items()}, path)
     network.load_state_dict({key: as_float32(value) for key, value in state.items()}, assign=True)
     deployed = Deployed(network, form, card.image_size)

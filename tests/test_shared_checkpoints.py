@@ -35,6 +35,11 @@ def test_a_pth_is_read_bare_or_in_its_container(tmp_path: Path, container: str |
     assert checkpoint.notes == ({} if container is None else {"args": "nbits: 2"})
 
 
+def test_a_card_may_name_another_container(tmp_path: Path) -> None:
+    torch.save({"ema": state(), "model": {"other": torch.ones(1)}}, tmp_path / "c.pth")
+    assert set(open_checkpoint(tmp_path / "c.pth", "ema").state) == set(state())
+
+
 def test_the_optimizer_is_counted_not_kept(tmp_path: Path) -> None:
     torch.save({"model": state(), "optimizer": {"state": {0: {"exp_avg": torch.zeros(10)}}}}, tmp_path / "c.pth")
     checkpoint = open_checkpoint(tmp_path / "c.pth")

@@ -21,7 +21,7 @@ from rich.table import Table
 from shared import artifacts
 from shared.artifacts import Plan, Product
 from shared.cards import PRODUCTS, Card, load_card
-from shared.child import Child, ChildError
+from shared.child import Child, ChildError, Message
 from shared.cli import ModelName, Overwrite, Refresh, Seed, run, size_text, step, warn
 from shared.errors import ToolError
 from shared.machine import GIB, require_disk, require_memory
@@ -128,8 +128,8 @@ def _rehearsal_weights(card: Card, folder: Path, seed: int) -> Path:
     output = folder / f"{card.output_prefix}_rehearsal_seed{seed}.safetensors"
 
     def make(draft: Path) -> Rehearsal:
-        with step(f"write seeded weights to {output.name}"), Child("shared.conversion", CONVERT_TIMEOUT_S) as child:
-            child.ask({"task": "rehearse", "card": asdict(card), "seed": seed, "draft": str(draft)})
+        with step(f"write seeded weights to {output.name}"):
+            _in_child({"task": "rehearse", "card": asdict(card), "seed": seed, "draft": str(draft)}, output)
         return Rehearsal(seed)
 
     arguments = {"card": card.as_arguments(), "seed": seed}
@@ -137,16 +137,21 @@ def _rehearsal_weights(card: Card, folder: Path, seed: int) -> Path:
     return output
 
 
+def _in_child(message: Message, where: Path) -> Message:
+    """Let `shared.conversion` do a task in a process of its own."""
+    try:
+        with Child("shared.conversion", CONVERT_TIMEOUT_S) as child:
+            return child.ask(message)[0]
+    except ChildError as error:
+        raise ToolError(f"could not {message['task']} the network", where=where, got=error) from None
+
+
 def _convert(weights: Path, card: Card, form: InputForm, draft: Path, *, rehearsal: bool) -> FloatModel:
     """Write the float32 model to `draft` and check it."""
     start = time.monotonic()
     message = {"task": "convert", "card": asdict(card), "form": asdict(form), "rehearsal": rehearsal}
     with step("convert to float32 TFLite"):
-        try:
-            with Child("shared.conversion", CONVERT_TIMEOUT_S) as child:
-                reply, _ = child.ask({**message, "weights": str(weights), "draft": str(draft)})
-        except ChildError as error:
-            raise ToolError("litert-torch could not convert the network", where=weights, got=error) from None
+        reply = _in_child({**message, "weights": str(weights), "draft": str(draft)}, weights)
     metadata = {"model": card.name, "nbits": card.nbits, "image_size": form.size, "input_layout": form.layout}
     append_metadata(draft, {**metadata, "resize": form.resize, "rehearsal": rehearsal})
     seconds = round(time.monotonic() - start, 3)
@@ -208,13 +213,9 @@ def convert_detector(
     if (checkpoint is None) != rehearsal:
         raise ToolError("give either --checkpoint FILE or --rehearsal", remedy=f"the published checkpoint: {card.checkpoint.url}")
     form = InputForm(image_size or card.image_size, input_layout.value, resize=not simple)
-    if simple and form.size != card.image_size:
-        warn(f"{card.title} was trained at {card.image_size} pixels; at {form.size} its accuracy is unknown; --no-simple resizes")
     wants_float = quantize is Precision.NONE
     output = output or PRODUCTS / file_name(card, form, quantize, rehearsal=rehearsal)
     float_path = output if wants_float else output.with_name(file_name(card, form, Precision.NONE, rehearsal=rehearsal))
-    if rehearsal:
-        warn(f"REHEARSAL: {card.title} with seeded, untrained weights; size, speed and memory are real, messages are not")
     weights_bytes = _weights_bytes(card)
     if not float_path.exists():
         require_disk((3 if rehearsal else 2) * weights_bytes, float_path.parent, "convert this model")
@@ -223,22 +224,33 @@ def convert_detector(
 
     def make(draft: Path) -> FloatModel:
         require_memory(BASE_MEMORY + int(weights_bytes * MEMORY_PER_BYTE), "convert this model")
+        if rehearsal:
+            warn(f"REHEARSAL: {card.title} with seeded, untrained weights; size, speed and memory are real, messages are not")
         return _convert(weights, card, form, draft, rehearsal=rehearsal)
 
     arguments = {"card": card.as_arguments(), "form": asdict(form), "rehearsal": rehearsal}
     plan = Plan(float_path, "convert_detector", arguments, [weights], PACKAGES, overwrite=overwrite, refresh=refresh)
     float_product, found = artifacts.build(plan, FloatModel, make)
-    check = found.agreement
-    agreement = f"float32 agrees with torch to {check.relative_error:.1g} (relative; {check.kernels} kernels)"
-    if not float_product.up_to_date:
-        agreement += f"; converted in {found.convert_seconds:.1f} s, checked in {check.seconds:.1f} s"
-    if found.casts:
-        agreement += f"; weights were {', '.join(found.casts)}"
+    remarks = _remarks(card, form, found, rehearsal=rehearsal, up_to_date=float_product.up_to_date)
     if wants_float:
-        return Conversion(card.title, rehearsal, found, float_product, None, None, agreement)
+        return Conversion(card.title, rehearsal, found, float_product, None, None, remarks)
     quantized = quantize_tflite(float_path, output=output, recipe=quantize.value, overwrite=overwrite, refresh=refresh)
-    message = f"{quantized.message}; {agreement}"
+    message = f"{quantized.message}\n{remarks}"
     return Conversion(card.title, rehearsal, found, float_product, quantized.product, quantized.coverage, message)
+
+
+def _remarks(card: Card, form: InputForm, found: FloatModel, *, rehearsal: bool, up_to_date: bool) -> str:
+    """Say what a user must know of the float32 model, a line each."""
+    check = found.agreement
+    took = "" if up_to_date else f"; converted in {found.convert_seconds:.1f} s, checked in {check.seconds:.1f} s"
+    lines = [f"float32 agrees with torch to {check.relative_error:.1g} (relative; {check.kernels} kernels){took}"]
+    if found.casts:
+        lines.append(f"the weights were {', '.join(found.casts)} and became float32")
+    if form.size != card.image_size and not form.resize:
+        lines.append(f"trained at {card.image_size} pixels: at {form.size} the accuracy is unknown; --no-simple resizes")
+    if rehearsal:
+        lines.append("REHEARSAL: seeded, untrained weights; size, speed and memory are real, messages are not")
+    return "\n".join(lines)
 
 
 def _weights_bytes(card: Card) -> int:

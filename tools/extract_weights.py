@@ -90,10 +90,10 @@ def _locate(card: Card, *, download: bool) -> Path | None:
     return found
 
 
-def _choose(checkpoint: Checkpoint, prefix: str) -> "dict[str, Tensor]":
+def _choose(checkpoint: Checkpoint, prefix: str, *, is_detector: bool) -> "dict[str, Tensor]":
     """Return the tensors to keep under the keys the published code loads."""
     chosen = {key: tensor for key, tensor in checkpoint.state.items() if key.startswith(prefix)}
-    if not chosen and prefix == "detector.":
+    if not chosen and is_detector:
         chosen = {prefix + key: tensor for key, tensor in select_detector(checkpoint, prefix).items()}
     if not chosen:
         groups = ", ".join(sorted({key.partition(".")[0] for key in checkpoint.state}))
@@ -173,12 +173,14 @@ def extract_weights(
     if output.suffix not in FORMATS:
         raise ToolError("unknown output format", where=output, got=output.suffix or "no suffix", expected=" or ".join(FORMATS))
     source = checkpoint
+    is_detector = prefix is None and component is Component.DETECTOR
+    layout = card.checkpoint if card is not None else None
 
     def make(draft: Path) -> Contents:
         with step(f"open {source}"):
-            opened = open_checkpoint(source)
-            chosen = _choose(opened, component.value + "." if prefix is None else prefix)
-        is_detector = prefix is None and component is Component.DETECTOR
+            opened = open_checkpoint(source, layout.container) if layout else open_checkpoint(source)
+            named = layout.prefix if layout and is_detector else f"{component.value}."
+            chosen = _choose(opened, named if prefix is None else prefix, is_detector=is_detector)
         if card is not None and is_detector:
             require_match(chosen, _detector_shapes(card), source)
         require_disk(tensor_bytes(chosen), draft.parent, "write the weights")
