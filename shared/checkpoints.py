@@ -32,14 +32,14 @@ class Checkpoint:
         path: The file.
         state: Keys to tensors, in the file's order.
         container: Key of the dict that held the state dict; None where it lay bare.
-        beside_bytes: Bytes of tensors in each other top-level entry, such as the optimizer.
+        beside: The tensors of every other top-level entry that has any, such as the optimizer.
         notes: Text kept with the weights: `args` of a training checkpoint, metadata of a .safetensors file.
     """
 
     path: Path
     state: "dict[str, Tensor]"
     container: str | None
-    beside_bytes: dict[str, int]
+    beside: "dict[str, list[Tensor]]"
     notes: dict[str, str]
 
 
@@ -114,7 +114,8 @@ def _open_pth(path: Path, wanted: str) -> Checkpoint:
         raise ToolError("no tensors in the checkpoint", where=path, got=f"keys {sorted(map(str, content))}", remedy=RESAVE)
     if all(key.startswith(WRAPPER) for key in state):
         state = {key.removeprefix(WRAPPER): value for key, value in state.items()}
-    beside = {} if container is None else {str(k): tensor_bytes(v) for k, v in content.items() if k != container}
+    others = {} if container is None else {str(key): tensors_in(value) for key, value in content.items() if key != container}
+    beside = {key: tensors for key, tensors in others.items() if tensors}
     notes = {key: value for key, value in content.items() if key == "args" and isinstance(value, str)}
     return Checkpoint(path, state, container, beside, notes)
 
@@ -152,17 +153,14 @@ def _data_offset(record: zipfile.ZipInfo, file: IO[bytes]) -> int:
     return record.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
 
 
-def tensor_bytes(value: object) -> int:
-    """Return the bytes of all tensors in a nest of dicts, lists and tuples."""
+def tensors_in(value: object) -> "list[Tensor]":
+    """Return all tensors in a nest of dicts, lists and tuples."""
     import torch
 
     if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, Mapping):
-        return sum(tensor_bytes(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return sum(tensor_bytes(item) for item in value)
-    return 0
+        return [value]
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [tensor for item in items for tensor in tensors_in(item)]
 
 
 def select_detector(checkpoint: Checkpoint, prefix: str) -> "dict[str, Tensor]":

@@ -245,7 +245,9 @@ def _memory(step: dict[str, Any]) -> str:
 def fill(text: str, results: dict[str, Any]) -> str:
     """Return the text with each table put between its markers."""
     for name, table in tables(results).items():
-        text = re.sub(rf"(<!-- bench: {name} -->\n).*?(\n<!-- end -->)", lambda m, t=table: m[1] + t + m[2], text, flags=re.DOTALL)
+        text = re.sub(
+            rf"(<!-- bench: {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.DOTALL
+        )
     return text
 
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from shared import artifacts
 from shared.artifacts import Plan, Product
 from shared.cards import PRODUCTS, Card, card_names, load_card
-from shared.checkpoints import Checkpoint, open_checkpoint, require_match, require_sound, select_detector, tensor_bytes
+from shared.checkpoints import Checkpoint, open_checkpoint, require_match, require_sound, select_detector
 from shared.cli import Overwrite, Refresh, run, size_text, step
 from shared.conversion import detector_shapes
 from shared.download import download as download_file
@@ -102,10 +102,14 @@ def _choose(checkpoint: Checkpoint, prefix: str, *, is_detector: bool) -> "dict[
 
 
 def _groups(state: "dict[str, Tensor]") -> list[Group]:
-    sizes: dict[str, list[int]] = {}
+    groups: dict[str, list[Tensor]] = {}
     for key, tensor in state.items():
-        sizes.setdefault(key.partition(".")[0], []).append(tensor_bytes(tensor))
-    return [Group(name, len(each), sum(each)) for name, each in sizes.items()]
+        groups.setdefault(key.partition(".")[0], []).append(tensor)
+    return [_group(name, tensors) for name, tensors in groups.items()]
+
+
+def _group(name: str, tensors: "list[Tensor]") -> Group:
+    return Group(name, len(tensors), sum(tensor.nbytes for tensor in tensors))
 
 
 def _detector_shapes(card: Card) -> dict[str, tuple[int, ...]]:
@@ -183,13 +187,13 @@ def extract_weights(
             chosen = _choose(opened, named if prefix is None else prefix, is_detector=is_detector)
         if card is not None and is_detector:
             require_match(chosen, _detector_shapes(card), source)
-        require_disk(tensor_bytes(chosen), draft.parent, "write the weights")
+        require_disk(sum(tensor.nbytes for tensor in chosen.values()), draft.parent, "write the weights")
         with step("check the weights"):
             require_sound(chosen, source, integers=not is_detector)
         with step(f"write {output}"):
             _write(draft, output.suffix, chosen, opened.notes)
         rest = {key: tensor for key, tensor in opened.state.items() if key not in chosen}
-        beside = [Group(name, 0, size) for name, size in opened.beside_bytes.items()]
+        beside = [_group(name, tensors) for name, tensors in opened.beside.items()]
         return Contents(_groups(chosen), _groups(rest) + beside, _recognise(chosen))
 
     arguments = {"component": component.value, "prefix": prefix, "format": output.suffix, "card": card and card.as_arguments()}
