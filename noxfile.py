@@ -107,7 +107,7 @@ def tool_session(name: str, summary: str) -> Callable[[nox.Session], None]:
     """Make the session of one tool: `nox -s NAME -- ARGUMENTS`."""
 
     def session_function(session: nox.Session) -> None:
-        install(session, name)
+        install(session, name.replace("_", "-"))
         tool(session, name, *session.posargs)
 
     session_function.__doc__ = summary

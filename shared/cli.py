@@ -27,6 +27,7 @@ from shared.machine import GIB, MIB, peak_rss_bytes
 # typer carries its own click and exports only BadParameter of its errors; this is the class of all wrong usage.
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 
+OWN_PACKAGES = ("shared", "tools")
 INTERRUPTED, TERMINATED = 130, 143
 PLAIN_WIDTH = 140  # columns when the output is no terminal
 
@@ -56,6 +57,11 @@ def run(tool: Callable[..., Any]) -> NoReturn:
         _fail(f"{error.format_message().rstrip('.')}; see --help")
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted, nothing written", code=INTERRUPTED)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in OWN_PACKAGES:
+            raise
+        extra = tool.__name__.replace("_", "-")
+        _fail(f"package {error.name} is not installed; pip install --constraint constraints.txt --editable '.[{extra}]'")
     except MemoryError:
         _fail("out of memory; close other programs or use a larger machine")
     except BrokenPipeError:

@@ -61,7 +61,7 @@ def test_the_example_of_a_tool_uses_its_real_options(tool: str) -> None:
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_every_tool_has_a_dependency_set_and_a_readme_row(tool: str) -> None:
-    assert tool in PROJECT["optional-dependencies"]
+    assert tool.replace("_", "-") in PROJECT["optional-dependencies"]
     assert f"| `{tool}` |" in README
 
 

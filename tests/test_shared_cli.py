@@ -42,6 +42,8 @@ PRETENDED_TOOL = """
                 raise LookupError("a bug")
             if kind == "full":
                 raise OSError(28, "No space left on device", "out.bin")
+            if kind == "package":
+                import a_package_of_nobody
             if kind == "memory":
                 raise MemoryError
             if kind == "wait":
@@ -89,6 +91,13 @@ def test_a_failed_check_exits_1_with_its_result(command: list[str]) -> None:
         (["tool"], "error: file.pth: it broke; got 1; expected 2; try again\n"),
         (["newline"], "error: a name with\\nerror: a forged line\n"),
         (["full"], "error: out.bin: No space left on device\n"),
+        (
+            ["package"],
+            (
+                "error: package a_package_of_nobody is not installed; "
+                "pip install --constraint constraints.txt --editable '.[pretend]'\n"
+            ),
+        ),
         (["memory"], "error: out of memory; close other programs or use a larger machine\n"),
         (["fine", "--colour"], "error: No such option: --colour; see --help\n"),
         ([], "error: Missing argument 'KIND'; see --help\n"),
