@@ -6,10 +6,12 @@ is not hashed again: content can't change without one of them changing.
 """
 
 import contextlib
+import fcntl
 import glob
 import hashlib
 import json
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -94,10 +96,12 @@ def build(plan: Plan, found_type: type[Found], make: Callable[[Path], Found]) ->
 
     `make` gets the path of a draft beside the output, writes it, and returns what it found: a dataclass, kept in the
     provenance. Only then does the draft take the output's name. A product whose `found.ok` is False is never up to date.
+    A `found.peak_rss_bytes` is the peak memory of the processes that did the work.
 
     Raises:
         ToolError: The output exists and may not be replaced, is an input, or cannot be written.
     """
+    _require_file_name(plan.output)
     for source in plan.inputs:
         if plan.output.exists() and source.exists() and plan.output.samefile(source):
             raise ToolError("the output is the input", where=plan.output, remedy="choose another file with -o")
@@ -110,6 +114,7 @@ def build(plan: Plan, found_type: type[Found], make: Callable[[Path], Found]) ->
             if getattr(found, "ok", True):
                 return Product(plan.output, size, sha256, old.seconds, old.peak_rss_bytes, up_to_date=True), found
     replaces = _require_replaceable(plan, old)
+    found_there = _identity(plan.output)
     start = time.monotonic()
     with draft_beside(plan.output) as draft:
         found = make(draft)
@@ -122,18 +127,49 @@ def build(plan: Plan, found_type: type[Found], make: Callable[[Path], Found]) ->
             output=record(draft, name=plan.output),
             replaces_sha256=replaces,
             seconds=round(time.monotonic() - start, 3),
-            peak_rss_bytes=max(peak_rss_bytes(), peak_rss_bytes(children=True)),
+            peak_rss_bytes=max(peak_rss_bytes(), getattr(found, "peak_rss_bytes", 0)),
             found=_as_json(found),
         )
-        _write_json(provenance_path(plan.output), asdict(provenance))
-        draft.replace(plan.output)  # atomic: same folder
-    _sync(plan.output.parent)
-    final = replace(provenance, output=record(plan.output, sha256=provenance.output.sha256))  # renaming moved the ctime
-    _write_json(provenance_path(plan.output), asdict(final))
+        with _alone_in(plan.output.parent):
+            if _identity(plan.output) != found_there:
+                raise ToolError("another run wrote the output meanwhile; it was kept", where=plan.output, remedy="run again")
+            _write_json(provenance_path(plan.output), asdict(provenance))
+            draft.replace(plan.output)  # atomic: same folder
+            _sync(plan.output.parent)
+            final = replace(provenance, output=record(plan.output, sha256=provenance.output.sha256))  # renaming moved the ctime
+            _write_json(provenance_path(plan.output), asdict(final))
     return (
         Product(plan.output, final.output.size_bytes, final.output.sha256, final.seconds, final.peak_rss_bytes),
         found,
     )
+
+
+def require_not_anothers(output: Path, *, overwrite: bool) -> None:
+    """Raise ToolError where a tool is bound to refuse an output later: for what it would do before that."""
+    _require_file_name(output)
+    plan = Plan(output, "", {}, overwrite=overwrite, refresh=True)
+    _require_replaceable(plan, read_provenance(output))
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs from putting a product into the folder; only while one takes its name."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return inode and ctime of what stands at a path, None where nothing does."""
+    try:
+        status = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_ino, status.st_ctime_ns
 
 
 def provenance_path(product: Path) -> Path:
@@ -143,8 +179,9 @@ def provenance_path(product: Path) -> Path:
 
 def read_provenance(product: Path) -> Provenance | None:
     """Return the provenance beside a product, or None where there is none of ours."""
+    path = provenance_path(product)
     try:
-        return TypeAdapter(Provenance).validate_json(provenance_path(product).read_bytes())
+        return TypeAdapter(Provenance).validate_json(path.read_bytes()) if path.is_file() else None
     except (OSError, ValidationError):
         return None
 
@@ -163,6 +200,8 @@ def record(path: Path, *, known: Iterable[FileRecord] = (), name: Path | None = 
     """
     try:
         before = path.stat()
+        if not stat.S_ISREG(before.st_mode):
+            raise ToolError("not a regular file", where=path, expected="a file")
         unhashed = FileRecord(
             str(name or path), before.st_size, before.st_mtime_ns, before.st_ctime_ns, before.st_ino, sha256 or ""
         )
@@ -178,8 +217,6 @@ def record(path: Path, *, known: Iterable[FileRecord] = (), name: Path | None = 
             raise ToolError("the file changed while it was read", where=path, remedy="wait until it is complete, then try again")
     except FileNotFoundError:
         raise ToolError("no such file", where=path, remedy="check the path") from None
-    except IsADirectoryError:
-        raise ToolError("this is a folder", where=path, expected="a file") from None
     return replace(unhashed, sha256=digest)
 
 
@@ -224,11 +261,13 @@ def _describes(old: Provenance, plan: Plan, inputs: Sequence[FileRecord]) -> boo
 
 def _require_replaceable(plan: Plan, old: Provenance | None) -> str | None:
     """Return the sha256 of the file to be replaced, None where there is none, or raise ToolError."""
-    output = plan.output
-    if output.is_dir():
-        raise ToolError("the output is a folder", where=output, expected="a file name")
+    output, side = plan.output, provenance_path(plan.output)
+    if side.exists() and old is None and not plan.overwrite:
+        raise ToolError("the provenance would replace this file", where=side, remedy="use --overwrite, or another name with -o")
     if not output.exists() and not output.is_symlink():
         return None
+    if output.exists() and not output.is_file():
+        raise ToolError("the output is no regular file", where=output, remedy="choose a file with -o")
     ours = False
     if output.is_file() and not output.is_symlink() and old is not None:
         current = record(output).sha256
@@ -237,6 +276,11 @@ def _require_replaceable(plan: Plan, old: Provenance | None) -> str | None:
         return record(output).sha256 if output.is_file() else None
     what = "the output exists and is out of date" if ours else "the output exists"
     raise ToolError(what, where=output, remedy="use --overwrite to replace it, or choose another file with -o")
+
+
+def _require_file_name(output: Path) -> None:
+    if output.is_dir() or not output.name:
+        raise ToolError("the output is a folder", where=output, expected="a file name")
 
 
 def _versions(plan: Plan) -> dict[str, str]:

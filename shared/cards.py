@@ -17,7 +17,7 @@ PRODUCTS = Path("models")  # where products go by default, seen from where the c
 USER_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 CHECKPOINT_FOLDERS = (PRODUCTS / "checkpoints", USER_CACHE / "edgepress", Path.home() / ".cache" / "videoseal")
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=65536, strict=True)]
 Four = tuple[Positive, Positive, Positive, Positive]
 FileStem = Annotated[str, StringConstraints(pattern=re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$"))]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -29,7 +29,7 @@ class Source:
     """Where the published checkpoint lives, and what is expected inside."""
 
     __pydantic_config__ = STRICT
-    url: Annotated[str, StringConstraints(pattern=re.compile(r"^https?://[^/]+/.+[^/]$"))]
+    url: Annotated[str, StringConstraints(pattern=re.compile(r"^https?://[!-.0-~]+/[!-~]*[!-.0-~]$"))]
     container: str = "model"  # key of the checkpoint's dict that holds the flat state dict
     prefix: str = "detector."  # what the detector's keys start with
 
@@ -56,7 +56,7 @@ class Card:
     depths: Four
     dims: Four
     stem_stride: Literal[2, 4]
-    image_size: Annotated[int, Field(ge=32)]  # what the network was trained on; pixels, square
+    image_size: Annotated[int, Field(ge=32, le=8192, strict=True)]  # what the network was trained on; pixels, square
     output_prefix: FileStem
     checkpoint: Source
     gates: dict[str, Gates] = field(default_factory=dict)
@@ -76,7 +76,8 @@ class Card:
     def as_arguments(self) -> dict[str, object]:
         """Return what of the card decides the bytes of a product."""
         content = asdict(self)
-        return {key: content[key] for key in ("name", "nbits", "depths", "dims", "stem_stride", "image_size")}
+        layout = {key: content["checkpoint"][key] for key in ("container", "prefix")}
+        return layout | {key: content[key] for key in ("name", "nbits", "depths", "dims", "stem_stride", "image_size")}
 
 
 def card_names() -> list[str]:
@@ -100,7 +101,7 @@ def load_card(name: str) -> Card:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         card = TypeAdapter(Card).validate_python({"name": path.stem, **content})
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ToolError("model card is not valid TOML", where=path, got=error) from None
     except ValidationError as error:
         faults = [f"field {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]

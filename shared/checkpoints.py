@@ -7,19 +7,22 @@ Nothing here executes what a file says: `.pth` files are read with an unpickler 
 import json
 import math
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from shared.errors import ToolError
+from shared.errors import ToolError, first_line
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 CONTAINERS = ("model", "state_dict")  # keys under which most training code keeps the flat state dict
+REHEARSAL = "rehearsal"  # note on weights that are seeded, not trained
+NOTES = ("args", REHEARSAL)  # texts beside the weights that go on with them
 WRAPPER = "module."  # what DataParallel puts before every key
 RESAVE = "ask its author for a plain state dict (torch.save of tensors), or for .safetensors"
 
@@ -33,7 +36,7 @@ class Checkpoint:
         state: Keys to tensors, in the file's order.
         container: Key of the dict that held the state dict; None where it lay bare.
         beside: The tensors of every other top-level entry that has any, such as the optimizer.
-        notes: Text kept with the weights: `args` of a training checkpoint, metadata of a .safetensors file.
+        notes: Texts of `NOTES`, out of the dict or the metadata of a .safetensors file.
     """
 
     path: Path
@@ -87,7 +90,8 @@ def _open_safetensors(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-            return Checkpoint(path, state, None, {}, dict(file.metadata() or {}))
+            notes = {key: value for key, value in (file.metadata() or {}).items() if key in NOTES}
+            return Checkpoint(path, state, None, {}, notes)
     except (SafetensorError, OSError) as error:
         raise ToolError("damaged .safetensors file", where=path, got=error, remedy="download it again") from None
 
@@ -97,14 +101,16 @@ def _open_pth(path: Path, wanted: str) -> Checkpoint:
 
     _check_pth_layout(path)
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about tensor kinds that are refused later
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "no reason given")
         raise ToolError(
             "the checkpoint holds Python objects; they were not loaded", where=path, got=reason.strip(), remedy=RESAVE
         ) from None
-    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise ToolError("damaged .pth file", where=path, got=str(error).splitlines()[0], remedy="download it again") from None
+    except Exception as error:  # noqa: BLE001 - a tampered file can raise anything here, and all of it means the same
+        raise ToolError("damaged .pth file", where=path, got=first_line(error), remedy="download it again") from None
     if not isinstance(content, Mapping):
         raise ToolError("the checkpoint is no dict", where=path, got=type(content).__name__, remedy=RESAVE)
     container = next((key for key in (wanted, *CONTAINERS) if isinstance(content.get(key), Mapping)), None)
@@ -112,12 +118,23 @@ def _open_pth(path: Path, wanted: str) -> Checkpoint:
     state = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     if not state:
         raise ToolError("no tensors in the checkpoint", where=path, got=f"keys {sorted(map(str, content))}", remedy=RESAVE)
+    notes = {key: value for key, value in content.items() if key in NOTES and isinstance(value, str)}
+    if not all(_is_encodable(text) for text in (*state, *notes.values())):
+        raise ToolError("keys or notes of the checkpoint are no text", where=path, remedy=RESAVE)
     if all(key.startswith(WRAPPER) for key in state):
         state = {key.removeprefix(WRAPPER): value for key, value in state.items()}
     others = {} if container is None else {str(key): tensors_in(value) for key, value in content.items() if key != container}
     beside = {key: tensors for key, tensors in others.items() if tensors}
-    notes = {key: value for key, value in content.items() if key == "args" and isinstance(value, str)}
     return Checkpoint(path, state, container, beside, notes)
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether the text can be written at all; a pickle may hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_pth_layout(path: Path) -> None:
@@ -140,8 +157,9 @@ def _check_pth_layout(path: Path) -> None:
                         remedy=RESAVE,
                     )
                 end = start + record.file_size
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise ToolError("damaged .pth file, probably cut off", where=path, got=str(error), remedy="download it again") from None
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        what = "damaged .pth file, probably cut off"
+        raise ToolError(what, where=path, got=first_line(error), remedy="download it again") from None
 
 
 def _data_offset(record: zipfile.ZipInfo, file: IO[bytes]) -> int:
@@ -205,12 +223,15 @@ def require_sound(state: "Mapping[str, Tensor]", where: Path, *, integers: bool 
     """Raise ToolError unless every tensor is dense, finite and floating point, or integer where allowed; all faults at once."""
     import torch
 
+    floats = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
+    whole = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
     faults = []
     for key, tensor in state.items():
-        if tensor.layout is torch.strided and integers and not tensor.is_floating_point():
-            continue
-        if tensor.layout is not torch.strided or not tensor.is_floating_point():
-            faults.append(f"{key} is {tensor.dtype}, {tensor.layout}")
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.device.type != "cpu":
+            faults.append(f"{key} is no dense tensor with values")
+        elif tensor.dtype not in floats:
+            if not (integers and tensor.dtype in whole):
+                faults.append(f"{key} is {tensor.dtype}")
         elif tensor.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(tensor)):
             bad = int((~torch.isfinite(tensor)).sum())
             faults.append(f"{key} holds {bad} NaN or infinite of {tensor.numel()} values")

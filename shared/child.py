@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from collections.abc import Callable, Mapping
 from typing import IO, Any, Self
@@ -22,13 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.artifacts import ROOT
-from shared.errors import ToolError, one_line
+from shared.errors import ToolError, first_line, one_line
 from shared.machine import peak_rss_bytes
 
 Arrays = Mapping[str, NDArray[Any]]
 Message = dict[str, Any]
 Handler = Callable[[Message, Arrays], tuple[Message, Arrays]]
 
+PARENT = "EDGEPRESS_PARENT"  # environment variable with the parent's process id
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal this process gets when its parent dies
 LOG_TAIL = 200  # characters of a crashed child's last line that go into the error
 
@@ -55,7 +55,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, PARENT: str(os.getpid())},
         )
 
     def __enter__(self) -> Self:
@@ -77,15 +77,20 @@ class Child:
             ChildError: Anything else that went wrong there.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
-        watchdog = threading.Timer(self._timeout_s, self._process.kill)
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            self._process.kill()
+
+        watchdog = threading.Timer(self._timeout_s, expire)
         watchdog.start()
-        start = time.monotonic()
         try:
             _send(self._process.stdin, message, arrays or {})
             reply, results = _receive(self._process.stdout)
         except (OSError, EOFError):
             code = self._process.wait()
-            if time.monotonic() - start >= self._timeout_s:
+            if expired.is_set():
                 raise ChildError(f"no answer within {self._timeout_s:.0f} s") from None
             raise ChildError(self._death(code)) from None
         finally:
@@ -124,19 +129,16 @@ def serve(handler: Handler) -> None:
                 reply = {"tool_error": str(error)}
             except Exception as error:  # noqa: BLE001 - the parent decides what it means; the traceback stays in the log
                 traceback.print_exc()
-                reply = {"error": _first_line(error)}
+                reply = {"error": first_line(error)}
             _send(replies, {**reply, "peak_rss_bytes": peak_rss_bytes()}, results)
-
-
-def _first_line(error: Exception) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return text or type(error).__name__
 
 
 def _die_with_parent() -> None:
     """Ask Linux to end this process with its parent, so that a killed tool leaves nobody writing."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(os.environ.get(PARENT, os.getppid())):  # it died before it could be asked for
+            os._exit(1)
 
 
 def _send(stream: IO[bytes], message: Message, arrays: Arrays) -> None:

@@ -1,6 +1,6 @@
 """Make a command of a tool's function: its result to stdout, its errors to one line, its outcome to an exit code.
 
-Exit codes: 0 done; 1 a check ran and failed; 2 could not run, nothing written; 130 interrupted, 143 terminated.
+Exit codes: 0 done; 1 a check ran and failed; 2 could not run, nothing written; 130 interrupted, 129 and 143 hung up and terminated.
 """
 
 import contextlib
@@ -28,7 +28,8 @@ from shared.machine import GIB, MIB, peak_rss_bytes
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 
 OWN_PACKAGES = ("shared", "tools")
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED = 130
+INTERRUPTION = "interrupted; what was finished is kept, and nothing half-written"
 PLAIN_WIDTH = 140  # columns when the output is no terminal
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output file, whatever it is.")]
@@ -39,39 +40,49 @@ ModelName = Annotated[
     str, typer.Option("--model", help="Model card: videoseal, pixelseal, chunkyseal, or a path to your own .toml.")
 ]
 
-progress_console = Console(stderr=True, highlight=False)
+progress_console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def run(tool: Callable[..., Any]) -> NoReturn:
     """Run a tool's function as the command of this process, and exit."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, _terminate)
     app = typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
     )
     app.command(name=tool.__name__)(_with_json_option(tool))
     try:
         code = app(standalone_mode=False)
-    except ToolError as error:
-        _fail(str(error))
-    except UsageError as error:
-        _fail(f"{error.format_message().rstrip('.')}; see --help")
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted, nothing written", code=INTERRUPTED)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in OWN_PACKAGES:
-            raise
-        extra = tool.__name__.replace("_", "-")
-        _fail(f"package {error.name} is not installed; pip install --constraint constraints.txt --editable '.[{extra}]'")
-    except MemoryError:
-        _fail("out of memory; close other programs or use a larger machine")
+        code = INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at exit
         sys.exit(1)
-    except OSError as error:
-        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
-    if code == INTERRUPTED:  # how typer returns Ctrl-C
-        _fail("interrupted, nothing written", code=INTERRUPTED)
+    except Exception as error:
+        line = _as_line(error, tool.__name__)
+        if line is None:
+            raise
+        _fail(line)
+    if code == INTERRUPTED:  # also how typer returns Ctrl-C
+        _fail(INTERRUPTION, code=INTERRUPTED)
     sys.exit(code or 0)
+
+
+def _as_line(error: Exception, tool: str) -> str | None:
+    """Return what a user can act on as one line, None for a programming error."""
+    match error:
+        case ToolError():
+            return str(error)
+        case UsageError():
+            return f"{error.format_message().rstrip('.')}; see --help"
+        case ModuleNotFoundError() if (error.name or "").partition(".")[0] not in OWN_PACKAGES:
+            extra = tool.replace("_", "-")
+            return f"package {error.name} is not installed; pip install --constraint constraints.txt --editable '.[{extra}]'"
+        case MemoryError():
+            return "out of memory; close other programs or use a larger machine"
+        case OSError():
+            return f"{error.filename or 'input or output'}: {error.strerror or error}"
+    return None
 
 
 def _with_json_option(tool: Callable[..., Any]) -> Callable[..., None]:
@@ -83,7 +94,7 @@ def _with_json_option(tool: Callable[..., Any]) -> Callable[..., None]:
         if json_output:
             sys.stdout.write(to_json(result) + "\n")
         else:
-            console = Console(highlight=False)
+            console = Console(highlight=False, markup=False, emoji=False)
             if not console.is_terminal:
                 console.width = PLAIN_WIDTH
             console.print(result)
@@ -129,8 +140,8 @@ def _fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def _terminate(*_: object) -> NoReturn:
-    _fail("terminated, nothing written", code=TERMINATED)
+def _terminate(number: int, _: object) -> NoReturn:
+    _fail(INTERRUPTION, code=128 + number)
 
 
 @contextlib.contextmanager
@@ -143,7 +154,7 @@ def step(name: str) -> Iterator[None]:
     with progress_console.status(name):
         yield
     peak = max(peak_rss_bytes(), peak_rss_bytes(children=True))
-    progress_console.print(f"{name:<60} {time.monotonic() - start:7.1f} s   peak {peak / GIB:5.2f} GiB")
+    progress_console.print(f"{time.monotonic() - start:7.1f} s  peak {peak / GIB:5.2f} GiB  {name}")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from shared.artifacts import draft_beside
 from shared.cards import Card
 from shared.child import Arrays, Message, serve
 from shared.errors import ToolError
@@ -21,13 +20,12 @@ from shared.runtime import InputForm
 if TYPE_CHECKING:
     from torch import Tensor
 
-REHEARSAL = "rehearsal"  # key in the metadata of seeded weights
 SMALL = 0.02  # standard deviation of seeded biases and of the deviations from 1 in seeded norms
 
 
 def rehearse(message: Message) -> Message:
     """Write a checkpoint of seeded weights with the card's keys and shapes; no tensor is constant, as none is after training."""
-    from shared.checkpoints import write_safetensors
+    from shared.checkpoints import REHEARSAL, write_safetensors
 
     card = TypeAdapter(Card).validate_python(message["card"])
     shapes = {card.checkpoint.prefix + key: shape for key, shape in detector_shapes(card).items()}
@@ -57,16 +55,24 @@ def seeded_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> "Iterato
 
 
 def convert(message: Message) -> Message:
-    """Export the detector of a checkpoint as a float32 TFLite model."""
+    """Export the detector of a checkpoint as a float32 TFLite model; `folded` is a file for the weights in between."""
     import torch
 
-    from shared.checkpoints import as_float32, open_checkpoint, require_match, require_sound, select_detector, write_safetensors
+    from shared.checkpoints import (
+        REHEARSAL,
+        as_float32,
+        open_checkpoint,
+        require_match,
+        require_sound,
+        select_detector,
+        write_safetensors,
+    )
     from shared.detector import Deployed, build_on_meta
     from shared.fusion import fold_affine
 
     card = TypeAdapter(Card).validate_python(message["card"])
     form = InputForm(**message["form"])
-    weights, draft = Path(message["weights"]), Path(message["draft"])
+    weights, folded, draft = (Path(message[name]) for name in ("weights", "folded", "draft"))
     checkpoint = open_checkpoint(weights, card.checkpoint.container)
     if (REHEARSAL in checkpoint.notes) != message["rehearsal"]:
         raise ToolError("these weights are a rehearsal's, untrained", where=weights, remedy="use --rehearsal, without --checkpoint")
@@ -75,13 +81,12 @@ def convert(message: Message) -> Message:
     require_match(state, shapes, weights)
     require_sound(state, weights)
     casts = sorted({str(tensor.dtype) for tensor in state.values()} - {"torch.float32"})
-    with draft_beside(draft.with_suffix(".folded")) as folded:
-        write_safetensors(folded, shapes, fold_affine(shapes, lambda key: as_float32(state[key])))
-        network = build_on_meta(card, maps_input=False)
-        network.load_state_dict(open_checkpoint(folded).state, assign=True)
-        size = form.size
-        image = torch.zeros((1, 3, size, size) if form.layout == "nchw" else (1, size, size, 3))
-        _export(Deployed(network, form, card.image_size).eval(), image, draft)
+    write_safetensors(folded, shapes, fold_affine(shapes, lambda key: as_float32(state[key])))
+    network = build_on_meta(card, maps_input=False)
+    network.load_state_dict(open_checkpoint(folded).state, assign=True)
+    size = form.size
+    image = torch.zeros((1, 3, size, size) if form.layout == "nchw" else (1, size, size, 3))
+    _export(Deployed(network, form, card.image_size).eval(), image, draft)
     return {"parameters": sum(math.prod(shape) for shape in shapes.values()), "casts": casts}
 
 

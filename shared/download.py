@@ -36,6 +36,8 @@ def download(url: str, target: Path) -> None:
             _fetch_rest(url, part)
         except urllib.error.HTTPError as error:
             raise ToolError(f"the server answered {error.code} {error.reason}", where=url, remedy="check the address") from None
+        except http.client.InvalidURL as error:
+            raise ToolError(f"not a web address: {error}", where=url) from None
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             after = part.stat().st_size if part.exists() else 0
             failures = 0 if after > before else failures + 1

@@ -34,6 +34,11 @@ class ToolError(Exception):
         super().__init__(one_line("; ".join(parts)))
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text that says something, or its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def one_line(text: str) -> str:
     """Return the text with control characters escaped, so that a file's content cannot forge a line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,6 +1,7 @@
 """What this machine has: CPUs, free memory within any limit set on the process, free disk; and what a process took."""
 
 import os
+import platform
 import resource
 import shutil
 import sys
@@ -17,6 +18,13 @@ def cpu_count() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """Return the CPU's name as far as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def peak_rss_bytes(*, children: bool = False) -> int:

@@ -1,7 +1,5 @@
 """How far two outputs are apart. NaN or a shape mismatch raises; nothing is hidden, nothing replaced."""
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,13 +21,13 @@ def max_abs_error(reference: Array, candidate: Array) -> float:
 
 
 def relative_error(reference: Array, candidate: Array) -> float:
-    """Return the L2 norm of the difference over the L2 norm of the reference."""
+    """Return the L2 norm of the difference over the L2 norm of the reference, which must not be all zero unless both are."""
     a, b = _pair(reference, candidate)
     scale = float(np.linalg.norm(a))
     difference = float(np.linalg.norm(a - b))
-    if scale == 0:
-        return 0.0 if difference == 0 else math.inf
-    return difference / scale
+    if scale == 0 < difference:
+        raise ValueError("the reference's outputs are all zero, the candidate's are not")
+    return difference / (scale or 1.0)
 
 
 def cosine(reference: Array, candidate: Array) -> float:

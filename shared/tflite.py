@@ -14,18 +14,23 @@ import mmap
 import shutil
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import ToolError
+from shared.errors import ToolError, first_line
 
 IDENTIFIER = b"TFL3"  # at byte 4
 METADATA_NAME = "edgepress.json"
 MIN_SIZE = 8
 # What a walk over a flatbuffer's tables can raise on a damaged file.
-DAMAGE = (struct.error, IndexError, TypeError, ValueError, AssertionError, OverflowError, UnicodeDecodeError)
+DAMAGE = (struct.error, LookupError, TypeError, ValueError, AttributeError, AssertionError, OverflowError, RecursionError)
+# What reading an appended zip can raise on a damaged or encrypted one.
+ZIP_DAMAGE = (zipfile.BadZipFile, zlib.error, LookupError, ValueError, EOFError, RuntimeError, NotImplementedError, OSError)
+MAX_METADATA_BYTES = 2**16
+MAX_APPENDED_BYTES = 2**28  # of all associated files together; label files and vocabularies are far smaller
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class OpWeights:
         dtype: Type of the largest constant operand, such as FLOAT32 or INT8.
         size_bytes: Bytes of all constant operands.
         size_weights: Bytes of the largest constant operand.
+        code_is_old: Whether the op's type stands in the schema's deprecated field only.
     """
 
     op_type: str
@@ -45,6 +51,7 @@ class OpWeights:
     dtype: str
     size_bytes: int
     size_weights: int
+    code_is_old: bool = False
 
 
 def check_is_tflite(path: Path) -> None:
@@ -78,7 +85,9 @@ def _open_model(path: Path) -> Iterator[Any]:
         try:
             yield schema.Model.GetRootAs(content)
         except DAMAGE as error:
-            raise ToolError("damaged TFLite model", where=path, got=error, remedy="convert or download it again") from None
+            raise ToolError(
+                "damaged TFLite model", where=path, got=first_line(error), remedy="convert or download it again"
+            ) from None
 
 
 @functools.cache
@@ -113,7 +122,9 @@ def read_op_weights(path: Path) -> list[OpWeights]:
                 if sizes and op.OutputsLength():
                     weights, dtype = max(sizes)
                     name = graph.Tensors(op.Outputs(0)).Name().decode()
-                    found.append(OpWeights(op_type, name, dtype, sum(size for size, _ in sizes), weights))
+                    code = model.OperatorCodes(op.OpcodeIndex())
+                    is_old = code.BuiltinCode() == 0 != code.DeprecatedBuiltinCode()
+                    found.append(OpWeights(op_type, name, dtype, sum(size for size, _ in sizes), weights, is_old))
     return found
 
 
@@ -153,25 +164,36 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """Return the metadata of one of our models, empty where the file has none."""
     try:
         with zipfile.ZipFile(path) as archive:
+            if archive.getinfo(METADATA_NAME).file_size > MAX_METADATA_BYTES:
+                return {}
             content = json.loads(archive.read(METADATA_NAME))
             return content if isinstance(content, dict) else {}
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError):
+    except (*ZIP_DAMAGE, RecursionError):
         return {}
 
 
 def copy_appended_zip(source: Path, target: Path) -> None:
-    """Append the zip that follows the flatbuffer of `source`, if any, to `target`, entry by entry."""
+    """Append the zip that follows the flatbuffer of `source`, if any, to `target`, entry by entry.
+
+    Raises:
+        ToolError: The zip is damaged, encrypted or too large to be label files.
+    """
+    if not zipfile.is_zipfile(source):
+        return
     try:
         with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "a", zipfile.ZIP_STORED) as new:
+            if sum(entry.file_size for entry in old.infolist()) > MAX_APPENDED_BYTES:
+                raise ToolError("the zip appended to the model is too large", where=source, expected="label files and the like")
             for entry in old.infolist():
-                with old.open(entry) as data, new.open(_undated(entry), "w") as out:
+                with old.open(entry) as data, new.open(_same_entry(entry), "w") as out:
                     shutil.copyfileobj(data, out)
-    except zipfile.BadZipFile:
-        return
+    except ZIP_DAMAGE as error:
+        raise ToolError("the zip appended to the model is damaged", where=source, got=first_line(error)) from None
 
 
-def _undated(entry: zipfile.ZipInfo) -> zipfile.ZipInfo:
-    fresh = zipfile.ZipInfo(entry.filename, date_time=entry.date_time)
-    fresh.compress_type = entry.compress_type
-    fresh.file_size = entry.file_size
-    return fresh
+def _same_entry(entry: zipfile.ZipInfo) -> zipfile.ZipInfo:
+    """Return an entry of the same name, date and compression for another archive."""
+    same = zipfile.ZipInfo(entry.filename, date_time=entry.date_time)
+    same.compress_type = entry.compress_type
+    same.file_size = entry.file_size
+    return same

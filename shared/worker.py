@@ -11,11 +11,13 @@ from pydantic import TypeAdapter
 
 from shared.cards import Card
 from shared.child import Arrays, Message, serve
+from shared.errors import ToolError
 from shared.runtime import InputForm
 
 Specs = list[tuple[str, list[int], str]]
 Run = Callable[[Arrays], dict[str, NDArray[Any]]]
 
+NUMBERS = "fiub"  # numpy's kinds: float, signed, unsigned, bool
 TORCH_INPUT, TORCH_OUTPUT = "image", "output_0"  # as litert-torch names them after conversion
 
 
@@ -27,18 +29,28 @@ def load_tflite(path: str, threads: int, kernels: str) -> tuple[Specs, Specs, Ru
     interpreter = Interpreter(model_path=path, num_threads=threads, experimental_op_resolver_type=resolver)
     interpreter.allocate_tensors()
     given, made = interpreter.get_input_details(), interpreter.get_output_details()
-    names = _signature_names(interpreter)
+    inputs, outputs = _specs(interpreter, given), _specs(interpreter, made)
 
-    def run(inputs: Arrays) -> dict[str, NDArray[Any]]:
-        for tensor in given:
-            interpreter.set_tensor(tensor["index"], inputs[names.get(tensor["name"], tensor["name"])])
+    def run(arrays: Arrays) -> dict[str, NDArray[Any]]:
+        for (name, *_), tensor in zip(inputs, given, strict=True):
+            interpreter.set_tensor(tensor["index"], arrays[name])
         interpreter.invoke()
-        return {names.get(t["name"], t["name"]): interpreter.get_tensor(t["index"]) for t in made}
+        return {name: interpreter.get_tensor(tensor["index"]) for (name, *_), tensor in zip(outputs, made, strict=True)}
 
-    def specs(tensors: list[dict[str, Any]]) -> Specs:
-        return [(names.get(t["name"], t["name"]), [int(n) for n in t["shape"]], np.dtype(t["dtype"]).name) for t in tensors]
+    return inputs, outputs, run
 
-    return specs(given), specs(made), run
+
+def _specs(interpreter: Any, tensors: list[dict[str, Any]]) -> Specs:
+    """Return name, shape and dtype of tensors; a name that comes twice gets its place behind it."""
+    of_signature = _signature_names(interpreter)
+    specs: Specs = []
+    for place, tensor in enumerate(tensors):
+        name, dtype = of_signature.get(tensor["name"], tensor["name"]), np.dtype(tensor["dtype"])
+        if dtype.kind not in NUMBERS:
+            raise ToolError(f"tensor '{name}' of the model holds {dtype.name}, not numbers; it cannot be run here")
+        taken = {other for other, *_ in specs}
+        specs.append((f"{name}:{place}" if name in taken else name, [int(size) for size in tensor["shape"]], dtype.name))
+    return specs
 
 
 def _signature_names(interpreter: Any) -> dict[str, str]:

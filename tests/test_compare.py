@@ -11,7 +11,7 @@ from PIL import Image
 from shared.child import ChildError
 from shared.errors import ToolError
 from shared.runtime import Model, open_model
-from tests.conftest import Run, Small
+from tests.conftest import REALDATA, Run, Small
 from tools import compare as module
 from tools.compare import compare
 from tools.quantize_tflite import quantize_tflite
@@ -149,7 +149,7 @@ def test_a_candidate_that_crashes_is_a_failed_check_not_a_crash(products: dict[s
 
 
 def test_nan_in_a_candidate_is_a_failed_check(products: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = (module.Measured(products["none"], 10, 1, 1, 1, 1, "xnnpack", 1), [[np.ones((1, 33), np.float32)]])
+    reference = (module.Measured(products["none"], 10, 1, 1, 1, 1, "xnnpack", 1, []), [[np.ones((1, 33), np.float32)]])
     shown = (reference[0], [[np.full((1, 33), np.nan, np.float32)]])
     candidate = module._against(reference, module.ModelSource(products["int8"]), shown, 32)
     assert candidate.error == "an output holds NaN or infinite values"
@@ -189,3 +189,29 @@ def test_images_for_a_model_that_takes_none_are_an_error(products: dict[str, Pat
     (tmp_path / "empty").mkdir()
     with pytest.raises(ToolError, match="no images"):
         compare(products["none"], [products["int8"]], images=tmp_path / "empty")
+
+
+def test_models_that_take_other_inputs_cannot_be_compared(products: dict[str, Path]) -> None:
+    measured = module.Measured(products["none"], 10, 1, 1, 1, 1, "xnnpack", 1, ["float32 image of 64 pixels"])
+    other = module.Measured(products["none"], 10, 1, 1, 1, 1, "xnnpack", 1, ["int8 image of 64 pixels"])
+    outputs = [[np.ones((1, 33), np.float32)]]
+    candidate = module._against((measured, outputs), module.ModelSource(products["int8"]), (other, outputs), None)
+    assert candidate.error == "it takes int8 image of 64 pixels, its reference float32 image of 64 pixels"
+    same = module._against((measured, outputs), module.ModelSource(products["int8"]), (other, outputs), None, same_images=True)
+    assert same.error is None
+
+
+@pytest.mark.parametrize("limit", [float("inf"), float("nan")])
+def test_a_limit_must_be_finite(products: dict[str, Path], limit: float) -> None:
+    with pytest.raises(ToolError, match="a limit is not finite"):
+        compare(products["none"], [products["int8"]], max_size_mb=limit)
+
+
+@pytest.mark.realdata
+def test_a_quantized_twin_with_integer_inputs_is_told_apart() -> None:
+    folder = REALDATA / "tflite"
+    candidate = compare(
+        folder / "mlperf_tiny_resnet_float.tflite", [folder / "mlperf_tiny_resnet_int8.tflite"]
+    ).findings.candidates[0]
+    assert candidate.error is not None
+    assert "it takes int8" in candidate.error

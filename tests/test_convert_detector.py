@@ -1,6 +1,10 @@
 """A converted detector answers as the published network does, in every form and precision."""
 
 import re
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +17,7 @@ from shared.cards import load_card
 from shared.errors import ToolError
 from shared.runtime import InputForm, ModelSource, open_model
 from shared.tflite import read_metadata
-from tests.conftest import Run, Small
+from tests.conftest import ROOT, Run, Small
 from tools import convert_detector as module
 from tools.convert_detector import InputLayout, Precision, convert_detector, file_name
 from tools.verify import verify
@@ -213,3 +217,50 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(
     assert re.fullmatch(r"error: [^\n]+\n", done.stderr)
     assert BAD_INPUTS[fault] in done.stderr
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_terminated_in_the_middle_nothing_is_left(videoseal_small: Small, tmp_path: Path) -> None:
+    """Also not the folded weights, which a child was writing."""
+    command = [sys.executable, "-m", "tools.convert_detector", "--model", str(videoseal_small.card)]
+    command += ["--checkpoint", str(videoseal_small.checkpoint), "-o", str(tmp_path / "m.tflite")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(path.name.startswith(".m.folded") and path.stat().st_size for path in tmp_path.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.count("\n")) == (143, 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_checkpoint_is_never_replaced(videoseal_small: Small, tmp_path: Path) -> None:
+    weights = Path(shutil.copy(videoseal_small.checkpoint, tmp_path / "w.safetensors"))
+    before = weights.read_bytes()
+    for quantize in (Precision.NONE, Precision.INT8):
+        with pytest.raises(ToolError, match="the output is the checkpoint"):
+            convert_detector(model=str(videoseal_small.card), checkpoint=weights, output=weights, quantize=quantize, overwrite=True)
+    assert weights.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_a_quantized_model_does_not_replace_its_float_one(videoseal_small: Small, tmp_path: Path) -> None:
+    output = tmp_path / "small_detector_videoseal_small_64.tflite"
+    with pytest.raises(ToolError, match="would replace its float32 model"):
+        convert_detector(
+            model=str(videoseal_small.card), checkpoint=videoseal_small.checkpoint, output=output, quantize=Precision.INT8
+        )
+
+
+@pytest.mark.parametrize("taken", ["m.tflite", "small_detector_videoseal_small_rehearsal_64.tflite"])
+def test_a_taken_name_is_told_before_anything_is_written(videoseal_small: Small, tmp_path: Path, taken: str) -> None:
+    (tmp_path / taken).write_text("precious")
+    with pytest.raises(ToolError, match=f"{taken}: the output exists"):
+        convert_detector(model=str(videoseal_small.card), rehearsal=True, output=tmp_path / "m.tflite", quantize=Precision.INT8)
+    assert [path.name for path in tmp_path.iterdir()] == [taken]
+
+
+def test_an_image_too_small_for_the_network_is_told_before_anything_is_written(videoseal_small: Small, tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match="too small for the network; got 63 pixels; expected at least 64"):
+        convert_detector(model=str(videoseal_small.card), rehearsal=True, output=tmp_path / "m.tflite", image_size=63)
+    assert not list(tmp_path.iterdir())

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shared.cards import load_card
+from shared.checkpoints import open_checkpoint
 from shared.errors import ToolError
 from tests.conftest import ROOT, Run, Small
 from tools.extract_weights import Component, extract_weights
@@ -244,3 +246,37 @@ def test_a_safetensors_checkpoint_works_as_well(videoseal_small: Small, tmp_path
     result = extract_weights(tmp_path / "c.safetensors", model=str(videoseal_small.card))
     assert result.product is not None
     assert all(key.startswith("detector.") for key in load_file(result.product.path))
+
+
+def test_a_transposed_twin_of_a_tensor_is_written_too(tmp_path: Path) -> None:
+    weights = torch.randn(2, 3)
+    torch.save({"detector.a": weights, "detector.b": weights.t()}, tmp_path / "c.pth")
+    result = extract_weights(tmp_path / "c.pth")
+    assert result.product is not None
+    assert torch.equal(load_file(result.product.path)["detector.b"], weights.t())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_the_mark_of_a_rehearsal_survives(tmp_path: Path, suffix: str) -> None:
+    save_file({"detector.a": torch.ones(1)}, tmp_path / "c.safetensors", metadata={"rehearsal": "seed 0"})
+    result = extract_weights(tmp_path / "c.safetensors", output=tmp_path / f"out{suffix}")
+    assert result.product is not None
+    assert open_checkpoint(result.product.path).notes == {"rehearsal": "seed 0"}
+
+
+def test_another_container_in_the_card_makes_the_product_stale(tmp_path: Path) -> None:
+    torch.save({"model": {"detector.a": torch.zeros(1)}, "ema": {"detector.a": torch.ones(1)}}, tmp_path / "c.pth")
+    output = tmp_path / "out.safetensors"
+    card = _card(tmp_path / "c.pth")
+    for component in (Component.EMBEDDER, Component.DETECTOR):
+        with pytest.raises(ToolError, match=r"no key starts with|do not fit the model"):
+            extract_weights(tmp_path / "c.pth", model=str(card), component=component, output=output)
+    assert load_card(str(card)).as_arguments()["container"] == "model"
+    card.write_text(card.read_text() + 'container = "ema"\n')
+    assert load_card(str(card)).as_arguments()["container"] == "ema"
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path: Path, run_tool: Run) -> None:
+    os.mkfifo(tmp_path / "c.pth")
+    done = run_tool("extract_weights", tmp_path / "c.pth")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)

@@ -91,7 +91,7 @@ def test_a_recipe_that_changes_nothing_is_an_error(model: Path) -> None:
 
 def test_quantizing_twice_is_an_error(model: Path) -> None:
     product = quantize_tflite(model).product.path
-    with pytest.raises(ToolError, match="weights are INT8 already"):
+    with pytest.raises(ToolError, match="weights are INT8, quantized already"):
         quantize_tflite(product, output=model.with_name("twice.tflite"))
 
 
@@ -137,7 +137,7 @@ def test_why_an_op_was_left_is_told() -> None:
     ]
     after = [*before[:3], OpWeights("FULLY_CONNECTED", "body", "INT8", 10, 10)]
     rows = {row.op_type: row for row in measure_coverage(before, after, skip)}
-    assert rows["CONV_2D"].reason == "1 x weights are float16, which the quantizer skips; 1 x weights are INT8 already"
+    assert rows["CONV_2D"].reason == "1 x weights are FLOAT16, which the quantizer skips; 1 x weights are INT8, quantized already"
     fully = rows["FULLY_CONNECTED"]
     assert (fully.quantized, fully.ops, fully.weight_bytes, fully.quantized_weight_bytes, fully.bytes_after) == (1, 2, 80, 40, 50)
     assert fully.reason == "1 x excluded by a rule"
@@ -185,6 +185,26 @@ def test_a_real_float_model_is_quantized(tmp_path: Path) -> None:
 
 @pytest.mark.realdata
 def test_float16_weights_are_an_error_not_a_silent_copy(tmp_path: Path) -> None:
-    with pytest.raises(ToolError, match="weights are float16, which the quantizer skips"):
+    with pytest.raises(ToolError, match="weights are FLOAT16, which the quantizer skips"):
         quantize_tflite(REALDATA / "mediapipe" / "selfie_segmenter.tflite", output=tmp_path / "m.tflite")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rule_that_only_excludes_needs_no_configuration(model: Path) -> None:
+    _, rules = resolve_recipe("int8")
+    path = model.with_name("r.json")
+    path.write_text(json.dumps([*rules, {"regex": "^.*", "operation": "CONV_2D", "algorithm_key": "no_quantize"}]))
+    rows = {row.op_type: row for row in quantize_tflite(model, recipe=str(path)).coverage.op_types}
+    assert (rows["CONV_2D"].quantized, rows["CONV_2D"].reason) == (0, "5 x excluded by a rule")
+
+
+def test_rules_of_the_wrong_type_are_named(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text('[{"regex": 3, "operation": "*", "algorithm_key": "a", "op_config": []}]')
+    with pytest.raises(ToolError, match="rule 1: wrong type of regex, op_config"):
+        resolve_recipe(str(tmp_path / "r.json"))
+
+
+@pytest.mark.realdata
+def test_op_codes_in_the_old_field_are_named_as_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match="op code in the schema's old field"):
+        quantize_tflite(REALDATA / "mediapipe" / "face_detection_front_fp32.tflite", output=tmp_path / "m.tflite")

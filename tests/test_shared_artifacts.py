@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.artifacts import Plan, Product, build, draft_beside, provenance_path, read_provenance, record
+from shared.artifacts import Plan, Product, build, draft_beside, provenance_path, read_provenance, record, require_not_anothers
 from shared.errors import ToolError
 
 
@@ -189,3 +189,53 @@ def test_provenance_that_is_not_ours_is_none(work: Work) -> None:
 def test_a_missing_input_is_an_error(work: Work, tmp_path: Path) -> None:
     with pytest.raises(ToolError, match="no such file"):
         work.build(inputs=[tmp_path / "absent"])
+
+
+def test_another_files_place_is_not_taken_by_provenance(work: Work) -> None:
+    notes = provenance_path(work.plan.output)
+    notes.write_text("my notes")
+    with pytest.raises(ToolError, match="the provenance would replace this file"):
+        work.build(refresh=True)
+    assert notes.read_text() == "my notes"
+    work.build(overwrite=True)
+    assert read_provenance(work.plan.output) is not None
+
+
+def test_devices_and_pipes_are_neither_read_nor_replaced(work: Work, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ToolError, match="no regular file"):
+        work.build(output=pipe, overwrite=True)
+    with pytest.raises(ToolError, match="not a regular file"):
+        work.build(inputs=[pipe])
+    os.mkfifo(provenance_path(work.source))
+    assert read_provenance(work.source) is None
+
+
+@pytest.mark.parametrize("output", [".", "/", ".."])
+def test_an_output_without_a_name_is_refused(work: Work, output: str) -> None:
+    with pytest.raises(ToolError, match="is a folder"):
+        work.build(output=Path(output))
+
+
+def test_of_two_runs_at_once_the_second_keeps_the_firsts_product(work: Work) -> None:
+    def overtaken(draft: Path) -> Found:
+        work.build(arguments={"shout": False})
+        draft.write_text("late")
+        return Found(4)
+
+    with pytest.raises(ToolError, match="another run wrote the output meanwhile"):
+        build(work.plan, Found, overtaken)
+    assert work.plan.output.read_text() == "ABC"
+    assert work.build(arguments={"shout": False})[0].up_to_date
+
+
+def test_what_is_bound_to_be_refused_is_told_beforehand(work: Work) -> None:
+    output = work.plan.output
+    require_not_anothers(output, overwrite=False)
+    work.build()
+    require_not_anothers(output, overwrite=False)
+    output.write_text("edited")
+    with pytest.raises(ToolError, match="the output exists"):
+        require_not_anothers(output, overwrite=False)
+    require_not_anothers(output, overwrite=True)

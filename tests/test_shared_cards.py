@@ -71,3 +71,18 @@ def test_a_file_name_that_several_models_share_is_not_taken_for_either() -> None
     assert not any(
         place.name == "checkpoint.pth" and place.parent.name == "videoseal" for place in load_card("pixelseal").checkpoint_places()
     )
+
+
+@pytest.mark.parametrize(("field", "value"), [("nbits", True), ("nbits", 32.0), ("nbits", "32"), ("dims", [2**62, 1, 1, 1])])
+def test_numbers_are_whole_and_of_a_sane_size(tmp_path: Path, field: str, value: object) -> None:
+    card = write_card(tmp_path / "bad.toml", **{field: value})
+    with pytest.raises(ToolError, match=field):
+        load_card(str(card))
+
+
+@pytest.mark.parametrize("url", ["ftp://host/file", "https://host", "https://host/", "https://hôst/file", "https://host/a b"])
+def test_an_address_that_cannot_be_one_is_refused(tmp_path: Path, url: str) -> None:
+    card = write_card(tmp_path / "bad.toml")
+    card.write_text(card.read_text().replace("https://example.org/small.pth", url))
+    with pytest.raises(ToolError, match=r"checkpoint\.url"):
+        load_card(str(card))

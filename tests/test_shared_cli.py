@@ -29,7 +29,7 @@ PRETENDED_TOOL = """
         ok: bool = True
 
         def __rich__(self):
-            return f"value {self.value}"
+            return f"value {self.value}" + (" of a[/b].pth [int8]" if self.value == 7 else "")
 
     def pretend(kind: str, *, value: float = 1.0) -> Result:
         '''Pretend to work.'''
@@ -72,6 +72,10 @@ def call(command: list[str], *arguments: str) -> "subprocess.CompletedProcess[st
 def test_a_result_goes_to_stdout_and_nothing_to_stderr(command: list[str]) -> None:
     done = call(command, "fine", "--value", "2.5")
     assert (done.returncode, done.stdout, done.stderr) == (0, "value 2.5\n", "")
+
+
+def test_brackets_in_names_are_no_markup(command: list[str]) -> None:
+    assert call(command, "fine", "--value", "7").stdout == "value 7.0 of a[/b].pth [int8]\n"
 
 
 def test_json_prints_one_object_and_nothing_else(command: list[str]) -> None:
@@ -125,8 +129,8 @@ def test_nan_is_never_written_as_json(command: list[str]) -> None:
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize(("sent", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
-def test_interrupted_and_terminated_have_their_codes(command: list[str], sent: signal.Signals, code: int, word: str) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_interruptions_have_their_codes(command: list[str], sent: signal.Signals, code: int) -> None:
     process = subprocess.Popen(
         [*command, "wait"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={"PYTHONPATH": str(ROOT)}
     )
@@ -134,7 +138,7 @@ def test_interrupted_and_terminated_have_their_codes(command: list[str], sent: s
     process.stdout.readline()
     process.send_signal(sent)
     _, errors = process.communicate(timeout=30)
-    assert (process.returncode, errors) == (code, f"error: {word}, nothing written\n")
+    assert (process.returncode, errors) == (code, "error: interrupted; what was finished is kept, and nothing half-written\n")
 
 
 def test_sizes_are_in_binary_units() -> None:

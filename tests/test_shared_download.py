@@ -138,3 +138,8 @@ def test_no_server_at_all_is_an_error(server: Server, tmp_path: Path) -> None:
     with pytest.raises(ToolError, match="the download stopped"):
         download("http://127.0.0.1:1/nothing.pth", tmp_path / "c.pth")
     assert server.asked == []
+
+
+def test_an_address_with_a_bad_port_is_an_error_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match="not a web address"):
+        download("http://localhost:abc/x.pth", tmp_path / "c.pth")

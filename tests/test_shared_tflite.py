@@ -104,3 +104,24 @@ def test_label_files_of_a_real_model_are_carried_over(tmp_path: Path) -> None:
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target) as new:
         assert old.namelist() == new.namelist() != []
         assert all(old.read(name) == new.read(name) for name in old.namelist())
+
+
+def test_a_damaged_or_encrypted_zip_is_no_metadata_and_not_carried_over(tmp_path: Path) -> None:
+    source, target = tmp_path / "a.bin", tmp_path / "b.bin"
+    source.write_bytes(b"model")
+    with zipfile.ZipFile(source, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("edgepress.json", '{"nbits": 3}' * 100)
+    content = bytearray(source.read_bytes())
+    content[60:80] = b"\xff" * 20
+    source.write_bytes(content)
+    target.write_bytes(b"smaller")
+    assert read_metadata(source) == {}
+    with pytest.raises(ToolError, match="zip appended to the model is damaged"):
+        copy_appended_zip(source, target)
+
+
+def test_metadata_of_absurd_size_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"model")
+    append_metadata(path, {"a": "x" * 2**17})
+    assert read_metadata(path) == {}

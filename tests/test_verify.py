@@ -163,3 +163,29 @@ def test_other_peoples_models_pass_or_fail_as_they_should() -> None:
 def test_a_source_knows_nothing_of_bits_it_was_not_told(tmp_path: Path) -> None:
     (tmp_path / "m.tflite").write_bytes(bytes(100))
     assert ModelSource(tmp_path / "m.tflite").nbits() is None
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("number", range(module.REPEATS + 2))
+def test_nan_and_infinity_in_any_run_fail(float_model: Path, spoiled: Callable[..., None], number: int, value: float) -> None:
+    def spoil(outputs: Outputs, run: int) -> Outputs:
+        if run == number:
+            outputs["output_0"][0, 7] = value
+        return outputs
+
+    spoiled(spoil)
+    expected = "threads" if number == module.REPEATS + 1 else "finite"
+    assert expected in failed(verify(float_model, threads=2).findings)
+
+
+def test_a_model_without_outputs_fails_and_is_not_run(float_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    init = Model.__init__
+
+    def no_outputs(self: Model, *arguments: object) -> None:
+        init(self, *arguments)  # type: ignore[arg-type]
+        self.outputs = []
+
+    monkeypatch.setattr(Model, "__init__", no_outputs)
+    found = verify(float_model).findings
+    assert failed(found) == ["outputs"]
+    assert found.checks[-1].name == "outputs"

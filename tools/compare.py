@@ -6,6 +6,7 @@ Example:
 A reference may be a checkpoint (with --model), run in torch.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,7 @@ from shared.child import ChildError
 from shared.cli import Overwrite, Refresh, Seed, Threads, run, size_text, step, to_json
 from shared.errors import ToolError
 from shared.images import image_files, image_layout, read_image, to_layout
-from shared.machine import MIB, available_memory_bytes, cpu_count
+from shared.machine import MIB, available_memory_bytes, cpu_count, cpu_name
 from shared.runtime import Model, ModelSource, TensorSpec, memory_need_bytes, open_model, sample_inputs
 from shared.tflite import check_is_tflite, read_dequantized_types
 
@@ -64,6 +65,7 @@ class Measured:
     runs: int
     kernels: str
     peak_rss_bytes: int
+    inputs: list[str]
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,11 @@ class Findings:
     samples: int
     threads: int
     interleaved: bool
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """Largest resident set of any model."""
+        return max([self.reference.peak_rss_bytes, *(c.measured.peak_rss_bytes for c in self.candidates if c.measured)])
 
     @property
     def ok(self) -> bool:
@@ -184,7 +191,14 @@ class _Recorder:
             runs=len(self._latencies),
             kernels=self._model.kernels,
             peak_rss_bytes=self._model.peak_rss_bytes,
+            inputs=[_describe(spec) for spec in self._model.inputs],
         )
+
+
+def _describe(spec: TensorSpec) -> str:
+    """Return what a model takes; an image in either layout is the same."""
+    layout = image_layout(spec.shape)
+    return f"{spec.dtype} image of {layout[1]} pixels" if layout else f"{spec.dtype} {spec.shape}"
 
 
 @dataclass(frozen=True)
@@ -209,7 +223,7 @@ def _measure(sources: list[ModelSource], protocol: _Protocol, *, interleaved: bo
     """Measure all models, in turns run by run or one after the other; a model that fails is its error."""
     if not interleaved:
         return [_measure_alone(source, protocol) for source in sources]
-    with ExitStack() as stack, step(f"run {len(sources)} models in turns"):
+    with step(f"run {len(sources)} models in turns"), ExitStack() as stack:
         recorders: list[_Recorder | ChildError] = []
         for source in sources:
             try:
@@ -236,14 +250,19 @@ def _measure_alone(source: ModelSource, protocol: _Protocol) -> Shown | ChildErr
         return error
 
 
-def _against(reference: Shown, source: ModelSource, shown: Shown | ChildError, nbits: int | None) -> Candidate:
-    """Compare one candidate with the reference, without gates."""
+def _against(
+    reference: Shown, source: ModelSource, shown: Shown | ChildError, nbits: int | None, *, same_images: bool = False
+) -> Candidate:
+    """Compare one candidate with the reference, without gates; image files are the same inputs at any size."""
     size = source.path.stat().st_size
     candidate = Candidate(source.path, size, 1 - size / reference[0].size_bytes)
     if isinstance(shown, ChildError):
         return _with(candidate, error=str(shown), verdict=f"does not run: {shown}")
     measured, outputs = shown
     speedup = reference[0].median_ms / measured.median_ms
+    if not same_images and measured.inputs != reference[0].inputs:
+        error = f"it takes {', '.join(measured.inputs)}, its reference {', '.join(reference[0].inputs)}"
+        return _with(candidate, measured=measured, error=error, verdict=f"cannot be compared: {error}")
     try:
         pairs = [(_flat(one), _flat(other)) for one, other in zip(reference[1], outputs, strict=True)]
         return _with(
@@ -348,6 +367,8 @@ def compare(
         ToolError: A file is missing or of another kind, or the reference itself does not run.
     """
     card = None if model is None else load_card(model)
+    if any(limit is not None and not math.isfinite(limit) for limit in (min_speedup, max_size_mb)):
+        raise ToolError("a limit is not finite", remedy="leave it out")
     sources = [ModelSource(reference, card), *(ModelSource(path) for path in candidates)]
     for source in sources:
         if source.card is None:
@@ -374,7 +395,10 @@ def compare(
         first, *others = _measure(sources, protocol, interleaved=interleaved)
         if isinstance(first, ChildError):
             raise ToolError("the reference does not run", where=reference, got=first)
-        compared = [_against(first, source, shown, nbits) for source, shown in zip(sources[1:], others, strict=True)]
+        compared = [
+            _against(first, source, shown, nbits, same_images=bool(files))
+            for source, shown in zip(sources[1:], others, strict=True)
+        ]
         compared = [_with(candidate, gates=_gates(candidate, limits)) for candidate in compared]
         return Findings(first[0], compared, samples, protocol.threads, interleaved)
 
@@ -388,6 +412,7 @@ def compare(
             return found
 
         arguments: dict[str, object] = {"runs": runs, "samples": samples, "threads": protocol.threads, "bits": nbits, "seed": seed}
+        arguments |= {"cpu": cpu_name()}  # latencies of one machine say nothing of another
         arguments |= {"limits": limits, "card": card and card.as_arguments(), "images": [file.name for file in files]}
         plan = Plan(output, "compare", arguments, [reference, *candidates, *files], PACKAGES, overwrite=overwrite, refresh=refresh)
         report, findings = artifacts.build(plan, Findings, make)

@@ -19,7 +19,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from shared import artifacts
-from shared.artifacts import Plan, Product
+from shared.artifacts import Plan, Product, draft_beside
 from shared.cards import PRODUCTS, Card, load_card
 from shared.child import Child, ChildError, Message
 from shared.cli import ModelName, Overwrite, Refresh, Seed, run, size_text, step, warn
@@ -38,6 +38,8 @@ BASE_MEMORY = int(0.9 * GIB)
 MEMORY_PER_BYTE = 0.3
 MAX_RELATIVE_ERROR = 1e-4  # float32 rounding in another order gives 1e-6; a wrong layer gives 1e-1
 CHECK_SEED = 1
+STEM_KERNEL = 4  # pixels
+TOTAL_HALVING = 8  # of the three downsamplings behind the stem
 
 
 class Precision(StrEnum):
@@ -77,6 +79,7 @@ class FloatModel:
     convert_seconds: float
     agreement: Agreement
     casts: list[str]
+    peak_rss_bytes: int
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Rehearsal:
     """Seed of the weights that stand in for trained ones."""
 
     seed: int
+    peak_rss_bytes: int
 
 
 @dataclass(frozen=True)
@@ -123,18 +127,21 @@ def file_name(card: Card, form: InputForm, precision: Precision, *, rehearsal: b
     return "_".join(part for part in parts if part) + ".tflite"
 
 
-def _rehearsal_weights(card: Card, folder: Path, seed: int) -> Path:
-    """Write, or find up to date, the seeded weights of a card."""
-    output = folder / f"{card.output_prefix}_rehearsal_seed{seed}.safetensors"
+def _rehearsal_path(card: Card, folder: Path, seed: int) -> Path:
+    return folder / f"{card.output_prefix}_rehearsal_seed{seed}.safetensors"
+
+
+def _write_rehearsal(card: Card, output: Path, seed: int, *, overwrite: bool) -> None:
+    """Write the seeded weights of a card, unless they are up to date."""
 
     def make(draft: Path) -> Rehearsal:
         with step(f"write seeded weights to {output.name}"):
-            _in_child({"task": "rehearse", "card": asdict(card), "seed": seed, "draft": str(draft)}, output)
-        return Rehearsal(seed)
+            reply = _in_child({"task": "rehearse", "card": asdict(card), "seed": seed, "draft": str(draft)}, output)
+        return Rehearsal(seed, reply["peak_rss_bytes"])
 
     arguments = {"card": card.as_arguments(), "seed": seed}
-    artifacts.build(Plan(output, "convert_detector", arguments, [], ("torch",), refresh=True), Rehearsal, make)
-    return output
+    plan = Plan(output, "convert_detector", arguments, [], ("torch",), overwrite=overwrite, refresh=True)
+    artifacts.build(plan, Rehearsal, make)
 
 
 def _in_child(message: Message, where: Path) -> Message:
@@ -146,18 +153,20 @@ def _in_child(message: Message, where: Path) -> Message:
         raise ToolError(f"could not {message['task']} the network", where=where, got=error) from None
 
 
-def _convert(weights: Path, card: Card, form: InputForm, draft: Path, *, rehearsal: bool) -> FloatModel:
-    """Write the float32 model to `draft` and check it."""
+def _convert(weights: Path, card: Card, form: InputForm, draft: Path, folded: Path, *, rehearsal: bool) -> FloatModel:
+    """Write the float32 model to `draft`, by way of `folded`, and check it."""
     start = time.monotonic()
     message = {"task": "convert", "card": asdict(card), "form": asdict(form), "rehearsal": rehearsal}
     with step("convert to float32 TFLite"):
-        reply = _in_child({**message, "weights": str(weights), "draft": str(draft)}, weights)
+        reply = _in_child({**message, "weights": str(weights), "folded": str(folded), "draft": str(draft)}, weights)
+        folded.unlink()
     metadata = {"model": card.name, "nbits": card.nbits, "image_size": form.size, "input_layout": form.layout}
     append_metadata(draft, {**metadata, "resize": form.resize, "rehearsal": rehearsal})
     seconds = round(time.monotonic() - start, 3)
     with step("check against torch"):
         agreement = _check(ModelSource(weights, card, form), ModelSource(draft))
-    return FloatModel(reply["parameters"], seconds, agreement, reply["casts"])
+    peak = max(reply["peak_rss_bytes"], agreement.peak_rss_bytes)
+    return FloatModel(reply["parameters"], seconds, agreement, reply["casts"], peak)
 
 
 def _check(torch_model: ModelSource, tflite_model: ModelSource) -> Agreement:
@@ -213,20 +222,25 @@ def convert_detector(
     if (checkpoint is None) != rehearsal:
         raise ToolError("give either --checkpoint FILE or --rehearsal", remedy=f"the published checkpoint: {card.checkpoint.url}")
     form = InputForm(image_size or card.image_size, input_layout.value, resize=not simple)
+    _require_size(card, form)
     wants_float = quantize is Precision.NONE
     output = output or PRODUCTS / file_name(card, form, quantize, rehearsal=rehearsal)
     float_path = output if wants_float else output.with_name(file_name(card, form, Precision.NONE, rehearsal=rehearsal))
+    weights = checkpoint or _rehearsal_path(card, float_path.parent, seed)
+    _require_outputs({float_path, output}, weights, wants_float=wants_float, overwrite=overwrite)
     weights_bytes = _weights_bytes(card)
     if not float_path.exists():
         require_disk((3 if rehearsal else 2) * weights_bytes, float_path.parent, "convert this model")
-    weights = _rehearsal_weights(card, float_path.parent, seed) if rehearsal else checkpoint
-    assert weights is not None
+    if rehearsal:
+        _write_rehearsal(card, weights, seed, overwrite=overwrite)
 
     def make(draft: Path) -> FloatModel:
+        require_disk(2 * weights_bytes, float_path.parent, "convert this model")
         require_memory(BASE_MEMORY + int(weights_bytes * MEMORY_PER_BYTE), "convert this model")
         if rehearsal:
             warn(f"REHEARSAL: {card.title} with seeded, untrained weights; size, speed and memory are real, messages are not")
-        return _convert(weights, card, form, draft, rehearsal=rehearsal)
+        with draft_beside(float_path.with_suffix(".folded")) as folded:
+            return _convert(weights, card, form, draft, folded, rehearsal=rehearsal)
 
     arguments = {"card": card.as_arguments(), "form": asdict(form), "rehearsal": rehearsal}
     plan = Plan(float_path, "convert_detector", arguments, [weights], PACKAGES, overwrite=overwrite, refresh=refresh)
@@ -237,6 +251,23 @@ def convert_detector(
     quantized = quantize_tflite(float_path, output=output, recipe=quantize.value, overwrite=overwrite, refresh=refresh)
     message = f"{quantized.message}\n{remarks}"
     return Conversion(card.title, rehearsal, found, float_product, quantized.product, quantized.coverage, message)
+
+
+def _require_size(card: Card, form: InputForm) -> None:
+    """Raise ToolError unless enough pixels reach the decoder, which pads by reflection: 2 by 2 after all strides."""
+    smallest = STEM_KERNEL + card.stem_stride * (2 * TOTAL_HALVING - 1)
+    if not form.resize and form.size < smallest:
+        raise ToolError("the image is too small for the network", got=f"{form.size} pixels", expected=f"at least {smallest}")
+
+
+def _require_outputs(outputs: set[Path], weights: Path, *, wants_float: bool, overwrite: bool) -> None:
+    """Raise ToolError now for what a later step would be refused."""
+    if len(outputs) == 1 and not wants_float:
+        raise ToolError("the quantized model would replace its float32 model", where=outputs.pop(), remedy="choose another -o")
+    for output in outputs:
+        if output.exists() and weights.exists() and output.samefile(weights):
+            raise ToolError("the output is the checkpoint", where=output, remedy="choose another file with -o")
+        artifacts.require_not_anothers(output, overwrite=overwrite)
 
 
 def _remarks(card: Card, form: InputForm, found: FloatModel, *, rehearsal: bool, up_to_date: bool) -> str:

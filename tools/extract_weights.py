@@ -130,12 +130,12 @@ def _write(draft: Path, suffix: str, chosen: "dict[str, Tensor]", notes: dict[st
     if suffix == ".pth":
         torch.save({"model": chosen, **notes}, draft)
     else:
-        starts: set[int] = set()
+        storages: set[int] = set()
         solid = {}
         for key, tensor in chosen.items():  # the format forbids two keys for one storage: give the second its own
-            tied = tensor.data_ptr() in starts
-            solid[key] = tensor.clone() if tied else tensor.contiguous()
-            starts.add(tensor.data_ptr())
+            storage = tensor.untyped_storage().data_ptr()
+            solid[key] = tensor.clone(memory_format=torch.contiguous_format) if storage in storages else tensor.contiguous()
+            storages.add(storage)
         save_file(solid, draft, metadata={"format": "pt", **notes})
     copy = open_checkpoint(draft).state
     wrong = [key for key, tensor in chosen.items() if key not in copy or not torch.equal(copy[key], tensor)]
@@ -165,7 +165,7 @@ def extract_weights(
         ToolError: No checkpoint, no such component, unusable or (with `model`) unfitting weights, or no place to write.
     """
     card = None if model is None else load_card(model)
-    kind = prefix.rstrip(".") if prefix is not None else component.value
+    kind = prefix.rstrip(".").replace("/", "_") if prefix is not None else component.value
     if checkpoint is None:
         if card is None:
             raise ToolError("nothing to extract from", expected="a CHECKPOINT file, or --model")
@@ -173,6 +173,8 @@ def extract_weights(
         checkpoint = _locate(card, download=download)
         if checkpoint is None:
             return _without_checkpoint(card, output, allow_missing=allow_missing)
+    if not checkpoint.is_file():
+        raise ToolError("no such checkpoint file", where=checkpoint, remedy="check the path, or get the checkpoint first")
     output = output or checkpoint.with_name(f"{checkpoint.stem}_{kind}.safetensors")
     if output.suffix not in FORMATS:
         raise ToolError("unknown output format", where=output, got=output.suffix or "no suffix", expected=" or ".join(FORMATS))

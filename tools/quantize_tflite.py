@@ -34,11 +34,12 @@ PACKAGES = ("ai-edge-quantizer", "ai-edge-litert", "numpy")
 BASE_MEMORY = 300 * MIB
 MEMORY_PER_BYTE = 0.3
 QUANTIZE_TIMEOUT_S = 3600.0
-RULE_KEYS = {"regex", "operation", "algorithm_key", "op_config"}
+RULE_KEYS = {"regex": str, "operation": str, "algorithm_key": str, "op_config": dict}
 FLOATS = ("FLOAT32", "FLOAT64")
 
 FP16_RECIPE = "weight_only_wfp16_afp32"  # ours: the library has the algorithm, but no recipe of that kind
 INT4_RECIPE = "dynamic_wi4_afp32_over_wi8"  # ours: int4 where it is supported, int8 elsewhere
+STATIC = ("int8-static", "int16x8")  # known by name, refused until there are calibration sets
 ALIASES = {
     "fp16": FP16_RECIPE,
     "int8": "dynamic_wi8_afp32",
@@ -47,6 +48,8 @@ ALIASES = {
     "int8-static": "static_wi8_ai8",
     "int16x8": "static_wi8_ai16",
 }
+
+RECIPE_HELP = f"Recipe: {', '.join(name for name in ALIASES if name not in STATIC)}, a name of AI Edge Quantizer, or a .json file."
 
 Rules = list[dict[str, Any]]
 
@@ -84,6 +87,7 @@ class Coverage:
     expansion: str
     op_types: list[OpTypeCoverage]
     size_before_bytes: int
+    peak_rss_bytes: int
 
 
 @dataclass(frozen=True)
@@ -144,11 +148,11 @@ def resolve_recipe(recipe: str) -> tuple[str, Rules]:
 
 
 def _read_rules(path: Path) -> Rules:
+    if not path.is_file():
+        raise ToolError("no such recipe file", where=path)
     try:
         rules = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ToolError(f"cannot read the recipe: {error.strerror}", where=path) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ToolError("the recipe is not valid JSON", where=path, got=error) from None
     if not isinstance(rules, list) or not rules:
         raise ToolError(
@@ -156,12 +160,18 @@ def _read_rules(path: Path) -> Rules:
         )
     whole_scopes = set()
     for number, rule in enumerate(rules, start=1):
-        missing = sorted(RULE_KEYS - rule.keys()) if isinstance(rule, dict) else sorted(RULE_KEYS)
+        needed = RULE_KEYS.keys() - (
+            {"op_config"} if isinstance(rule, dict) and rule.get("algorithm_key") == "no_quantize" else set()
+        )
+        missing = sorted(needed - rule.keys()) if isinstance(rule, dict) else sorted(needed)
         if missing:
             raise ToolError(f"rule {number} lacks {', '.join(missing)}", where=path)
+        wrong = [key for key, kind in RULE_KEYS.items() if key in rule and not isinstance(rule[key], kind)]
+        if wrong:
+            raise ToolError(f"rule {number}: wrong type of {', '.join(wrong)}", where=path)
         try:
             re.compile(rule["regex"])
-        except (re.error, TypeError) as error:
+        except (re.error, RecursionError) as error:
             raise ToolError(f"rule {number}: bad regex {rule['regex']!r}: {error}", where=path) from None
         if rule["operation"] == "*" and rule["regex"] in whole_scopes:
             remedy = "write the same regex differently, e.g. with '^' before it"
@@ -172,12 +182,13 @@ def _read_rules(path: Path) -> Rules:
     return rules
 
 
-def _quantize(source: Path, draft: Path, recipe: str, rules: Rules) -> None:
-    """Write the quantized model to `draft`."""
+def _quantize(source: Path, draft: Path, recipe: str, rules: Rules) -> int:
+    """Write the quantized model to `draft`; return the peak memory it took, in bytes."""
     message = {"source": str(source), "draft": str(draft), "recipe": recipe, "rules": rules}
     try:
         with Child("shared.quantizer", QUANTIZE_TIMEOUT_S) as child:
             child.ask(message)
+            return child.peak_rss_bytes
     except ChildError as error:
         raise ToolError(f"AI Edge Quantizer failed with recipe {recipe}", where=source, got=error) from None
 
@@ -208,10 +219,10 @@ def measure_coverage(before: list[OpWeights], after: list[OpWeights], rules: Rul
 
 def _why_left(op: OpWeights, rules: Rules) -> str:
     """Return why the quantizer left an op as it was."""
-    if op.dtype == "FLOAT16":
-        return "weights are float16, which the quantizer skips"
     if op.dtype not in FLOATS:
-        return f"weights are {op.dtype} already"
+        return f"weights are {op.dtype}, " + ("which the quantizer skips" if op.dtype == "FLOAT16" else "quantized already")
+    if op.code_is_old:
+        return "op code in the schema's old field, which the quantizer does not read"
     matching = [rule for rule in rules if rule["operation"] in ("*", op.op_type) and re.search(rule["regex"], op.name + ";")]
     if not matching:
         return "no rule matches"
@@ -220,7 +231,7 @@ def _why_left(op: OpWeights, rules: Rules) -> str:
     supporting = [rule for rule in matching if _supports(rule, op.op_type)]
     if not supporting:
         return "no rule supports this op type"
-    is_small = supporting[-1]["op_config"].get("min_weight_elements", 0) > 0
+    is_small = supporting[-1].get("op_config", {}).get("min_weight_elements", 0) > 0
     return "fewer weights than the rule asks for" if is_small else "skipped by the quantizer"
 
 
@@ -241,9 +252,7 @@ def quantize_tflite(
     model: Annotated[Path, typer.Argument(help="Float .tflite model.")],
     *,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: <model>_<recipe>.tflite.")] = None,
-    recipe: Annotated[
-        str, typer.Option(help=f"Recipe: {', '.join(ALIASES)}, a name of AI Edge Quantizer, or a .json file.")
-    ] = "int8",
+    recipe: Annotated[str, typer.Option(help=RECIPE_HELP)] = "int8",
     overwrite: Overwrite = False,
     refresh: Refresh = False,
 ) -> QuantizedModel:
@@ -264,7 +273,7 @@ def quantize_tflite(
         require_disk(size, draft.parent, "write the quantized model")
         before = read_op_weights(model)
         with step(f"quantize {model.name} with {expansion}"):
-            _quantize(model, draft, recipe, rules)
+            peak = _quantize(model, draft, recipe, rules)
         rows = measure_coverage(before, read_op_weights(draft), rules)
         if not any(row.quantized for row in rows):
             reasons = "; ".join(sorted({f"{row.op_type} {row.reason}" for row in rows})) or "it has no constant operands"
@@ -273,7 +282,7 @@ def quantize_tflite(
             )
         copy_appended_zip(model, draft)
         _require_loads(draft)
-        return Coverage(recipe, expansion, rows, size)
+        return Coverage(recipe, expansion, rows, size, peak)
 
     arguments = {"recipe": expansion, "rules": rules}
     plan = Plan(output, "quantize_tflite", arguments, [model], PACKAGES, overwrite=overwrite, refresh=refresh)

@@ -92,19 +92,26 @@ def _run(model: Model, seed: int) -> tuple[Outputs, float]:
     return [outputs[spec.name] for spec in model.outputs], run_ms
 
 
+def _largest(outputs: Outputs) -> float:
+    """Return the largest magnitude in all outputs; NaN if there is one."""
+    return float(np.max([np.abs(output.astype(np.float64)).max(initial=0) for output in outputs], initial=0))
+
+
 def _largest_difference(one: Outputs, other: Outputs) -> float:
-    return max(float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0)) for a, b in zip(one, other, strict=True))
+    """Return the largest difference between two runs; NaN if there is one."""
+    with np.errstate(invalid="ignore"):  # infinite minus infinite is NaN, which no limit lets pass
+        return _largest([a.astype(np.float64) - b.astype(np.float64) for a, b in zip(one, other, strict=True)])
 
 
 def _check_outputs(first: Outputs, other: Outputs, repeats: list[Outputs]) -> Iterator[Check]:
     """Yield the checks on outputs: `first` and `repeats` from one sample, `other` from another."""
-    bad = sum(int((~np.isfinite(output)).sum()) for output in first)
-    yield Check("finite", f"{bad} NaN or infinite", "0", bad == 0)
-    largest = max(float(np.abs(output.astype(np.float64)).max(initial=0)) for output in first)
+    bad = sum(int((~np.isfinite(output)).sum()) for outputs in (first, other, *repeats) for output in outputs)
+    yield Check("finite", f"{bad} NaN or infinite in {2 + len(repeats)} runs", "0", bad == 0)
+    largest = float(np.max([_largest(first), _largest(other)]))
     yield Check("range", f"largest magnitude {largest:.4g}", f"{MAX_ABS:g}", largest <= MAX_ABS)
     reaction = _largest_difference(first, other)
     yield Check("reacts to its input", f"another sample changes the output by {reaction:.4g}", "more than 0", reaction > 0)
-    drift = max(_largest_difference(first, again) for again in repeats)
+    drift = float(np.max([_largest_difference(first, again) for again in repeats]))
     yield Check("repeats", f"{REPEATS} runs differ by {drift:.4g}", "0", drift == 0)
 
 
@@ -133,6 +140,8 @@ def _verify(source: ModelSource, threads: int, seed: int, nbits: int | None) -> 
             for name, specs in (("inputs", model.inputs), ("outputs", model.outputs)):
                 static = bool(specs) and all(size > 0 for spec in specs for size in spec.shape)
                 checks.append(Check(name, _describe(specs), "at least one, of fixed shape", static))
+            if not all(check.ok for check in checks):
+                return Findings(checks, load_ms, run_ms, model.peak_rss_bytes)
             stage = "runs"
             first, _ = _run(model, seed)
             timed = [_run(model, seed) for _ in range(REPEATS - 1)]
@@ -144,8 +153,7 @@ def _verify(source: ModelSource, threads: int, seed: int, nbits: int | None) -> 
         if threads > 1:
             with step("run with 1 thread"), open_model(source, threads=1) as model:
                 alone, _ = _run(model, seed)
-            scale = max(float(np.abs(output.astype(np.float64)).max(initial=0)) for output in first) or 1.0
-            error = _largest_difference(first, alone) / scale
+            error = _largest_difference(first, alone) / (_largest(first) or 1.0)
             value = f"1 and {threads} threads differ by {error:.2g} of the largest output"
             checks.append(Check("threads", value, f"{MAX_THREADS_ERROR:g}", error <= MAX_THREADS_ERROR))
     except ChildError as error:
