@@ -187,7 +187,9 @@ class Deployed(nn.Module):
         if self.is_nhwc:
             image = image.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
         if self.resize is not None:
-            image = self.resize @ image @ self.resize.T  # (N, C, size, size) -> (N, C, network_size, network_size)
+            # As linear layers: quantizers turn a matrix on the left into a batched product that the runtime refuses.
+            image = F.linear(image, self.resize).transpose(2, 3)  # (N, C, H, size) -> (N, C, network_size, H)
+            image = F.linear(image, self.resize).transpose(2, 3)  # -> (N, C, network_size, network_size)
         y: Tensor = self.detector(image)
         return y
 

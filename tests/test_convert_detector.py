@@ -20,6 +20,7 @@ from shared.tflite import read_metadata
 from tests.conftest import ROOT, Run, Small
 from tools import convert_detector as module
 from tools.convert_detector import InputLayout, Precision, convert_detector, file_name
+from tools.quantize_tflite import quantize_tflite
 from tools.verify import verify
 
 TFLITE_TOLERANCE = 1e-4
@@ -65,6 +66,8 @@ def test_every_form_gives_a_model_that_verify_passes(
     assert ("the accuracy is unknown" in result.message) == (simple and size != 64)
     with open_model(ModelSource(output)) as model:
         assert model.inputs[0].shape == shape
+    for recipe in ("int8", "int4", "fp16", "int8-weight-only"):
+        assert verify(quantize_tflite(output, recipe=recipe).product.path).ok
     metadata = read_metadata(output)
     assert (metadata["input_layout"], metadata["image_size"], metadata["resize"]) == (layout, size, not simple)
 
