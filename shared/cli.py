@@ -45,7 +45,7 @@ progress_console = Console(stderr=True, highlight=False, markup=False, emoji=Fal
 
 def run(tool: Callable[..., Any]) -> NoReturn:
     """Run a tool's function as the command of this process, and exit."""
-    for ending in (signal.SIGTERM, signal.SIGHUP):
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # also where a shell had it ignored
         signal.signal(ending, _terminate)
     app = typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
