@@ -24,7 +24,6 @@ from shared.errors import ToolError, first_line
 
 IDENTIFIER = b"TFL3"  # at byte 4
 METADATA_NAME = "edgepress.json"
-MIN_SIZE = 8
 # What a walk over a flatbuffer's tables can raise on a damaged file.
 DAMAGE = (struct.error, LookupError, TypeError, ValueError, AttributeError, AssertionError, OverflowError, RecursionError)
 # What reading an appended zip can raise on a damaged or encrypted one.
