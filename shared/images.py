@@ -11,7 +11,8 @@ from shared.errors import ToolError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 CHANNELS = 3
-Image = NDArray[np.float32]
+Image = NDArray[np.float32]  # (1, 3, H, W), RGB in [0, 1]
+Pixels = NDArray[np.uint8]  # (H, W, 3), RGB
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -28,8 +29,8 @@ def image_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_image(path: Path, size: int) -> Image:
-    """Return an image as float32 (1, 3, size, size), RGB in [0, 1]: centre square, resized with antialiasing, EXIF turned.
+def read_pixels(path: Path) -> Pixels:
+    """Return an image file as uint8 (H, W, 3) RGB at its own size, turned as its EXIF says.
 
     Raises:
         ToolError: The file is no image of an accepted format, or cut off.
@@ -41,12 +42,69 @@ def read_image(path: Path, size: int) -> Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pillow.DecompressionBombWarning)
             with pillow.open(path, formats=FORMATS) as file:
-                upright = ImageOps.exif_transpose(file).convert("RGB")
-                square = ImageOps.fit(upright, (size, size), pillow.Resampling.BICUBIC)
+                return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, pillow.DecompressionBombWarning, pillow.DecompressionBombError) as error:
         raise ToolError("unreadable image", where=path, got=error, expected=", ".join(FORMATS)) from None
-    pixels = np.asarray(square, dtype=np.float32) / np.float32(255)
-    return pixels.transpose(2, 0, 1)[np.newaxis]  # (H, W, 3) -> (1, 3, H, W)
+
+
+def stretch(pixels: Pixels, size: int) -> Pixels:
+    """Return the whole image brought to uint8 (size, size, 3), bilinear with antialiasing; itself where it has that size.
+
+    Nothing is cut off and proportions are not kept: so the published detectors take their images, and so their marks are laid.
+    """
+    from PIL import Image as pillow
+
+    if pixels.shape[:2] == (size, size):
+        return pixels
+    return np.asarray(pillow.fromarray(pixels).resize((size, size), pillow.Resampling.BILINEAR))
+
+
+def to_image(pixels: Pixels) -> Image:
+    """Return uint8 (H, W, 3) as float32 (1, 3, H, W) in [0, 1]."""
+    image: Image = (pixels.astype(np.float32) / np.float32(255)).transpose(2, 0, 1)[np.newaxis]  # (H, W, 3) -> (1, 3, H, W)
+    return image
+
+
+def as_image(array: NDArray[np.generic]) -> Image:
+    """Return a caller's array as float32 (1, 3, H, W), RGB in [0, 1].
+
+    Args:
+        array: (H, W, 3), uint8 or floating point in [0, 1]; or floating point (3, H, W).
+
+    Raises:
+        ToolError: Another shape or dtype, values outside the range, or NaN.
+    """
+    expected = "uint8 (H, W, 3), or floating point in [0, 1] of shape (H, W, 3) or (3, H, W)"
+    got = f"{array.dtype} {array.shape}"
+    is_float = array.dtype.kind == "f"
+    if array.ndim == 3 and array.shape[2] == CHANNELS and array.size and (is_float or array.dtype == np.uint8):
+        image = to_image(np.asarray(array, np.uint8)) if not is_float else array.transpose(2, 0, 1)[np.newaxis].astype(np.float32)
+    elif array.ndim == 3 and array.shape[0] == CHANNELS and array.size and is_float:
+        image = array[np.newaxis].astype(np.float32)
+    else:
+        raise ToolError("no RGB image", got=got, expected=expected)
+    if not (image.min() >= 0 and image.max() <= 1):  # also False for NaN
+        raise ToolError("pixels out of range", got=f"{got} from {image.min():g} to {image.max():g}", expected=expected)
+    return image
+
+
+def stretch_image(image: Image, size: int) -> Image:
+    """Return float32 (1, 3, H, W) brought to (1, 3, size, size) as `stretch` does, without rounding; itself if it has that size."""
+    from PIL import Image as pillow
+
+    if image.shape[2:] == (size, size):
+        return image
+    planes = [pillow.fromarray(plane).resize((size, size), pillow.Resampling.BILINEAR) for plane in image[0]]
+    return np.stack([np.asarray(plane, dtype=np.float32) for plane in planes])[np.newaxis]
+
+
+def read_image(path: Path, size: int) -> Image:
+    """Return an image file as float32 (1, 3, size, size), RGB in [0, 1], stretched to that size.
+
+    Raises:
+        ToolError: The file is no image of an accepted format, or cut off.
+    """
+    return to_image(stretch(read_pixels(path), size))
 
 
 def seeded_image(size: int, rng: np.random.Generator) -> Image:

@@ -1,0 +1,160 @@
+"""What images meet between marking and detection: recompression, resizing, cropping, light, blur, noise.
+
+Every attack takes pixels and returns pixels, uint8 (H, W, 3) RGB, through the 8 bits a real file has.
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shared.errors import ToolError
+from shared.images import Pixels
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Random = np.random.Generator
+
+
+def jpeg(image: "Image", quality: float, _: Random) -> "Image":
+    """Compress to JPEG (4:2:0 chroma) and back; quality 1 to 100."""
+    from PIL import Image as pillow
+
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=round(quality))
+    with pillow.open(file) as decoded:
+        return decoded.convert("RGB")
+
+
+def resize(image: "Image", scale: float, _: Random) -> "Image":
+    """Shrink both sides by `scale` and bring them back, bilinear with antialiasing."""
+    from PIL.Image import Resampling
+
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Resampling.BILINEAR).resize(image.size, Resampling.BILINEAR)
+
+
+def crop(image: "Image", share: float, random: Random) -> "Image":
+    """Keep `share` of each side, at a random place; the detector stretches what is left to its own size."""
+    width, height = max(1, round(image.width * share)), max(1, round(image.height * share))
+    left, top = int(random.integers(image.width - width + 1)), int(random.integers(image.height - height + 1))
+    return image.crop((left, top, left + width, top + height))
+
+
+def brightness(image: "Image", factor: float, _: Random) -> "Image":
+    """Multiply all pixels."""
+    from PIL import ImageEnhance
+
+    return ImageEnhance.Brightness(image).enhance(factor)
+
+
+def contrast(image: "Image", factor: float, _: Random) -> "Image":
+    """Multiply the distance of all pixels from the mean grey."""
+    from PIL import ImageEnhance
+
+    return ImageEnhance.Contrast(image).enhance(factor)
+
+
+def blur(image: "Image", sigma: float, _: Random) -> "Image":
+    """Gaussian blur; `sigma` in pixels."""
+    from PIL import ImageFilter
+
+    return image.filter(ImageFilter.GaussianBlur(sigma))
+
+
+def noise(image: "Image", sigma: float, random: Random) -> "Image":
+    """Add Gaussian noise of standard deviation `sigma`, in units of the full range."""
+    from PIL import Image as pillow
+
+    pixels = np.asarray(image, dtype=np.float32)
+    noisy = pixels + random.normal(0, 255 * sigma, pixels.shape)
+    return pillow.fromarray(np.clip(np.rint(noisy), 0, 255).astype(np.uint8))
+
+
+KINDS: "dict[str, Callable[[Image, float, Random], Image]]" = {
+    "jpeg": jpeg,
+    "resize": resize,
+    "crop": crop,
+    "brightness": brightness,
+    "contrast": contrast,
+    "blur": blur,
+    "noise": noise,
+}
+
+LIMITS = {  # smallest and largest strength
+    "jpeg": (1, 100),
+    "resize": (0.01, 1),
+    "crop": (0.05, 1),
+    "brightness": (0, 10),
+    "contrast": (0, 10),
+    "blur": (0, 100),
+    "noise": (0, 1),
+}
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack at one strength, such as JPEG at quality 50.
+
+    Args:
+        kind: A name of `KINDS`.
+        strength: What that kind takes.
+        seed: Of what is random about it: the noise, the place of a crop.
+    """
+
+    kind: str
+    strength: float
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name as in `jpeg-50`."""
+        return f"{self.kind}-{self.strength:g}"
+
+    def __call__(self, pixels: Pixels) -> Pixels:
+        """Return attacked pixels, uint8 (H, W, 3) RGB; a crop is smaller than what came in."""
+        from PIL import Image as pillow
+
+        return np.asarray(KINDS[self.kind](pillow.fromarray(pixels), self.strength, np.random.default_rng(self.seed)))
+
+
+# From harmless to hard, kind by kind.
+STANDARD = tuple(
+    Attack(kind, strength)
+    for kind, strengths in {
+        "jpeg": (95, 90, 80, 70, 60, 50),
+        "resize": (0.75, 0.5),
+        "crop": (0.95, 0.9, 0.8),
+        "brightness": (1.25, 0.75),
+        "contrast": (1.25, 0.75),
+        "blur": (0.5, 1, 1.5),
+        "noise": (0.01, 0.02, 0.04),
+    }.items()
+    for strength in strengths
+)
+
+
+def parse_attacks(text: str) -> list[Attack]:
+    """Return the attacks that a text names: `standard`, `none`, or names such as `jpeg-50,crop-0.9`.
+
+    Raises:
+        ToolError: An unknown kind, or no strength.
+    """
+    if text in ("standard", "none"):
+        return list(STANDARD) if text == "standard" else []
+    attacks = []
+    for name in text.split(","):
+        kind, _, strength = name.strip().partition("-")
+        try:
+            attack = Attack(kind, float(strength))
+        except ValueError:
+            attack = None
+        low, high = LIMITS.get(kind, (0, 0))
+        if attack is None or not low <= attack.strength <= high:
+            known = ", ".join(f"{kind}-{low:g} to {high:g}" for kind, (low, high) in LIMITS.items())
+            raise ToolError(f"unknown attack '{name}'", expected=f"standard, none, or of {known}")
+        attacks.append(attack)
+    return attacks

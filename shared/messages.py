@@ -1,0 +1,150 @@
+"""Messages of watermarks: as bits, hex, integers; how well one agrees with another; which image of a set carries which.
+
+The first bit is the leftmost digit of a bit string and the highest of an integer.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from shared.errors import ToolError
+
+Bits = NDArray[np.bool_]  # (K,)
+FILE_NAME = "messages.json"
+MAX_FILE_BYTES = 64 * 2**20
+
+
+def to_bit_string(bits: Bits) -> str:
+    """Return the message as `0` and `1`, one digit a bit."""
+    return "".join("1" if bit else "0" for bit in bits)
+
+
+def to_int(bits: Bits) -> int:
+    """Return the message as an integer."""
+    return int(to_bit_string(bits), 2)
+
+
+def to_hex(bits: Bits) -> str:
+    """Return the message as hexadecimal digits, one for four bits, rounded up; leading zeros are kept."""
+    return f"{to_int(bits):0{-(-len(bits) // 4)}x}"
+
+
+def parse_message(message: "str | int | Bits", nbits: int) -> Bits:
+    """Return a message as bool (nbits,).
+
+    Args:
+        message: An integer, a string of `nbits` digits 0 and 1, hexadecimal digits with or without `0x`, or the bits themselves.
+        nbits: Length of the message.
+
+    Raises:
+        ToolError: The message is none of that, or of another length.
+    """
+    digits = -(-nbits // 4)
+    expected = f"an integer below 2**{nbits}, {nbits} binary digits or {digits} hexadecimal digits"
+    match message:
+        case np.ndarray():
+            if message.shape == (nbits,) and bool(np.isin(message, (0, 1)).all()):
+                return message.astype(bool)
+        case int() if 0 <= message < 2**nbits and not isinstance(message, bool):
+            return _from_int(message, nbits)
+        case str():
+            text = message.lower().removeprefix("0x")
+            if len(message) == nbits and set(message) <= {"0", "1"}:
+                return _from_int(int(message, 2), nbits)
+            if len(text) == digits and set(text) <= set("0123456789abcdef") and int(text, 16) < 2**nbits:
+                return _from_int(int(text, 16), nbits)
+    got = f"an array of shape {message.shape}" if isinstance(message, np.ndarray) else repr(message)
+    raise ToolError(f"not a message of {nbits} bits", got=got, expected=expected)
+
+
+def _from_int(number: int, nbits: int) -> Bits:
+    return np.array([digit == "1" for digit in f"{number:0{nbits}b}"])
+
+
+def chance_of_agreement(matching: int, nbits: int) -> float:
+    """Return the p-value: how likely a random message agrees with a given one in at least `matching` of `nbits` bits."""
+    ways: int = sum(math.comb(nbits, count) for count in range(matching, nbits + 1))
+    return ways / (1 << nbits)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """An image whose message is known; None where it carries none.
+
+    Args:
+        file: The image.
+        message: Its message, bool (K,).
+        original: The same image before it was marked, where there is one.
+    """
+
+    file: Path
+    message: Bits | None
+    original: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    file: str
+    message: str | None
+    original: str | None = None
+    source: str | None = None  # where the image comes from, for the reader
+    box: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class _Content:
+    __pydantic_config__ = ConfigDict(extra="ignore")  # a set may tell more of itself
+    nbits: Annotated[int, Field(ge=1, le=65536, strict=True)]
+    images: Annotated[list[_Entry], Field(min_length=1)]
+
+
+def read_messages(path: Path) -> list[Labelled]:
+    """Return the images that a messages file lists; names of files are seen from its folder.
+
+    The file: `{"nbits": 32, "images": [{"file": "a.png", "message": "1f3a09bc", "original": "b.png"}, ...]}`; a message is
+    hexadecimal or binary digits, or null for an unmarked image; `original` may be left out.
+
+    Raises:
+        ToolError: The file is missing or of another form, names an image that is not there or lies elsewhere, or a wrong message.
+    """
+    if not path.is_file():
+        raise ToolError("no such messages file", where=path)
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ToolError("the messages file is too large", where=path, expected=f"at most {MAX_FILE_BYTES} bytes")
+    try:
+        content = TypeAdapter(_Content).validate_json(path.read_bytes())
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}" for fault in error.errors()[:3]]
+        raise ToolError("bad messages file: " + "; ".join(faults), where=path) from None
+    return [
+        Labelled(
+            _beside(path, entry.file),
+            None if entry.message is None else _message(path, entry, content.nbits),
+            None if entry.original is None else _beside(path, entry.original),
+        )
+        for entry in content.images
+    ]
+
+
+def _message(path: Path, entry: _Entry, nbits: int) -> Bits:
+    assert entry.message is not None
+    try:
+        return parse_message(entry.message, nbits)
+    except ToolError as error:
+        raise ToolError(f"image '{entry.file}': {error}", where=path) from None
+
+
+def _beside(path: Path, name: str) -> Path:
+    """Return a file of the set; it must lie in the folder of the messages file, or below."""
+    folder = path.parent
+    if "\0" in name or not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise ToolError("an image lies outside the folder of its messages file", where=path, got=repr(name))
+    if not (folder / name).is_file():
+        raise ToolError("an image of the messages file is not there", where=path, got=repr(name))
+    return folder / name
