@@ -25,8 +25,10 @@ from typing import Any
 
 from shared.artifacts import ROOT
 from shared.cards import load_card
+from shared.comparison import Candidate
 from shared.machine import GIB, MIB, cpu_count
-from tools.compare import Candidate, Measured, compare
+from shared.trials import Measured
+from tools.compare import compare
 
 RESULTS = ROOT / "tests" / "bench.json"
 README = ROOT / "README.md"
@@ -40,6 +42,7 @@ GUIDE_CONVERT = """
 import sys, torch, litert_torch
 from safetensors.torch import load_file
 from shared.cards import load_card
+from shared.comparison import Candidate
 from shared.detector import Detector
 name, weights, output = sys.argv[1:]
 card = load_card(name)

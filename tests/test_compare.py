@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shared import trials
 from shared.child import ChildError
 from shared.errors import ToolError
-from shared.runtime import Model, open_model
+from shared.runtime import Model, ModelSource, open_model
+from shared.trials import Measured, Shown
 from tests.conftest import REALDATA, Run, Small
 from tools import compare as module
 from tools.compare import compare
@@ -106,7 +108,7 @@ def test_one_model_at_a_time_where_memory_is_short(products: dict[str, Path], mo
             open_now[0] -= 1
             self.context.__exit__(*details)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "open_model", Counting)
+    monkeypatch.setattr(trials, "open_model", Counting)
     monkeypatch.setattr(module, "available_memory_bytes", lambda: 2**30)
     found = compare(products["none"], [products["int8"]], runs=2, samples=2).findings
     assert (found.interleaved, most[0]) == (False, 1)
@@ -126,8 +128,6 @@ def test_images_of_a_folder_are_the_inputs(products: dict[str, Path], tmp_path: 
 
 
 def test_a_slower_candidate_is_told_in_words_with_the_reason(products: dict[str, Path]) -> None:
-    from shared.runtime import ModelSource
-
     assert module._verdict(ModelSource(products["int8"]), 2.0) == "2.00 times faster than its reference"
     slow = module._verdict(ModelSource(products["fp16"]), 0.5)
     assert slow.startswith("slower than its reference (0.50 times as fast): its float16 weights are unpacked to float32")
@@ -148,12 +148,17 @@ def test_a_candidate_that_crashes_is_a_failed_check_not_a_crash(products: dict[s
         compare(damaged, [products["int8"]], runs=2, samples=2)
 
 
-def test_nan_in_a_candidate_is_a_failed_check(products: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = (module.Measured(products["none"], 10, 1, 1, 1, 1, "xnnpack", 1, []), [[np.ones((1, 33), np.float32)]])
-    shown = (reference[0], [[np.full((1, 33), np.nan, np.float32)]])
-    candidate = module._against(reference, module.ModelSource(products["int8"]), shown, 32)
-    assert candidate.error == "an output holds NaN or infinite values"
-    assert module._against(reference, module.ModelSource(products["int8"]), ChildError("gone"), 32).error == "gone"
+def shown(value: float, takes: str = "float32 image of 64 pixels") -> Shown:
+    """Return what a model would have shown whose outputs all have one value."""
+    measured = Measured(Path("model.tflite"), 10, 1, 1, 1, 1, "xnnpack", 1, [takes])
+    return Shown(measured, [[np.full((1, 33), value, np.float32)]], [])
+
+
+def test_nan_in_a_candidate_is_a_failed_check(products: dict[str, Path]) -> None:
+    source = ModelSource(products["int8"])
+    task = module._Task([source], [], 32, [], [], [], [None])
+    assert module._against(shown(1), source, shown(np.nan), task).error == "an output holds NaN or infinite values"
+    assert module._against(shown(1), source, ChildError("gone"), task).error == "gone"
 
 
 def test_models_of_different_message_lengths_cannot_be_compared(products: dict[str, Path], float_models: dict[str, Path]) -> None:
@@ -192,13 +197,11 @@ def test_images_for_a_model_that_takes_none_are_an_error(products: dict[str, Pat
 
 
 def test_models_that_take_other_inputs_cannot_be_compared(products: dict[str, Path]) -> None:
-    measured = module.Measured(products["none"], 10, 1, 1, 1, 1, "xnnpack", 1, ["float32 image of 64 pixels"])
-    other = module.Measured(products["none"], 10, 1, 1, 1, 1, "xnnpack", 1, ["int8 image of 64 pixels"])
-    outputs = [[np.ones((1, 33), np.float32)]]
-    candidate = module._against((measured, outputs), module.ModelSource(products["int8"]), (other, outputs), None)
+    source, other = ModelSource(products["int8"]), shown(1, takes="int8 image of 64 pixels")
+    candidate = module._against(shown(1), source, other, module._Task([source], [], None, [], [], [], [None]))
     assert candidate.error == "it takes int8 image of 64 pixels, its reference float32 image of 64 pixels"
-    same = module._against((measured, outputs), module.ModelSource(products["int8"]), (other, outputs), None, same_images=True)
-    assert same.error is None
+    on_files = module._Task([source], [], None, [], [Path("a.png")], [], [None])
+    assert module._against(shown(1), source, other, on_files).error is None
 
 
 @pytest.mark.parametrize("limit", [float("inf"), float("nan")])

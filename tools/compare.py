@@ -3,14 +3,14 @@
 Example:
     python -m tools.compare model.tflite model_int8.tflite --min-cosine 0.999 --min-speedup 1.5
 
-A reference may be a checkpoint (with --model), run in torch.
+A reference may be a checkpoint (with --model), run in torch. With --messages a detector's answers meet the truth too.
 """
 
+import hashlib
 import math
-import statistics
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,20 +19,24 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Group as Lines
 from rich.console import RenderableType
-from rich.table import Column, Table
 
 from shared import artifacts, metrics
 from shared.artifacts import Plan, Product
+from shared.attacks import Attack, parse_attacks
 from shared.cards import load_card
 from shared.child import ChildError
-from shared.cli import Overwrite, Refresh, Seed, Threads, run, size_text, step, to_json
+from shared.cli import Overwrite, Refresh, Seed, Threads, run, to_json
+from shared.comparison import Candidate, Findings, Gate
 from shared.errors import ToolError
-from shared.images import image_files, image_layout, read_image, to_layout
+from shared.images import image_files, read_pixels
 from shared.machine import MIB, available_memory_bytes, cpu_count, cpu_name
-from shared.runtime import Model, ModelSource, TensorSpec, memory_need_bytes, open_model, sample_inputs
+from shared.messages import Labelled, read_messages
+from shared.robustness import Accuracy, image_input, labelled_inputs, largest_drop, read_accuracy
+from shared.runtime import ModelSource, TensorSpec, memory_need_bytes, sample_inputs
 from shared.tflite import check_is_tflite, read_dequantized_types
+from shared.trials import Inputs, Protocol, Shown, run_trials
 
-PACKAGES = ("ai-edge-litert", "torch", "numpy")
+PACKAGES = ("ai-edge-litert", "torch", "numpy", "pillow")
 LARGE_BYTES = 512 * MIB  # models above this take seconds a run
 SAMPLES, LARGE_SAMPLES = 8, 3
 RUNS, LARGE_RUNS = 20, 3
@@ -40,74 +44,6 @@ SLOWER = 0.97  # speed-ups below this count as slower; repeated runs of one mode
 MEMORY_SHARE = 0.8  # of the free memory that models loaded side by side may take
 
 Array = NDArray[Any]
-Inputs = Callable[[list[TensorSpec], int], dict[str, Array]]
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A limit, and whether the candidate kept it."""
-
-    name: str
-    value: float | None
-    limit: float
-    ok: bool
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one model showed. Latencies leave out the first run."""
-
-    path: Path
-    size_bytes: int
-    load_ms: float
-    median_ms: float
-    p90_ms: float
-    runs: int
-    kernels: str
-    peak_rss_bytes: int
-    inputs: list[str]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A candidate against the reference; errors are of the worst sample, bit agreement is over all samples.
-
-    `error` tells why there are no measurements: it crashed, or its outputs don't compare.
-    """
-
-    path: Path
-    size_bytes: int
-    reduction: float
-    measured: Measured | None = None
-    speedup: float | None = None
-    cosine: float | None = None
-    relative_error: float | None = None
-    max_abs_error: float | None = None
-    bit_agreement: float | None = None
-    error: str | None = None
-    gates: list[Gate] = field(default_factory=list)
-    verdict: str = ""
-
-
-@dataclass(frozen=True)
-class Findings:
-    """The reference, its candidates, and how they were measured."""
-
-    reference: Measured
-    candidates: list[Candidate]
-    samples: int
-    threads: int
-    interleaved: bool
-
-    @property
-    def peak_rss_bytes(self) -> int:
-        """Largest resident set of any model."""
-        return max([self.reference.peak_rss_bytes, *(c.measured.peak_rss_bytes for c in self.candidates if c.measured)])
-
-    @property
-    def ok(self) -> bool:
-        """Whether every candidate ran and kept every limit."""
-        return all(candidate.error is None and all(gate.ok for gate in candidate.gates) for candidate in self.candidates)
 
 
 @dataclass(frozen=True)
@@ -116,171 +52,44 @@ class Comparison:
 
     findings: Findings
     report: Product | None
+    html: Product | None
     message: str
 
     @property
     def ok(self) -> bool:
-        """Whether every candidate ran and kept every limit."""
+        """Whether every candidate that is no alternative ran and kept every limit."""
         return self.findings.ok
 
     def __rich__(self) -> RenderableType:
-        found = self.findings
-        names = ["reference", *(f"candidate {number}" for number, _ in enumerate(found.candidates, start=1))]
-        table = Table("", *(Column(name, overflow="fold") for name in names))
-        for name, reference, of in _rows(found.reference):
-            table.add_row(name, reference, *(of(candidate) for candidate in found.candidates))
-        gates = Table("candidate", "gate", "value", "limit", "")
-        for candidate in found.candidates:
-            for gate in candidate.gates:
-                value = "none" if gate.value is None else f"{gate.value:.6g}"
-                gates.add_row(candidate.path.name, gate.name, value, f"{gate.limit:g}", "ok" if gate.ok else "FAILED")
-        verdicts = [f"{candidate.path.name}: {candidate.verdict}" for candidate in found.candidates]
-        return Lines(table, *([gates] if gates.row_count else []), *verdicts, self.message)
+        return Lines(*self.findings.tables(), self.message)
 
 
-def _rows(reference: Measured) -> Iterator[tuple[str, str, Callable[[Candidate], str]]]:
-    """Yield the rows of the table: name, the reference's value, and how to get a candidate's."""
-
-    def measured(text: Callable[[Measured], str]) -> Callable[[Candidate], str]:
-        return lambda c: text(c.measured) if c.measured else "-"
-
-    def number(pick: Callable[[Candidate], float | None], form: str) -> Callable[[Candidate], str]:
-        return lambda c: "-" if (value := pick(c)) is None else format(value, form)
-
-    yield "file", reference.path.name, lambda c: c.path.name
-    yield "size", size_text(reference.size_bytes), lambda c: f"{size_text(c.size_bytes)} ({_change(c.reduction)})"
-    yield "load", f"{reference.load_ms:.0f} ms", measured(lambda m: f"{m.load_ms:.0f} ms")
-    yield "latency, median", f"{reference.median_ms:.1f} ms", measured(lambda m: f"{m.median_ms:.1f} ms")
-    yield "latency, p90", f"{reference.p90_ms:.1f} ms", measured(lambda m: f"{m.p90_ms:.1f} ms")
-    yield "speed-up", "1", number(lambda c: c.speedup, ".2f")
-    yield "peak memory", size_text(reference.peak_rss_bytes), measured(lambda m: size_text(m.peak_rss_bytes))
-    yield "kernels", reference.kernels, measured(lambda m: m.kernels)
-    yield "bit agreement", "1", number(lambda c: c.bit_agreement, ".4f")
-    yield "cosine, worst", "1", number(lambda c: c.cosine, ".6f")
-    yield "relative error, worst", "0", number(lambda c: c.relative_error, ".3g")
-    yield "largest difference", "0", number(lambda c: c.max_abs_error, ".3g")
-
-
-def _change(reduction: float) -> str:
-    return f"{reduction:.1%} smaller" if reduction >= 0 else f"{-reduction:.1%} larger"
-
-
-class _Recorder:
-    """Runs one model sample after sample and keeps what it showed."""
-
-    def __init__(self, source: ModelSource, model: Model, inputs: Inputs, samples: int) -> None:
-        self._source, self._model, self._inputs, self._samples = source, model, inputs, samples
-        self._latencies: list[float] = []
-        self.outputs: list[list[Array]] = []
-        self._model.run(self._inputs(self._model.inputs, 0))  # the first run allocates and is not timed
-
-    def run(self, number: int) -> None:
-        """Time run `number`; keep the outputs of the first round through the samples."""
-        outputs, ms = self._model.run(self._inputs(self._model.inputs, number % self._samples))
-        self._latencies.append(ms)
-        if number < self._samples:
-            self.outputs.append([outputs[spec.name] for spec in self._model.outputs])
-
-    def measured(self) -> Measured:
-        return Measured(
-            path=self._source.path,
-            size_bytes=self._source.path.stat().st_size,
-            load_ms=self._model.load_ms,
-            median_ms=statistics.median(self._latencies),
-            p90_ms=float(np.percentile(self._latencies, 90)),
-            runs=len(self._latencies),
-            kernels=self._model.kernels,
-            peak_rss_bytes=self._model.peak_rss_bytes,
-            inputs=[_describe(spec) for spec in self._model.inputs],
-        )
-
-
-def _describe(spec: TensorSpec) -> str:
-    """Return what a model takes; an image in either layout is the same."""
-    layout = image_layout(spec.shape)
-    return f"{spec.dtype} image of {layout[1]} pixels" if layout else f"{spec.dtype} {spec.shape}"
-
-
-@dataclass(frozen=True)
-class _Protocol:
-    """How every model is measured."""
-
-    inputs: Inputs
-    samples: int
-    runs: int
-    threads: int
-
-    @contextmanager
-    def record(self, source: ModelSource) -> Iterator[_Recorder]:
-        with open_model(source, threads=self.threads) as model:
-            yield _Recorder(source, model, self.inputs, self.samples)
-
-
-Shown = tuple[Measured, list[list[Array]]]
-
-
-def _measure(sources: list[ModelSource], protocol: _Protocol, *, interleaved: bool) -> list[Shown | ChildError]:
-    """Measure all models, in turns run by run or one after the other; a model that fails is its error."""
-    if not interleaved:
-        return [_measure_alone(source, protocol) for source in sources]
-    with step(f"run {len(sources)} models in turns"), ExitStack() as stack:
-        recorders: list[_Recorder | ChildError] = []
-        for source in sources:
-            try:
-                recorders.append(stack.enter_context(protocol.record(source)))
-            except ChildError as error:
-                recorders.append(error)
-        for number in range(protocol.runs):
-            for index, recorder in enumerate(recorders):
-                if isinstance(recorder, _Recorder):
-                    try:
-                        recorder.run(number)
-                    except ChildError as error:
-                        recorders[index] = error
-        return [(r.measured(), r.outputs) if isinstance(r, _Recorder) else r for r in recorders]
-
-
-def _measure_alone(source: ModelSource, protocol: _Protocol) -> Shown | ChildError:
-    try:
-        with step(f"run {source.path.name}"), protocol.record(source) as recorder:
-            for number in range(protocol.runs):
-                recorder.run(number)
-            return recorder.measured(), recorder.outputs
-    except ChildError as error:
-        return error
-
-
-def _against(
-    reference: Shown, source: ModelSource, shown: Shown | ChildError, nbits: int | None, *, same_images: bool = False
-) -> Candidate:
-    """Compare one candidate with the reference, without gates; image files are the same inputs at any size."""
+def _against(reference: Shown, source: ModelSource, shown: Shown | ChildError, task: "_Task") -> Candidate:
+    """Compare one candidate with the reference, without gates."""
     size = source.path.stat().st_size
-    candidate = Candidate(source.path, size, 1 - size / reference[0].size_bytes)
+    is_alternative = source.path in task.alternatives
+    candidate = Candidate(source.path, size, 1 - size / reference.measured.size_bytes, is_alternative)
     if isinstance(shown, ChildError):
-        return _with(candidate, error=str(shown), verdict=f"does not run: {shown}")
-    measured, outputs = shown
-    speedup = reference[0].median_ms / measured.median_ms
-    if not same_images and measured.inputs != reference[0].inputs:
-        error = f"it takes {', '.join(measured.inputs)}, its reference {', '.join(reference[0].inputs)}"
-        return _with(candidate, measured=measured, error=error, verdict=f"cannot be compared: {error}")
+        return replace(candidate, error=str(shown), verdict=f"does not run: {shown}")
+    measured, speedup = shown.measured, reference.measured.median_ms / shown.measured.median_ms
+    if not task.files and measured.inputs != reference.measured.inputs:  # image files are the same inputs at any size
+        error = f"it takes {', '.join(measured.inputs)}, its reference {', '.join(reference.measured.inputs)}"
+        return replace(candidate, measured=measured, error=error, verdict=f"cannot be compared: {error}")
     try:
-        pairs = [(_flat(one), _flat(other)) for one, other in zip(reference[1], outputs, strict=True)]
-        return _with(
+        pairs = [(_flat(one), _flat(other)) for one, other in zip(reference.outputs, shown.outputs, strict=True)]
+        return replace(
             candidate,
             measured=measured,
             speedup=speedup,
             cosine=min(metrics.cosine(one, other) for one, other in pairs),
             relative_error=max(metrics.relative_error(one, other) for one, other in pairs),
             max_abs_error=max(metrics.max_abs_error(one, other) for one, other in pairs),
-            bit_agreement=None if nbits is None else _bit_agreement(reference[1], outputs, nbits),
+            bit_agreement=None if task.nbits is None else _bit_agreement(reference.outputs, shown.outputs, task.nbits),
+            accuracy=task.accuracy(shown),
             verdict=_verdict(source, speedup),
         )
     except ValueError as error:
-        return _with(candidate, measured=measured, speedup=speedup, error=str(error), verdict=f"cannot be compared: {error}")
-
-
-def _with(candidate: Candidate, **changes: Any) -> Candidate:
-    return Candidate(**{**candidate.__dict__, **changes})
+        return replace(candidate, measured=measured, speedup=speedup, error=str(error), verdict=f"cannot be compared: {error}")
 
 
 def _flat(outputs: list[Array]) -> Array:
@@ -308,46 +117,134 @@ def _verdict(source: ModelSource, speedup: float) -> str:
     return f"{relation}: this CPU has no faster kernels for what it computes with; measure on the target device"
 
 
-def _gates(candidate: Candidate, limits: dict[str, float | None]) -> list[Gate]:
-    """Return the limits that were asked for; a value that could not be measured breaks its limit."""
-    values = {
-        "min_bit_agreement": candidate.bit_agreement,
-        "min_cosine": candidate.cosine,
-        "min_speedup": candidate.speedup,
-        "max_size_mb": candidate.size_bytes / MIB,
-    }
-    gates = []
-    for name, limit in limits.items():
-        if limit is not None:
-            value = values[name]
-            kept = value is not None and (value <= limit if name.startswith("max") else value >= limit)
-            gates.append(Gate(name, value, limit, kept))
-    return gates
+@dataclass(frozen=True)
+class _Limits:
+    """The limits that were asked for; names are those of the options."""
+
+    of_numbers: dict[str, float | None]
+    under_attack: dict[str, float]
+
+    def gates(self, candidate: Candidate, reference: Accuracy | None) -> list[Gate]:
+        """Return every limit with the candidate's value; a value that could not be measured breaks its limit."""
+        measured, accuracy = candidate.measured, candidate.accuracy
+        values: dict[str, float | None] = {
+            "min_bit_agreement": candidate.bit_agreement,
+            "min_cosine": candidate.cosine,
+            "min_speedup": candidate.speedup,
+            "max_size_mb": candidate.size_bytes / MIB,
+            "max_latency_ms": measured.median_ms if measured else None,
+            "min_bit_accuracy": accuracy.clean.bit_accuracy if accuracy else None,
+            "max_accuracy_drop": largest_drop(reference, accuracy)[0] if accuracy and reference else None,
+            "min_auc": accuracy.clean.auc if accuracy else None,
+        }
+        under = {attack: accuracy.under(attack).bit_accuracy if accuracy else None for attack in self.under_attack}
+        limits = [(name, values[name], limit) for name, limit in self.of_numbers.items() if limit is not None]
+        limits += [(f"min_accuracy_under {attack}", under[attack], limit) for attack, limit in self.under_attack.items()]
+        return [Gate(name, value, limit, _keeps(name, value, limit)) for name, value, limit in limits]
 
 
-def _inputs_from(images: Path | None, seed: int, samples: int) -> tuple[Inputs, list[Path]]:
-    """Return how to make sample i for a model's inputs, and the files it comes from."""
+def _keeps(name: str, value: float | None, limit: float) -> bool:
+    return value is not None and (value <= limit if name.startswith("max") else value >= limit)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is compared, on which samples.
+
+    Args:
+        sources: The reference, then all candidates.
+        alternatives: Those candidates that may break limits.
+        nbits: Message length of detectors; None for other models.
+        samples: Inputs of the timed runs.
+        files: The images they come from; empty for seeded samples.
+        labelled: The images whose messages are known.
+        attacks: None, then what these meet too.
+    """
+
+    sources: list[ModelSource]
+    alternatives: list[Path]
+    nbits: int | None
+    samples: list[Inputs]
+    files: list[Path]
+    labelled: list[Labelled]
+    attacks: list[Attack | None]
+
+    def further(self) -> list[Inputs]:
+        """Return what is run besides the timed samples."""
+        return labelled_inputs(self.labelled, self.attacks) if self.labelled else []
+
+    def accuracy(self, shown: Shown) -> Accuracy | None:
+        """Return what a model read on the labelled images."""
+        if not self.labelled:
+            return None
+        return read_accuracy(self.labelled, self.attacks, [outputs[0] for outputs in shown.answers])
+
+
+def _samples(images: Path | None, labelled: list[Labelled], seed: int, count: int) -> tuple[list[Inputs], list[Path]]:
+    """Return the inputs of the timed runs, and the files they come from."""
+    if labelled:
+        return labelled_inputs(labelled, [None]), [image.file for image in labelled]
     if images is None:
-        return lambda specs, number: sample_inputs(specs, seed + number), []
-    files = image_files(images)[:samples]
+        return [partial(sample_inputs, seed=seed + number) for number in range(count)], []
+    files = image_files(images)[:count]
+    return [partial(_from_file, file=file) for file in files], files
 
-    def from_images(specs: list[TensorSpec], number: int) -> dict[str, Array]:
-        layout = image_layout(specs[0].shape) if len(specs) == 1 and specs[0].dtype == "float32" else None
-        if layout is None:
-            raise ToolError("the model does not take one square RGB float32 image", where=images, remedy="leave out --images")
-        return {specs[0].name: to_layout(read_image(files[number], layout[1]), layout[0])}
 
-    return from_images, files
+def _from_file(specs: list[TensorSpec], file: Path) -> dict[str, Array]:
+    return image_input(specs, read_pixels(file))
+
+
+def _labelled(messages: Path | None, samples: int | None) -> list[Labelled]:
+    """Return the labelled images, the first `samples` of the marked and of the unmarked where there is a limit."""
+    if messages is None:
+        return []
+    images = read_messages(messages)
+    marked = [image for image in images if image.message is not None][:samples]
+    if not marked:
+        raise ToolError("no image carries a message", where=messages)
+    return marked + [image for image in images if image.message is None][:samples]
+
+
+def _recommend(findings: Findings) -> Findings:
+    """Name the best of several candidates inside all limits."""
+    inside = [(c.size_bytes, c.measured.median_ms, c.path) for c in findings.candidates if c.is_inside and c.measured]
+    if len(findings.candidates) < 2 or not inside:
+        return findings
+    return replace(findings, smallest=min(inside)[2], fastest=min(inside, key=lambda found: found[1])[2])
+
+
+def _under_attack(limits: list[str], attacks: list[str]) -> dict[str, float]:
+    """Return attack -> least bit accuracy of options such as `jpeg-50=0.97`."""
+    found = {}
+    for text in limits:
+        attack, _, share = text.partition("=")
+        if attack not in attacks:
+            raise ToolError(
+                f"--min-accuracy-under {text}: this attack is not run", expected=", ".join(attacks) or "--messages FILE"
+            )
+        try:
+            found[attack] = float(share)
+        except ValueError:
+            found[attack] = math.nan
+        if not 0 <= found[attack] <= 1:
+            raise ToolError(f"--min-accuracy-under {text}: no limit", expected=f"{attack}=SHARE, a share from 0 to 1")
+    return found
 
 
 def compare(
     reference: Annotated[Path, typer.Argument(help="A .tflite model, or a checkpoint with --model.")],
     candidates: Annotated[list[Path], typer.Argument(help="One or more .tflite models.")],
     *,
+    alternatives: Annotated[
+        list[Path] | None, typer.Option("--alternative", help="A further candidate that may break limits; can be repeated.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the comparison as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the comparison as one HTML page.")] = None,
     model: Annotated[str | None, typer.Option(help="Model card of a reference that is a checkpoint.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of images; default: seeded samples.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Inputs to compare on; default: 8, or 3 for large models.")] = None,
+    messages: Annotated[Path | None, typer.Option(help="JSON file of images and their messages; in place of --images.")] = None,
+    attacks: Annotated[str, typer.Option(help="What labelled images meet: standard, none, or as jpeg-50,crop-0.9.")] = "standard",
+    samples: Annotated[int | None, typer.Option(min=1, help="Inputs; default: 8, 3 for large models, all of --messages.")] = None,
     runs: Annotated[int | None, typer.Option(min=1, help="Timed runs per model; default: 20, or 3 for large models.")] = None,
     threads: Threads = None,
     bits: Annotated[int | None, typer.Option(min=1, help="Message bits of detectors without our metadata.")] = None,
@@ -356,6 +253,13 @@ def compare(
     min_cosine: Annotated[float | None, typer.Option(min=0, max=1, help="Gate: cosine of the worst sample's outputs.")] = None,
     min_speedup: Annotated[float | None, typer.Option(min=0, help="Gate: reference's median latency over the candidate's.")] = None,
     max_size_mb: Annotated[float | None, typer.Option(min=0, help="Gate: size in MB of 2^20 bytes.")] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(min=0, help="Gate: median latency.")] = None,
+    min_bit_accuracy: Annotated[float | None, typer.Option(min=0, max=1, help="Gate: share of bits read right.")] = None,
+    min_accuracy_under: Annotated[list[str] | None, typer.Option(help="Gate under an attack, as jpeg-50=0.97.")] = None,
+    max_accuracy_drop: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Gate: share of bits read right lost under any attack.")
+    ] = None,
+    min_auc: Annotated[float | None, typer.Option(min=0, max=1, help="Gate: how well confidence tells marked images.")] = None,
     overwrite: Overwrite = False,
     refresh: Refresh = False,
 ) -> Comparison:
@@ -367,72 +271,104 @@ def compare(
         ToolError: A file is missing or of another kind, or the reference itself does not run.
     """
     card = None if model is None else load_card(model)
-    if any(limit is not None and not math.isfinite(limit) for limit in (min_speedup, max_size_mb)):
-        raise ToolError("a limit is not finite", remedy="leave it out")
-    sources = [ModelSource(reference, card), *(ModelSource(path) for path in candidates)]
+    met = parse_attacks(attacks) if messages else []
+    limits = _Limits(
+        {
+            "min_bit_agreement": min_bit_agreement,
+            "min_cosine": min_cosine,
+            "min_speedup": min_speedup,
+            "max_size_mb": max_size_mb,
+            "max_latency_ms": max_latency_ms,
+            "min_bit_accuracy": min_bit_accuracy,
+            "max_accuracy_drop": max_accuracy_drop,
+            "min_auc": min_auc,
+        },
+        _under_attack(min_accuracy_under or [], [attack.name for attack in met]),
+    )
+    _require_sense(limits, images=images, messages=messages)
+    alternatives = alternatives or []
+    sources = [ModelSource(reference, card), *(ModelSource(path) for path in (*candidates, *alternatives))]
     for source in sources:
         if source.card is None:
             check_is_tflite(source.path)
         elif not source.path.is_file():
             raise ToolError("no such checkpoint file", where=source.path)
-    nbits = bits or next((found for source in sources if (found := source.nbits())), None)
     is_large = reference.stat().st_size > LARGE_BYTES
-    samples = samples or (LARGE_SAMPLES if is_large else SAMPLES)
-    inputs, files = _inputs_from(images, seed, samples)
-    samples = len(files) or samples
-    runs = max(samples, runs or (LARGE_RUNS if is_large else RUNS))
-    protocol = _Protocol(inputs, samples, runs, threads or cpu_count())
-    limits = {
-        "min_bit_agreement": min_bit_agreement,
-        "min_cosine": min_cosine,
-        "min_speedup": min_speedup,
-        "max_size_mb": max_size_mb,
-    }
+    labelled = _labelled(messages, samples)
+    inputs, files = _samples(images, labelled, seed, samples or (LARGE_SAMPLES if is_large else SAMPLES))
+    known = len(next(image.message for image in labelled if image.message is not None)) if labelled else None
+    nbits = bits or known or next((found for source in sources if (found := source.nbits())), None)
+    task = _Task(sources, alternatives, nbits, inputs, files, labelled, [None, *met])
+    runs = max(len(inputs), runs or (LARGE_RUNS if is_large else RUNS))
+    threads = threads or cpu_count()
 
     def find() -> Findings:
         available = available_memory_bytes()
         interleaved = available is None or sum(map(memory_need_bytes, sources)) <= MEMORY_SHARE * available
-        first, *others = _measure(sources, protocol, interleaved=interleaved)
+        protocol = Protocol(inputs, runs, threads, task.further())
+        first, *others = run_trials(sources, protocol, interleaved=interleaved)
         if isinstance(first, ChildError):
             raise ToolError("the reference does not run", where=reference, got=first)
-        compared = [
-            _against(first, source, shown, nbits, same_images=bool(files))
-            for source, shown in zip(sources[1:], others, strict=True)
-        ]
-        compared = [_with(candidate, gates=_gates(candidate, limits)) for candidate in compared]
-        return Findings(first[0], compared, samples, protocol.threads, interleaved)
+        try:
+            accuracy = task.accuracy(first)
+        except ValueError as error:
+            raise ToolError("the reference's answers can't be read", where=reference, got=error) from None
+        compared = [_against(first, source, shown, task) for source, shown in zip(sources[1:], others, strict=True)]
+        compared = [replace(candidate, gates=limits.gates(candidate, accuracy)) for candidate in compared]
+        return _recommend(Findings(first.measured, accuracy, compared, len(inputs), threads, interleaved, cpu_name()))
 
-    if output is None:
-        findings, report = find(), None
-    else:
-
-        def make(draft: Path) -> Findings:
-            found = find()
-            draft.write_text(to_json(found) + "\n", encoding="utf-8")
-            return found
-
-        arguments: dict[str, object] = {"runs": runs, "samples": samples, "threads": protocol.threads, "bits": nbits, "seed": seed}
+    plan = None
+    if output is not None:
+        arguments: dict[str, object] = {"runs": runs, "samples": len(inputs), "threads": threads, "bits": nbits, "seed": seed}
         arguments |= {"cpu": cpu_name()}  # latencies of one machine say nothing of another
-        arguments |= {"limits": limits, "card": card and card.as_arguments(), "images": [file.name for file in files]}
-        plan = Plan(output, "compare", arguments, [reference, *candidates, *files], PACKAGES, overwrite=overwrite, refresh=refresh)
-        report, findings = artifacts.build(plan, Findings, make)
-    return Comparison(findings, report, _message(findings, report))
+        arguments |= {"limits": limits.__dict__, "card": card and card.as_arguments(), "images": [file.name for file in files]}
+        arguments |= {"attacks": [attack.name for attack in met], "alternatives": [path.name for path in alternatives]}
+        read = [reference, *candidates, *alternatives, *files, *([messages] if messages else [])]
+        plan = Plan(output, "compare", arguments, read, PACKAGES, overwrite=overwrite, refresh=refresh)
+    findings, report = _build(plan, find)
+    page = None if html is None else _write_page(html, findings, overwrite=overwrite, refresh=refresh)
+    return Comparison(findings, report, page, _message(findings, report, page))
 
 
-def _message(findings: Findings, report: Product | None) -> str:
-    order = "in turns" if findings.interleaved else "one model at a time"
-    how = f"{findings.reference.runs} runs {order}, {findings.samples} samples, {findings.threads} threads"
-    broken = [f"{c.path.name} {gate.name}" for c in findings.candidates for gate in c.gates if not gate.ok]
-    broken += [f"{c.path.name} {c.error}" for c in findings.candidates if c.error is not None]
-    verdict = (
-        f"FAILED: {'; '.join(broken)}"
-        if broken
-        else "every gate kept"
-        if any(c.gates for c in findings.candidates)
-        else "no gates set"
-    )
+def _require_sense(limits: _Limits, *, images: Path | None, messages: Path | None) -> None:
+    """Raise ToolError for options that contradict each other."""
+    if images is not None and messages is not None:
+        raise ToolError("--images and --messages both say which images", remedy="leave out --images")
+    if any(limit is not None and not math.isfinite(limit) for limit in limits.of_numbers.values()):
+        raise ToolError("a limit is not finite", remedy="leave it out")
+    for name in ("min_bit_accuracy", "max_accuracy_drop", "min_auc"):
+        if limits.of_numbers[name] is not None and messages is None:
+            raise ToolError(f"--{name.replace('_', '-')} needs images whose messages are known", remedy="give --messages FILE")
+
+
+def _build(plan: Plan | None, find: Callable[[], Findings]) -> tuple[Findings, Product | None]:
+    """Return what is found, and the JSON file where one is asked for."""
+    if plan is None:
+        return find(), None
+
+    def make(draft: Path) -> Findings:
+        found = find()
+        draft.write_text(to_json(found) + "\n", encoding="utf-8")
+        return found
+
+    product, findings = artifacts.build(plan, Findings, make)
+    return findings, product
+
+
+def _write_page(path: Path, findings: Findings, *, overwrite: bool, refresh: bool) -> Product:
+    """Write the findings as one HTML page."""
+    from shared.report import Page, write_page
+
+    arguments = {"findings": hashlib.sha256(to_json(findings).encode()).hexdigest()}
+    plan = Plan(path, "compare", arguments, packages=("jinja2", "pillow"), overwrite=overwrite, refresh=refresh)
+    product, _ = artifacts.build(plan, Page, lambda draft: write_page(draft, findings))
+    return product
+
+
+def _message(findings: Findings, report: Product | None, page: Product | None) -> str:
     head = f"up to date, see {report.path}: " if report is not None and report.up_to_date else ""
-    return f"{head}{verdict} ({how})"
+    see = f"; see {page.path}" if page is not None else ""
+    return f"{head}{findings.verdict()} ({findings.how()}){see}"
 
 
 if __name__ == "__main__":

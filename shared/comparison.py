@@ -1,0 +1,176 @@
+"""What a comparison found: the object behind compare's table, its JSON and its HTML page."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import RenderableType
+from rich.table import Column, Table
+
+from shared.cli import size_text
+from shared.robustness import Accuracy
+from shared.trials import Measured
+
+UNDER = "bits read right under"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A limit, and whether the candidate kept it."""
+
+    name: str
+    value: float | None
+    limit: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A candidate against the reference; errors are of the worst sample, bit agreement is over all samples.
+
+    `error` tells why there are no measurements: it crashed, or its outputs don't compare. An alternative may break limits.
+    """
+
+    path: Path
+    size_bytes: int
+    reduction: float
+    is_alternative: bool = False
+    measured: Measured | None = None
+    speedup: float | None = None
+    cosine: float | None = None
+    relative_error: float | None = None
+    max_abs_error: float | None = None
+    bit_agreement: float | None = None
+    accuracy: Accuracy | None = None
+    error: str | None = None
+    gates: list[Gate] = field(default_factory=list)
+    verdict: str = ""
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether it ran and kept every limit."""
+        return self.error is None and all(gate.ok for gate in self.gates)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The reference, its candidates, and how they were measured.
+
+    `smallest` and `fastest` are the best of several candidates inside all limits; None where there is just one, or none inside.
+    """
+
+    reference: Measured
+    accuracy: Accuracy | None
+    candidates: list[Candidate]
+    samples: int
+    threads: int
+    interleaved: bool
+    cpu: str
+    smallest: Path | None = None
+    fastest: Path | None = None
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """Largest resident set of any model."""
+        return max([self.reference.peak_rss_bytes, *(c.measured.peak_rss_bytes for c in self.candidates if c.measured)])
+
+    @property
+    def ok(self) -> bool:
+        """Whether every candidate that is no alternative ran and kept every limit."""
+        return all(candidate.is_inside or candidate.is_alternative for candidate in self.candidates)
+
+    def tables(self) -> Iterator[RenderableType]:
+        """Yield the tables and sentences for a terminal."""
+        several = sum(not candidate.is_alternative for candidate in self.candidates) > 1
+        names = [
+            "alternative" if candidate.is_alternative else f"candidate {number}" if several else "candidate"
+            for number, candidate in enumerate(self.candidates, start=1)
+        ]
+        table, attacks = (Table(title, *(Column(n, overflow="fold") for n in ("reference", *names))) for title in ("", UNDER))
+        for name, reference, of in rows(self):
+            table.add_row(name, reference, *(of(candidate) for candidate in self.candidates))
+        yield table
+        if self.accuracy is not None:
+            for condition in self.accuracy.conditions:
+                values = [_accuracy_under(candidate, condition.attack) for candidate in self.candidates]
+                attacks.add_row(condition.attack, f"{condition.bit_accuracy:.2%}", *values)
+            yield attacks
+        gates = Table("candidate", "gate", "value", "limit", "")
+        for candidate in self.candidates:
+            broken = "outside" if candidate.is_alternative else "FAILED"
+            for gate in candidate.gates:
+                value = "none" if gate.value is None else f"{gate.value:.6g}"
+                gates.add_row(candidate.path.name, gate.name, value, f"{gate.limit:g}", "ok" if gate.ok else broken)
+        if gates.row_count:
+            yield gates
+        yield from (f"{candidate.path.name}: {candidate.verdict}" for candidate in self.candidates)
+        yield from self.advice()
+
+    def verdict(self) -> str:
+        """Return in one line whether the gates were kept, and which were not."""
+        failed = [candidate for candidate in self.candidates if not (candidate.is_inside or candidate.is_alternative)]
+        broken = [f"{c.path.name} {gate.name}" for c in failed for gate in c.gates if not gate.ok]
+        broken += [f"{c.path.name} {c.error}" for c in failed if c.error is not None]
+        if broken:
+            return f"FAILED: {'; '.join(broken)}"
+        return "every gate kept" if any(candidate.gates for candidate in self.candidates) else "no gates set"
+
+    def how(self) -> str:
+        """Return in one line how it was measured."""
+        order = "in turns" if self.interleaved else "one model at a time"
+        return f"{self.reference.runs} runs {order}, {self.samples} samples, {self.threads} threads"
+
+    def advice(self) -> list[str]:
+        """Return which candidate to take, where there is a choice."""
+        if len(self.candidates) < 2:
+            return []
+        if self.smallest is None or self.fastest is None:
+            return ["recommended: none, no candidate is inside the limits"]
+        if self.smallest == self.fastest:
+            return [f"recommended: {self.smallest.name}, the smallest and the fastest inside the limits"]
+        return [f"recommended: {self.smallest.name}, the smallest inside the limits; {self.fastest.name} is the fastest"]
+
+
+def _accuracy_under(candidate: Candidate, attack: str) -> str:
+    return "-" if candidate.accuracy is None else f"{candidate.accuracy.under(attack).bit_accuracy:.2%}"
+
+
+def rows(findings: Findings) -> Iterator[tuple[str, str, Callable[[Candidate], str]]]:
+    """Yield the rows of the table: name, the reference's value, and how to get a candidate's."""
+    reference, accuracy = findings.reference, findings.accuracy
+
+    def measured(text: Callable[[Measured], str]) -> Callable[[Candidate], str]:
+        return lambda c: text(c.measured) if c.measured else "-"
+
+    def number(pick: Callable[[Candidate], float | None], form: str) -> Callable[[Candidate], str]:
+        return lambda c: "-" if (value := pick(c)) is None else format(value, form)
+
+    yield "file", reference.path.name, lambda c: c.path.name
+    yield "size", size_text(reference.size_bytes), lambda c: f"{size_text(c.size_bytes)} ({_change(c.reduction)})"
+    yield "load", f"{reference.load_ms:.0f} ms", measured(lambda m: f"{m.load_ms:.0f} ms")
+    yield "latency, median", f"{reference.median_ms:.1f} ms", measured(lambda m: f"{m.median_ms:.1f} ms")
+    yield "latency, p90", f"{reference.p90_ms:.1f} ms", measured(lambda m: f"{m.p90_ms:.1f} ms")
+    yield "speed-up", "1", number(lambda c: c.speedup, ".2f")
+    yield "peak memory", size_text(reference.peak_rss_bytes), measured(lambda m: size_text(m.peak_rss_bytes))
+    yield "kernels", reference.kernels, measured(lambda m: m.kernels)
+    yield "bit agreement", "1", number(lambda c: c.bit_agreement, ".4f")
+    yield "cosine, worst", "1", number(lambda c: c.cosine, ".6f")
+    yield "relative error, worst", "0", number(lambda c: c.relative_error, ".3g")
+    yield "largest difference", "0", number(lambda c: c.max_abs_error, ".3g")
+    if accuracy is None:
+        return
+
+    def answered(text: Callable[[Accuracy], str]) -> tuple[str, Callable[[Candidate], str]]:
+        return text(accuracy), lambda c: text(c.accuracy) if c.accuracy else "-"
+
+    yield "bits read right", *answered(lambda a: f"{a.clean.bit_accuracy:.2%}")
+    yield "p-value, worst", *answered(lambda a: f"{a.worst('p_value'):.2g}")
+    yield "margin, worst", *answered(lambda a: f"{a.worst('margin'):.2f}")
+    yield "marked and detected", *answered(lambda a: f"{a.clean.detected:.1%}")
+    if accuracy.clean.auc is not None:
+        yield "unmarked but detected", *answered(lambda a: f"{a.clean.false_positives:.1%}")
+        yield "AUC of the confidence", *answered(lambda a: f"{a.clean.auc:.4f}")
+
+
+def _change(reduction: float) -> str:
+    return f"{reduction:.1%} smaller" if reduction >= 0 else f"{-reduction:.1%} larger"

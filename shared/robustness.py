@@ -1,0 +1,175 @@
+"""What a detector reads on images whose messages are known, as they are and under attacks.
+
+Letters in shapes: N images, K message bits.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared import metrics
+from shared.attacks import Attack
+from shared.errors import ToolError
+from shared.images import Pixels, image_layout, read_pixels, stretch, to_image, to_layout
+from shared.messages import Labelled, chance_of_agreement
+from shared.runtime import TensorSpec
+from shared.trials import Inputs
+
+CLEAN = "none"  # the name of no attack
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a detector read under one attack.
+
+    Args:
+        attack: Name of the attack, or `none`.
+        bit_accuracy: Share of bits read right over all marked images.
+        detected: Share of marked images whose confidence logit is above 0.
+        false_positives: Share of unmarked images whose confidence logit is above 0; None where there are none.
+        auc: How often a marked image has more confidence than an unmarked one; None where there are none.
+    """
+
+    attack: str
+    bit_accuracy: float
+    detected: float
+    false_positives: float | None
+    auc: float | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a detector read in one clean image.
+
+    Args:
+        file: The image.
+        original: The same image before it was marked, where known.
+        confidence: The logit of being marked.
+        bit_accuracy: Share of bits read right; None for an unmarked image, as all that follows.
+        p_value: How likely a random message agrees as well.
+        margin: The smallest logit, counted towards the right side; negative where a bit is wrong.
+    """
+
+    file: Path
+    original: Path | None
+    confidence: float
+    bit_accuracy: float | None
+    p_value: float | None
+    margin: float | None
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What a detector read on all labelled images.
+
+    Args:
+        conditions: Without attack first, then under each attack.
+        readings: Of the clean images.
+        logits: K numbers for each marked clean image, in the order of the readings.
+    """
+
+    conditions: list[Condition]
+    readings: list[Reading]
+    logits: list[list[float]]
+
+    @property
+    def clean(self) -> Condition:
+        """Without attack."""
+        return self.conditions[0]
+
+    def under(self, attack: str) -> Condition:
+        """Under the attack of that name."""
+        return next(condition for condition in self.conditions if condition.attack == attack)
+
+    def worst(self, field: str) -> float:
+        """Return the worst p-value, margin or bit accuracy of a marked clean image."""
+        values = [value for reading in self.readings if (value := getattr(reading, field)) is not None]
+        return float(max(values) if field == "p_value" else min(values))
+
+
+def largest_drop(reference: Accuracy, candidate: Accuracy) -> tuple[float, str]:
+    """Return the largest loss of bit accuracy under any attack or none, and where; negative when the candidate reads better."""
+    pairs = zip(reference.conditions, candidate.conditions, strict=True)
+    return max((one.bit_accuracy - other.bit_accuracy, one.attack) for one, other in pairs)
+
+
+def labelled_inputs(labelled: Sequence[Labelled], attacks: Sequence[Attack | None]) -> list[Inputs]:
+    """Return how to make each sample, attack by attack, image by image; random parts of an attack differ from image to image."""
+
+    @lru_cache(maxsize=1)  # models in turns ask for the same sample one after the other
+    def attacked(number: int, attack: Attack | None) -> Pixels:
+        pixels = read_pixels(labelled[number].file)
+        return pixels if attack is None else replace(attack, seed=number)(pixels)
+
+    def sample(number: int, attack: Attack | None) -> Inputs:
+        return lambda specs: image_input(specs, attacked(number, attack))
+
+    return [sample(number, attack) for attack in attacks for number in range(len(labelled))]
+
+
+def image_input(specs: list[TensorSpec], pixels: Pixels) -> dict[str, NDArray[Any]]:
+    """Return pixels as the one image input of a model.
+
+    Raises:
+        ToolError: The model takes something else.
+    """
+    layout = image_layout(specs[0].shape) if len(specs) == 1 and specs[0].dtype == "float32" else None
+    if layout is None:
+        taken = "; ".join(f"{spec.name} {spec.dtype} {spec.shape}" for spec in specs)
+        raise ToolError("the model does not take one square RGB float32 image", got=taken, remedy="compare it on seeded samples")
+    return {specs[0].name: to_layout(to_image(stretch(pixels, layout[1])), layout[0])}
+
+
+def read_accuracy(labelled: Sequence[Labelled], attacks: Sequence[Attack | None], answers: Sequence[NDArray[Any]]) -> Accuracy:
+    """Return what the answers say.
+
+    Args:
+        labelled: The images; at least one is marked.
+        attacks: None first, then the attacks.
+        answers: Outputs float32 (1, 1 + K) in the order of `labelled_inputs`.
+
+    Raises:
+        ValueError: An output is of another shape, or not finite.
+    """
+    messages = [image.message for image in labelled if image.message is not None]
+    nbits = len(messages[0])
+    if any(answer.shape != (1, 1 + nbits) for answer in answers):
+        raise ValueError(f"an output is no message of {nbits} bits: {answers[0].shape} instead of (1, {1 + nbits})")
+    outputs = np.concatenate(answers).reshape(len(attacks), len(labelled), 1 + nbits)
+    if not np.isfinite(outputs).all():
+        raise ValueError("an output holds NaN or infinite values")
+    truth, marked = np.stack(messages), np.array([image.message is not None for image in labelled])
+    names = [CLEAN if attack is None else attack.name for attack in attacks]
+    conditions = [_condition(name, output, truth, marked) for name, output in zip(names, outputs, strict=True)]
+    readings = list(_readings(labelled, outputs[0]))
+    return Accuracy(conditions, readings, outputs[0][marked, 1:].astype(float).tolist())
+
+
+def _condition(name: str, output: NDArray[Any], truth: NDArray[np.bool_], marked: NDArray[np.bool_]) -> Condition:
+    """Summarise outputs float32 (N, 1 + K) under one attack."""
+    bits, confidence = metrics.message_bits(output[marked]), output[:, 0]
+    has_unmarked = not marked.all()
+    return Condition(
+        attack=name,
+        bit_accuracy=float((bits == truth).mean()),
+        detected=float((confidence[marked] > 0).mean()),
+        false_positives=float((confidence[~marked] > 0).mean()) if has_unmarked else None,
+        auc=metrics.roc_auc(confidence[marked], confidence[~marked]) if has_unmarked else None,
+    )
+
+
+def _readings(labelled: Sequence[Labelled], output: NDArray[Any]) -> Iterator[Reading]:
+    for image, row in zip(labelled, output, strict=True):
+        confidence, logits = float(row[0]), row[1:]
+        if image.message is None:
+            yield Reading(image.file, None, confidence, None, None, None)
+            continue
+        right = int(((logits > 0) == image.message).sum())
+        margin = float(np.where(image.message, logits, -logits).min())
+        p_value = chance_of_agreement(right, logits.size)
+        yield Reading(image.file, image.original, confidence, right / logits.size, p_value, margin)
