@@ -1,0 +1,205 @@
+"""A detector for scripts: load any product, ask it what an image or a video carries.
+
+Example:
+    from shared.watermark import WatermarkDetector
+
+    with WatermarkDetector("models/miniseal_detector_miniseal_256_int8.tflite") as detector:
+        found = detector.detect("photo.png", expected="1f3a09bc")
+        print(found.confidence, found.hex, found.agreement.bit_accuracy, found.agreement.p_value)
+
+Letters in shapes: H height, W width, K message bits.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.cards import load_card
+from shared.errors import ToolError
+from shared.images import as_image, image_layout, read_pixels, stretch_image, to_image, to_layout
+from shared.messages import Bits, chance_of_agreement, parse_message, to_bit_string, to_hex, to_int
+from shared.runtime import ModelSource, open_model
+from shared.video import read_frames
+
+ImageSource = Path | str | NDArray[Any]
+Message = str | int | Bits
+FRAMES = 16  # of a video, unless told otherwise
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well a detected message agrees with an expected one.
+
+    Args:
+        matching: Bits that agree.
+        nbits: Bits of the message.
+    """
+
+    matching: int
+    nbits: int
+
+    @property
+    def bit_accuracy(self) -> float:
+        """Share of bits that agree; 0.5 is chance."""
+        return self.matching / self.nbits
+
+    @property
+    def p_value(self) -> float:
+        """How likely a random message agrees in as many bits."""
+        return chance_of_agreement(self.matching, self.nbits)
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What a detector read.
+
+    Args:
+        confidence_logit: Above 0: the image is marked.
+        logits: float32 (K,), one for each bit; above 0 reads as 1.
+        agreement: With the expected message, where one was given.
+        frames: The same for each frame of a video, of which this is the mean; empty for an image.
+    """
+
+    confidence_logit: float
+    logits: NDArray[np.float32]
+    agreement: Agreement | None = None
+    frames: "tuple[Detection, ...]" = ()
+
+    @property
+    def confidence(self) -> float:
+        """The confidence that the image is marked, from 0 to 1."""
+        return 0.5 * (1 + math.tanh(self.confidence_logit / 2))  # the logistic function, safe for large logits
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether the confidence is above a half."""
+        return self.confidence_logit > 0
+
+    @property
+    def bits(self) -> Bits:
+        """The message as bool (K,)."""
+        return self.logits > 0
+
+    @property
+    def bit_string(self) -> str:
+        """The message as K digits `0` and `1`."""
+        return to_bit_string(self.bits)
+
+    @property
+    def hex(self) -> str:
+        """The message as hexadecimal digits."""
+        return to_hex(self.bits)
+
+    @property
+    def int(self) -> int:
+        """The message as an integer; the first bit is the highest."""
+        return to_int(self.bits)
+
+
+class WatermarkDetector:
+    """A loaded detector, run in a process of its own; use with `with`, or call `close`.
+
+    Message length, layout and image size come from the model itself. Images are stretched to its size, whatever their proportions.
+
+    Args:
+        model_path: A .tflite model, or a checkpoint (.pth, .safetensors), run in torch.
+        card: Model card of a checkpoint: a name such as `miniseal`, or a path to a .toml file.
+        nbits: Message length of a model without edgepress's metadata.
+        threads: Threads of the runtime; all CPUs when None.
+
+    Raises:
+        ToolError: The file is missing, no model, or no detector of square RGB images.
+        shared.child.ChildError: The model does not load.
+    """
+
+    def __init__(
+        self, model_path: Path | str, *, card: str | None = None, nbits: int | None = None, threads: int | None = None
+    ) -> None:
+        source = ModelSource(Path(model_path), None if card is None else load_card(card))
+        if card is not None and not source.path.is_file():
+            raise ToolError("no such checkpoint file", where=source.path)
+        with contextlib.ExitStack() as stack:
+            self._model = stack.enter_context(open_model(source, threads=threads))
+            self._name, self.layout, self.image_size = _image_input(source.path, self._model.inputs)
+            self.nbits = _message_length(source, self._model.outputs, nbits)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the model's process."""
+        self._stack.close()
+
+    def detect(self, image: ImageSource, *, expected: Message | None = None) -> Detection:
+        """Read one image.
+
+        Args:
+            image: A file, or an array: (H, W, 3) RGB, uint8 or floating point in [0, 1], or floating point (3, H, W).
+            expected: The message it should carry: hexadecimal or binary digits, an integer, or bool (K,).
+
+        Raises:
+            ToolError: The file or the array is no image, or the expected message has another length.
+        """
+        wanted = None if expected is None else parse_message(expected, self.nbits)
+        pixels = to_image(read_pixels(Path(image))) if isinstance(image, Path | str) else as_image(image)
+        output = self._run(pixels)
+        return _detection(output, wanted)
+
+    def detect_batch(self, images: Iterable[ImageSource], *, expected: Message | None = None) -> list[Detection]:
+        """Read several images, one after the other; arguments and errors as in `detect`."""
+        return [self.detect(image, expected=expected) for image in images]
+
+    def detect_video(self, path: Path | str, *, frames: int = FRAMES, expected: Message | None = None) -> Detection:
+        """Read frames spread evenly over a video; confidence and logits are the means over them.
+
+        Raises:
+            ToolError: The file is missing or no video, or the expected message has another length.
+        """
+        wanted = None if expected is None else parse_message(expected, self.nbits)
+        outputs = [self._run(to_image(frame)) for frame in read_frames(Path(path), frames)]
+        mean: NDArray[np.float32] = np.mean(outputs, axis=0, dtype=np.float32)
+        return _detection(mean, wanted, tuple(_detection(output, wanted) for output in outputs))
+
+    def _run(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the output float32 (1 + K,) for one image float32 (1, 3, H, W)."""
+        outputs, _ = self._model.run({self._name: to_layout(stretch_image(image, self.image_size), self.layout)})
+        output: NDArray[np.float32] = outputs[self._model.outputs[0].name][0]
+        if not np.isfinite(output).all():
+            raise ToolError("the model answers with NaN or infinite values", remedy="run verify on it")
+        return output
+
+
+def _detection(output: NDArray[np.float32], expected: Bits | None, frames: tuple[Detection, ...] = ()) -> Detection:
+    logits = output[1:]
+    agreement = None if expected is None else Agreement(int(((logits > 0) == expected).sum()), logits.size)
+    return Detection(float(output[0]), logits, agreement, frames)
+
+
+def _image_input(path: Path, inputs: list[Any]) -> tuple[str, str, int]:
+    """Return name, layout and size of the model's one image input."""
+    layout = image_layout(inputs[0].shape) if len(inputs) == 1 and inputs[0].dtype == "float32" else None
+    if layout is None:
+        taken = "; ".join(f"{spec.name} {spec.dtype} {spec.shape}" for spec in inputs)
+        raise ToolError("no detector: it does not take one square RGB float32 image", where=path, got=taken)
+    return inputs[0].name, *layout
+
+
+def _message_length(source: ModelSource, outputs: list[Any], given: int | None) -> int:
+    """Return the message length the model's metadata tells, or the one given; it must fit the model's output."""
+    nbits = given or source.nbits()
+    if nbits is None:
+        raise ToolError("the model does not tell its message length", where=source.path, remedy="pass nbits=")
+    if len(outputs) != 1 or outputs[0].shape != (1, 1 + nbits):
+        made = "; ".join(f"{spec.name} {spec.shape}" for spec in outputs)
+        raise ToolError(f"no detector of {nbits} bits", where=source.path, got=made, expected=f"one output (1, {1 + nbits})")
+    return nbits
