@@ -26,23 +26,47 @@ STRICT = ConfigDict(extra="forbid")  # a misspelt field is an error, never ignor
 
 @dataclass(frozen=True)
 class Source:
-    """Where the published checkpoint lives, and what is expected inside."""
+    """Where the checkpoint lives, and what is expected inside.
+
+    Args:
+        url: Address of the published file.
+        file: A file that lies beside the card, seen from there; instead of an address.
+        container: Key of the checkpoint's dict that holds the flat state dict.
+        prefix: What the detector's keys start with.
+    """
 
     __pydantic_config__ = STRICT
-    url: Annotated[str, StringConstraints(pattern=re.compile(r"^https?://[!-.0-~]+/[!-~]*[!-.0-~]$"))]
-    container: str = "model"  # key of the checkpoint's dict that holds the flat state dict
-    prefix: str = "detector."  # what the detector's keys start with
+    url: Annotated[str, StringConstraints(pattern=re.compile(r"^https?://[!-.0-~]+/[!-~]*[!-.0-~]$"))] | None = None
+    file: Annotated[str, StringConstraints(pattern=re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"))] | None = None
+    container: str = "model"
+    prefix: str = "detector."
+
+    def __post_init__(self) -> None:
+        if (self.url is None) == (self.file is None):
+            raise ValueError("give either url or file")
+        if self.file is not None and ".." in Path(self.file).parts:
+            raise ValueError("the file must lie in the card's folder, or below")
+
+    @property
+    def where(self) -> str:
+        """The address or the file."""
+        return self.url or str(self.file)
 
 
 @dataclass(frozen=True)
 class Gates:
-    """Limits that a quantized product must keep against its float32 model; None is no limit. MB are 2^20 bytes."""
+    """Limits that a product must keep, named as the options of compare; None is no limit. MB are 2^20 bytes."""
 
     __pydantic_config__ = STRICT
     max_size_mb: Annotated[float, Field(gt=0)] | None = None
     min_cosine: Fraction | None = None
     min_bit_agreement: Fraction | None = None
     min_speedup: Annotated[float, Field(gt=0)] | None = None
+    max_latency_ms: Annotated[float, Field(gt=0)] | None = None
+    min_bit_accuracy: Fraction | None = None
+    max_accuracy_drop: Fraction | None = None
+    min_accuracy_under: dict[str, Fraction] = field(default_factory=dict)  # attack, such as jpeg-50 -> bit accuracy
+    min_auc: Fraction | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +83,7 @@ class Card:
     image_size: Annotated[int, Field(ge=32, le=8192, strict=True)]  # what the network was trained on; pixels, square
     output_prefix: FileStem
     checkpoint: Source
+    folder: str  # where the card lies
     gates: dict[str, Gates] = field(default_factory=dict)
 
     def find_checkpoint(self) -> Path | None:
@@ -67,7 +92,9 @@ class Card:
 
     def checkpoint_places(self) -> list[Path]:
         """Return where the checkpoint is looked for, in this order."""
-        published = self.checkpoint.url.rpartition("/")[2]
+        if self.checkpoint.file is not None:
+            return [Path(self.folder) / self.checkpoint.file]
+        published = (self.checkpoint.url or "").rpartition("/")[2]
         names = [f"{self.name}.pth", f"{self.name}.safetensors", f"{self.name}/{published}"]
         if published != "checkpoint.pth":  # a name two models share says nothing
             names.append(published)
@@ -100,7 +127,7 @@ def load_card(name: str) -> Card:
         raise ToolError(f"unknown model '{name}'", expected="one of " + ", ".join(card_names()), remedy=hint)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-        card = TypeAdapter(Card).validate_python({"name": path.stem, **content})
+        card = TypeAdapter(Card).validate_python({"name": path.stem, **content, "folder": str(path.parent)})
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ToolError("model card is not valid TOML", where=path, got=error) from None
     except ValidationError as error:

@@ -19,7 +19,15 @@ from typing import Annotated, Any, NoReturn, cast
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from shared.errors import ToolError, one_line
 from shared.machine import GIB, MIB, peak_rss_bytes
@@ -164,6 +172,21 @@ def byte_progress(name: str, total: int | None, done: int = 0) -> Iterator[Calla
     with Progress(*columns, console=progress_console, transient=True, disable=not progress_console.is_terminal) as progress:
         task = progress.add_task(name, total=total, completed=done)
         yield lambda size: progress.update(task, advance=size)
+
+
+@contextlib.contextmanager
+def step_progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
+    """Yield a function to be called after each of `total` steps with what to show; draws a bar when stderr is a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[shown]}"),
+    )
+    with Progress(*columns, console=progress_console, disable=not progress_console.is_terminal) as progress:
+        task = progress.add_task(name, total=total, completed=done, shown="")
+        yield lambda shown: progress.update(task, advance=1, shown=shown)
 
 
 def warn(message: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 EPSILON = 1e-6  # of every normalisation in the published network
+TINY = 1e-12  # in training only: keeps the gradient of a square root finite where a channel is all 0
 
 
 class DetectorSizes(Protocol):
@@ -55,7 +56,8 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        g = x.square().sum(dim=(1, 2), keepdim=True).sqrt()  # (N, 1, 1, C), L2 norm over (H, W)
+        g2 = x.square().sum(dim=(1, 2), keepdim=True)  # (N, 1, 1, C), over (H, W)
+        g = (g2 + TINY if self.training else g2).sqrt()
         n = g / (g.mean(dim=-1, keepdim=True) + EPSILON)
         return x * (1 + self.gamma * n) + self.beta  # = gamma * (x * n) + beta + x, with one operation per pixel less
 

@@ -248,10 +248,14 @@ def _memory(step: dict[str, Any]) -> str:
 def fill(text: str, results: dict[str, Any]) -> str:
     """Return the text with each table put between its markers."""
     for name, table in tables(results).items():
-        text = re.sub(
-            rf"(<!-- bench: {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.DOTALL
-        )
+        text = replace_between(text, name, table)
     return text
+
+
+def replace_between(text: str, name: str, content: str) -> str:
+    """Return the text with something put between the markers of that name, `<!-- bench: NAME -->` and `<!-- end -->`."""
+    pattern = rf"(<!-- bench: {name} -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda found: f"{found[1]}{content}\n{found[2]}", text, flags=re.DOTALL)
 
 
 def say(line: str) -> None:

@@ -81,6 +81,27 @@ def float_model(float_models: dict[str, Path]) -> Path:
     return float_models["videoseal_small"]
 
 
+@dataclass(frozen=True)
+class Miniseal:
+    """The trained miniature that ships with the project: its checkpoint, its products, its labelled samples."""
+
+    checkpoint: Path
+    float_model: Path
+    int8: Path
+    messages: Path
+
+
+@pytest.fixture(scope="session")
+def miniseal(tmp_path_factory: pytest.TempPathFactory) -> Miniseal:
+    """Convert and quantize the trained miniature."""
+    from tools.convert_detector import Precision, convert_detector
+
+    folder = ROOT / "models" / "miniseal"
+    checkpoint, int8 = folder / "checkpoint.safetensors", tmp_path_factory.mktemp("miniseal") / "int8.tflite"
+    done = convert_detector(model="miniseal", checkpoint=checkpoint, quantize=Precision.INT8, output=int8)
+    return Miniseal(checkpoint, done.float_product.path, int8, folder / "samples" / "messages.json")
+
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

@@ -1,19 +1,23 @@
 """compare measures both sides alike, and every gate of it trips."""
 
+import inspect
 import json
 import shutil
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from shared import trials
+import noxfile
+from shared import tflite, trials
 from shared.child import ChildError
 from shared.errors import ToolError
 from shared.runtime import Model, ModelSource, open_model
 from shared.trials import Measured, Shown
-from tests.conftest import REALDATA, Run, Small
+from tests.conftest import REALDATA, ROOT, Miniseal, Run, Small
 from tools import compare as module
 from tools.compare import compare
 from tools.quantize_tflite import quantize_tflite
@@ -208,6 +212,135 @@ def test_models_that_take_other_inputs_cannot_be_compared(products: dict[str, Pa
 def test_a_limit_must_be_finite(products: dict[str, Path], limit: float) -> None:
     with pytest.raises(ToolError, match="a limit is not finite"):
         compare(products["none"], [products["int8"]], max_size_mb=limit)
+
+
+@pytest.fixture(scope="module")
+def damaged(miniseal: Miniseal, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained INT8 model with its largest weights replaced by noise: it loads and runs as before."""
+    content = miniseal.int8.read_bytes()
+    with tflite._open_model(miniseal.int8) as model:
+        buffers = [model.Buffers(number).DataAsNumpy() for number in range(model.BuffersLength())]
+        largest = max((buffer.tobytes() for buffer in buffers if isinstance(buffer, np.ndarray)), key=len)
+    noise = np.random.default_rng(0).integers(-127, 128, len(largest), np.int8).tobytes()
+    path = tmp_path_factory.mktemp("damaged") / "int8.tflite"
+    path.write_bytes(content.replace(largest, noise))
+    return path
+
+
+ACCURACY_LIMITS = {"min_bit_accuracy": 0.999, "min_auc": 0.995, "max_accuracy_drop": 0.005}
+OTHER_LIMITS = {"min_cosine": 0.999, "min_bit_agreement": 0.99, "min_speedup": 0.01, "max_size_mb": 1.0, "max_latency_ms": 1e4}
+BEYOND = {"min_speedup": 1e4, "max_size_mb": 0.01, "max_latency_ms": 1e-4}
+
+
+def test_every_gate_passes_a_sound_model_and_trips_on_a_damaged_one(miniseal: Miniseal, damaged: Path) -> None:
+    def gates(candidate: Path, limits: dict[str, float]) -> dict[str, bool]:
+        found = compare(
+            miniseal.float_model,
+            [candidate],
+            messages=miniseal.messages,
+            samples=4,
+            attacks="jpeg-90",
+            runs=8,
+            min_accuracy_under=["jpeg-90=0.9"],
+            **limits,  # type: ignore[arg-type]
+        )
+        assert found.ok == all(gate.ok for gate in found.findings.candidates[0].gates)
+        return {gate.name: gate.ok for gate in found.findings.candidates[0].gates}
+
+    sound = gates(miniseal.int8, ACCURACY_LIMITS | OTHER_LIMITS)
+    assert sound == dict.fromkeys([*OTHER_LIMITS, *ACCURACY_LIMITS, "min_accuracy_under jpeg-90"], True)
+    broken = gates(damaged, ACCURACY_LIMITS | OTHER_LIMITS | BEYOND)
+    assert broken == dict.fromkeys(sound, False)
+    options = set(inspect.signature(compare).parameters)
+    assert {name for name in options if name.startswith(("min_", "max_"))} == {name.partition(" ")[0] for name in sound}
+
+
+def test_the_demos_compare_exits_1_on_a_damaged_model_and_says_why(miniseal: Miniseal, damaged: Path, run_tool: Run) -> None:
+    limits = noxfile.gates(tomllib.loads((ROOT / "models" / "miniseal.toml").read_text())["gates"]["int8"])
+    done = run_tool("compare", miniseal.float_model, damaged, "--messages", miniseal.messages, "--runs", "1", *limits)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "FAILED: int8.tflite min_cosine; int8.tflite min_bit_accuracy; int8.tflite max_accuracy_drop" in " ".join(
+        done.stdout.split()
+    )
+
+
+def test_the_smallest_and_the_fastest_inside_the_limits_are_recommended(miniseal: Miniseal, damaged: Path) -> None:
+    found = compare(
+        miniseal.float_model,
+        [miniseal.float_model],
+        alternatives=[miniseal.int8, damaged],
+        messages=miniseal.messages,
+        samples=4,
+        attacks="none",
+        min_bit_accuracy=0.99,
+    ).findings
+    assert found.ok
+    assert [candidate.is_inside for candidate in found.candidates] == [True, True, False]
+    assert found.smallest == miniseal.int8
+    assert found.fastest in (miniseal.int8, miniseal.float_model)
+
+
+def test_labelled_images_meet_the_attacks_asked_for(miniseal: Miniseal) -> None:
+    result = compare(
+        miniseal.checkpoint, [miniseal.int8], model="miniseal", messages=miniseal.messages, samples=2, attacks="blur-1"
+    )
+    found = result.findings
+    assert found.accuracy is not None
+    assert [condition.attack for condition in found.accuracy.conditions] == ["none", "blur-1"]
+    assert (found.samples, len(found.accuracy.readings), len(found.accuracy.logits)) == (2, 4, 2)
+    assert found.candidates[0].accuracy is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"min_bit_accuracy": 0.9}, "--min-bit-accuracy needs images whose messages are known"),
+        ({"min_auc": 0.9}, "--min-auc needs"),
+        ({"max_accuracy_drop": 0.1}, "--max-accuracy-drop needs"),
+        ({"min_accuracy_under": ["jpeg-50=0.9"]}, "this attack is not run"),
+        ({"messages": True, "attacks": "jpeg-90", "min_accuracy_under": ["jpeg-50=0.9"]}, "this attack is not run; .*jpeg-90"),
+        ({"messages": True, "min_accuracy_under": ["jpeg-50=high"]}, "no limit"),
+        ({"messages": True, "min_accuracy_under": ["jpeg-50=1.1"]}, "no limit"),
+        ({"messages": True, "min_accuracy_under": ["jpeg-50=nan"]}, "no limit"),
+        ({"messages": True, "attacks": "rain-1"}, "unknown attack"),
+        ({"messages": True, "images": Path()}, "both say which images"),
+    ],
+)
+def test_options_that_make_no_sense_are_errors(miniseal: Miniseal, options: dict[str, Any], reason: str) -> None:
+    options = {**options, **({"messages": miniseal.messages} if options.get("messages") else {})}
+    with pytest.raises(ToolError, match=reason):
+        compare(miniseal.float_model, [miniseal.int8], **options)
+
+
+def test_messages_of_another_length_are_an_error(float_model: Path, chunkyseal_small: Small, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "messages.json").write_text('{"nbits": 8, "images": [{"file": "a.png", "message": "1f"}]}')
+    with pytest.raises(ToolError, match=r"the reference's answers can't be read.*no message of 8 bits"):
+        compare(float_model, [float_model], messages=tmp_path / "messages.json", attacks="none")
+    (tmp_path / "messages.json").write_text('{"nbits": 8, "images": [{"file": "a.png", "message": null}]}')
+    with pytest.raises(ToolError, match="no image carries a message"):
+        compare(float_model, [float_model], messages=tmp_path / "messages.json")
+
+
+def test_the_page_is_a_product_like_any_other(products: dict[str, Path], tmp_path: Path, run_tool: Run) -> None:
+    arguments = [
+        products["none"],
+        products["int8"],
+        "-o",
+        tmp_path / "c.json",
+        "--html",
+        tmp_path / "r.html",
+        "--runs",
+        "2",
+        "--json",
+    ]
+    first, second = (run_tool("compare", *arguments) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert [json.loads(done.stdout)["html"]["up_to_date"] for done in (first, second)] == [False, True]
+    assert "<!doctype html>" in (tmp_path / "r.html").read_text()
+    (tmp_path / "r.html").write_text("mine")
+    refused = run_tool("compare", *arguments)
+    assert (refused.returncode, (tmp_path / "r.html").read_text()) == (2, "mine")
 
 
 @pytest.mark.realdata

@@ -12,7 +12,8 @@ import tomllib
 import pytest
 
 import noxfile
-from tests import bench
+from shared.cards import load_card
+from tests import bench, demo
 from tests.conftest import ROOT, Run
 from tests.test_recipes import SESSIONS
 
@@ -34,6 +35,7 @@ def test_help_shows_the_summary_and_the_example(tool: str, run_tool: Run) -> Non
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_help_loads_nothing_heavy(tool: str) -> None:
+    heavy = {"torch", "litert_torch", "ai_edge_litert", "ai_edge_quantizer", "safetensors", "PIL", "jinja2", "cv2"}
     script = f"""
 import runpy, sys
 sys.argv = ["{tool}", "--help"]
@@ -41,7 +43,7 @@ try:
     runpy.run_module("tools.{tool}", run_name="__main__")
 except SystemExit:
     pass
-print(sorted({{"torch", "litert_torch", "ai_edge_litert", "ai_edge_quantizer", "safetensors", "PIL"}} & sys.modules.keys()))
+print(sorted({heavy} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "[]"
@@ -81,8 +83,6 @@ def test_the_readmes_tables_are_the_measured_ones() -> None:
 
 
 def test_the_measured_products_keep_the_gates_of_their_cards() -> None:
-    from shared.cards import load_card
-
     for row in json.loads(bench.RESULTS.read_text())["products"]:
         model, _, precision = row["recipe"].rpartition("_")
         gates = load_card(model).gates[precision]
@@ -94,20 +94,42 @@ def test_the_measured_products_keep_the_gates_of_their_cards() -> None:
 
 
 def test_torch_and_the_quantizer_are_pinned_and_every_dependency_is_constrained() -> None:
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    pins = dict(line.lower().split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
     assert pins["torch"] == "2.13.0"
     wanted = [*PROJECT["dependencies"], *(name for names in PROJECT["optional-dependencies"].values() for name in names)]
     for name in {re.match(r"[A-Za-z0-9._-]+", requirement)[0] for requirement in wanted} - {"edgepress"}:  # type: ignore[index]
         assert name in pins
 
 
-def test_the_python_snippet_of_the_readme_names_what_exists() -> None:
-    snippet = re.search(r"```python\n(.+?)```", README, re.DOTALL)
-    assert snippet is not None
-    for module, names in re.findall(r"^from (\S+) import (.+)$", snippet[1], re.MULTILINE):
-        for name in names.split(", "):
-            assert hasattr(importlib.import_module(module), name)
-    compile(snippet[1], "README.md", "exec")
+def test_the_demos_figures_are_the_measured_ones() -> None:
+    results = json.loads(demo.RESULTS.read_text())
+    assert demo.fill(README, results) == README
+    assert demo.render(results) in README
+    section = README[README.index("## The demo") : README.index("## The main job")]
+    prose = re.sub(r"<!-- bench: demo -->.*?<!-- end -->|```.*?```", "", section, flags=re.DOTALL)
+    assert not re.findall(r"\d+(?:\.\d+)? ?(?:%|MiB|GiB|ms|s\b|dB|seconds|minutes|times)", prose)
+
+
+def test_the_demos_product_kept_its_gates() -> None:
+    models = {model["name"]: model for model in json.loads(demo.RESULTS.read_text())["models"]}
+    whole, product, gates = models["float32"], models["int8"], load_card("miniseal").gates["int8"]
+    assert product["size_mib"] <= (gates.max_size_mb or 0)
+    assert product["cosine"] >= (gates.min_cosine or 1)
+    assert product["auc"] >= (gates.min_auc or 1)
+    for attack, share in {"none": gates.min_bit_accuracy or 1, **gates.min_accuracy_under}.items():
+        assert product["bit_accuracy"][attack] >= share
+    for attack, share in whole["bit_accuracy"].items():
+        assert product["bit_accuracy"][attack] >= share - (gates.max_accuracy_drop or 0) - 1e-4  # they are rounded
+
+
+def test_the_python_snippets_of_the_readme_name_what_exists() -> None:
+    snippets = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        for module, names in re.findall(r"^from (\S+) import (.+)$", snippet, re.MULTILINE):
+            for name in names.split(", "):
+                assert hasattr(importlib.import_module(module), name)
+        compile(snippet, "README.md", "exec")
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "DECISIONS.md", ".ci/run"])

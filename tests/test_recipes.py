@@ -12,6 +12,7 @@ from tests.conftest import ROOT
 
 SESSIONS = nox.registry.get()
 RECIPES = [name for name, session in SESSIONS.items() if "recipe" in session.tags]
+PRESSING = [name for name in RECIPES if name != "demo"]  # of somebody's checkpoint, to one precision
 
 
 class FakeSession:
@@ -44,9 +45,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_promised_sessions_are_there() -> None:
-    recipes = {"chunkyseal_int8", "chunkyseal_fp16", "videoseal_int8", "videoseal_fp16", "pixelseal_int8"}
+    recipes = {"demo", "chunkyseal_int8", "chunkyseal_fp16", "videoseal_int8", "videoseal_fp16", "pixelseal_int8"}
     assert set(RECIPES) == recipes
-    assert {"tests", "lint", "typecheck", "bench", *noxfile.TOOLS} <= SESSIONS.keys()
+    assert {"tests", "lint", "typecheck", "bench", "bench_demo", "train_miniseal", *noxfile.TOOLS} <= SESSIONS.keys()
 
 
 def test_only_lint_and_tests_run_by_default() -> None:
@@ -63,7 +64,7 @@ def test_every_tool_is_a_session_and_the_other_way_round() -> None:
     assert files == set(noxfile.TOOLS)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", PRESSING)
 def test_a_recipe_is_named_after_model_and_precision_and_has_gates(name: str) -> None:
     model, _, precision = name.rpartition("_")
     gates = load_card(model).gates[precision]
@@ -71,7 +72,7 @@ def test_a_recipe_is_named_after_model_and_precision_and_has_gates(name: str) ->
     assert gates.min_cosine is not None
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", PRESSING)
 def test_without_a_checkpoint_a_recipe_is_a_rehearsal_through_all_steps(name: str, project: Path) -> None:
     session = FakeSession()
     SESSIONS[name].func(session)  # type: ignore[arg-type]
@@ -97,6 +98,33 @@ def test_with_extracted_weights_it_is_the_real_thing(project: Path) -> None:
     assert session.commands[1][-5:-3] == ["--checkpoint", "models/chunkyseal_detector.safetensors"]
     assert session.commands[2][-4] == "models/chunkyseal_detector_chunkyseal_256_int8.tflite"
     assert not session.warnings
+
+
+def test_the_demo_presses_all_precisions_and_compares_them_on_true_messages(project: Path) -> None:
+    (project / "models" / "miniseal_detector.safetensors").touch()
+    session = FakeSession()
+    SESSIONS["demo"].func(session)  # type: ignore[arg-type]
+    steps = [command[2].removeprefix("tools.") for command in session.commands]
+    assert steps == ["extract_weights", "convert_detector", *["quantize_tflite", "verify"] * 4, "compare"]
+    recipes = [command[command.index("--recipe") + 1] for command in session.commands if "--recipe" in command]
+    assert recipes == ["int8", "fp16", "int8-weight-only", "int4"]
+    compare = session.commands[-1]
+    assert compare[4].endswith("_int8.tflite")
+    assert sum(argument.startswith("--alternative=") for argument in compare) == 3
+    assert "--messages=models/miniseal/samples/messages.json" in compare
+    assert compare[compare.index("--html") + 1] == "models/report.html"
+    assert "--min-accuracy-under=jpeg-50=0.97" in compare
+    assert "--max-accuracy-drop=0.005" in compare
+    assert not session.warnings
+
+
+def test_training_is_followed_by_the_check_of_what_came_out(project: Path) -> None:
+    session = FakeSession("--steps", "9")
+    SESSIONS["train_miniseal"].func(session)  # type: ignore[arg-type]
+    steps = [command[2].rpartition(".")[2] for command in session.commands]
+    assert steps == ["train", "make_samples", "convert_detector", "compare"]
+    assert session.commands[0][-2:] == ["--steps", "9"]
+    assert "--min-bit-accuracy=0.999" in session.commands[-1]
 
 
 def test_download_is_passed_on_and_a_missing_checkpoint_then_an_error(project: Path) -> None:

@@ -10,7 +10,7 @@ from tests.conftest import write_card
 
 
 def test_every_shipped_card_loads_and_has_gates_for_its_recipes() -> None:
-    assert card_names() == ["chunkyseal", "pixelseal", "videoseal"]
+    assert card_names() == ["chunkyseal", "miniseal", "pixelseal", "videoseal"]
     for name in card_names():
         assert {"int8", "fp16"} <= load_card(name).gates.keys()
 
@@ -86,3 +86,26 @@ def test_an_address_that_cannot_be_one_is_refused(tmp_path: Path, url: str) -> N
     card.write_text(card.read_text().replace("https://example.org/small.pth", url))
     with pytest.raises(ToolError, match=r"checkpoint\.url"):
         load_card(str(card))
+
+
+def test_a_checkpoint_may_lie_beside_its_card(tmp_path: Path) -> None:
+    path = write_card(tmp_path / "own.toml")
+    path.write_text(path.read_text().replace('url = "https://example.org/small.pth"', 'file = "weights/own.pth"'))
+    card = load_card(str(path))
+    assert card.checkpoint_places() == [tmp_path / "weights" / "own.pth"]
+    assert card.find_checkpoint() is None
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "own.pth").touch()
+    assert card.find_checkpoint() == tmp_path / "weights" / "own.pth"
+    assert load_card("miniseal").find_checkpoint() is not None
+
+
+@pytest.mark.parametrize(
+    "lines",
+    ["", 'url = "https://example.org/a.pth"\nfile = "a.pth"', 'file = "../a.pth"', 'file = "a/../../b.pth"', 'file = "/a.pth"'],
+)
+def test_a_card_names_one_checkpoint_address_or_file(tmp_path: Path, lines: str) -> None:
+    path = write_card(tmp_path / "bad.toml")
+    path.write_text(path.read_text().replace('url = "https://example.org/small.pth"', lines))
+    with pytest.raises(ToolError, match="checkpoint"):
+        load_card(str(path))

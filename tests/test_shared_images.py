@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from shared.errors import ToolError
-from shared.images import image_files, image_layout, read_image, seeded_image, to_layout
+from shared.images import as_image, image_files, image_layout, read_image, seeded_image, stretch, stretch_image, to_image, to_layout
 from tests.conftest import REALDATA
 
 
@@ -78,6 +79,60 @@ def test_layouts_hold_the_same_pixels() -> None:
     image = seeded_image(8, np.random.default_rng(0))
     np.testing.assert_array_equal(to_layout(image, "nhwc")[0, 2, 5], image[0, :, 2, 5])
     assert to_layout(image, "nchw") is image
+
+
+def test_the_whole_image_is_stretched_nothing_is_cut_off() -> None:
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, :10] = 255  # the left quarter
+    square = stretch(pixels, 16)
+    assert square.shape == (16, 16, 3)
+    assert (square[:, 1] == 255).all()
+    assert (square[:, 8] == 0).all()
+    assert stretch(square, 16) is square
+
+
+def test_stretching_floats_is_stretching_pixels_without_rounding() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)
+    np.testing.assert_allclose(stretch_image(to_image(pixels), 16), to_image(stretch(pixels, 16)), atol=1.5 / 255)
+    image = seeded_image(16, np.random.default_rng(0))
+    assert stretch_image(image, 16) is image
+
+
+def test_stretching_is_torchs_antialiased_bilinear_resize() -> None:
+    import torch
+    from torch.nn import functional as F
+
+    image = seeded_image(100, np.random.default_rng(0))
+    expected = F.interpolate(torch.from_numpy(image), size=(32, 32), mode="bilinear", align_corners=False, antialias=True)
+    np.testing.assert_allclose(stretch_image(image, 32), expected.numpy(), atol=1e-5)
+
+
+def test_arrays_of_callers_become_images() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 10, 3), np.uint8)
+    floats = pixels / 255
+    for array in (pixels, floats, floats.astype(np.float16), floats.transpose(2, 0, 1)):
+        image = as_image(array)
+        assert (image.shape, image.dtype) == ((1, 3, 8, 10), np.float32)
+        np.testing.assert_allclose(image, to_image(pixels), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (np.zeros((8, 8), np.uint8), "no RGB image"),
+        (np.zeros((8, 8, 4), np.uint8), "no RGB image"),
+        (np.zeros((3, 8, 8), np.uint8), "no RGB image"),
+        (np.zeros((1, 3, 8, 8), np.float32), "no RGB image"),
+        (np.zeros((8, 8, 3), np.int32), "no RGB image"),
+        (np.zeros((0, 8, 3), np.float32), "no RGB image"),
+        (np.full((8, 8, 3), 255.0), "out of range"),
+        (np.full((8, 8, 3), -0.1), "out of range"),
+        (np.full((8, 8, 3), np.nan), "out of range"),
+    ],
+)
+def test_arrays_that_are_no_image_are_refused(array: NDArray[np.generic], reason: str) -> None:
+    with pytest.raises(ToolError, match=reason):
+        as_image(array)
 
 
 @pytest.mark.realdata

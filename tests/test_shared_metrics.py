@@ -49,3 +49,21 @@ def test_bits_are_logits_above_zero_and_confidence_is_no_bit() -> None:
     other = np.array([[-9.0, 0.1, 0.1, -1.0, 3.0]])
     assert metrics.message_bits(one).tolist() == [[True, False, False, True]]
     assert metrics.bit_agreement(one, other) == 0.75
+
+
+def test_psnr_is_of_the_mean_square_error() -> None:
+    black = np.zeros((1, 3, 8, 8), np.float32)
+    assert metrics.psnr_db(black, black) == float("inf")
+    assert metrics.psnr_db(black, black + 0.01) == pytest.approx(40, abs=1e-4)
+    assert metrics.psnr_db(black, black + 2.55, peak=255) == pytest.approx(40, abs=1e-4)
+    with pytest.raises(ValueError, match="NaN"):
+        metrics.psnr_db(black, black * np.nan)
+
+
+def test_auc_counts_how_often_a_positive_scores_higher() -> None:
+    assert metrics.roc_auc(np.array([1.0, 2.0]), np.array([0.0, -1.0])) == 1
+    assert metrics.roc_auc(np.array([0.0]), np.array([1.0])) == 0
+    assert metrics.roc_auc(np.array([1.0, 3.0]), np.array([2.0, 1.0])) == 0.625
+    for wrong in (np.array([]), np.array([np.nan])):
+        with pytest.raises(ValueError, match=r"no positives|NaN"):
+            metrics.roc_auc(np.array([1.0]), wrong)

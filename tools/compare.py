@@ -181,9 +181,13 @@ class _Task:
 
 
 def _samples(images: Path | None, labelled: list[Labelled], seed: int, count: int) -> tuple[list[Inputs], list[Path]]:
-    """Return the inputs of the timed runs, and the files they come from."""
+    """Return the inputs of the timed runs, and the files they come from.
+
+    Of labelled images these are the marked ones: the logits of an unmarked image are noise around 0, whose direction means nothing.
+    """
     if labelled:
-        return labelled_inputs(labelled, [None]), [image.file for image in labelled]
+        marked = [image for image in labelled if image.message is not None]
+        return labelled_inputs(marked, [None]), [image.file for image in marked]
     if images is None:
         return [partial(sample_inputs, seed=seed + number) for number in range(count)], []
     files = image_files(images)[:count]
@@ -324,6 +328,7 @@ def compare(
         arguments |= {"limits": limits.__dict__, "card": card and card.as_arguments(), "images": [file.name for file in files]}
         arguments |= {"attacks": [attack.name for attack in met], "alternatives": [path.name for path in alternatives]}
         read = [reference, *candidates, *alternatives, *files, *([messages] if messages else [])]
+        read += [image.file for image in labelled if image.message is None]
         plan = Plan(output, "compare", arguments, read, PACKAGES, overwrite=overwrite, refresh=refresh)
     findings, report = _build(plan, find)
     page = None if html is None else _write_page(html, findings, overwrite=overwrite, refresh=refresh)

@@ -220,7 +220,7 @@ def convert_detector(
     """
     card = load_card(model)
     if (checkpoint is None) != rehearsal:
-        raise ToolError("give either --checkpoint FILE or --rehearsal", remedy=f"the published checkpoint: {card.checkpoint.url}")
+        raise ToolError("give either --checkpoint FILE or --rehearsal", remedy=f"the published checkpoint: {card.checkpoint.where}")
     form = InputForm(image_size or card.image_size, input_layout.value, resize=not simple)
     _require_size(card, form)
     wants_float = quantize is Precision.NONE

@@ -83,7 +83,7 @@ class Extraction:
 def _locate(card: Card, *, download: bool) -> Path | None:
     """Return the checkpoint of a card in the usual folders, downloaded if asked for and not there."""
     found = card.find_checkpoint()
-    if found is None and download:
+    if found is None and download and card.checkpoint.url is not None:
         found = card.checkpoint_places()[0]
         with step(f"download {card.checkpoint.url}"):
             download_file(card.checkpoint.url, found)
@@ -215,7 +215,7 @@ def _without_checkpoint(card: Card, output: Path, *, allow_missing: bool) -> Ext
     if allow_missing:
         return Extraction(None, None, None, f"no checkpoint of {card.title} found (looked for {places}); nothing extracted")
     raise ToolError(
-        f"no checkpoint of {card.title} found", got=f"none of {places}", remedy=f"use --download, or get {card.checkpoint.url}"
+        f"no checkpoint of {card.title} found", got=f"none of {places}", remedy=f"use --download, or get {card.checkpoint.where}"
     )
 
 

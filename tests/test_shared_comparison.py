@@ -1,0 +1,69 @@
+"""The table, the verdict and the advice say what was found."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from shared.comparison import Candidate, Findings, Gate
+from shared.robustness import Accuracy, Condition, Reading
+from shared.trials import Measured
+
+
+def measured(name: str, size: int, ms: float) -> Measured:
+    return Measured(Path(name), size, 1, ms, ms, 3, "xnnpack", 1000, ["float32 image of 64 pixels"])
+
+
+def accuracy(share: float) -> Accuracy:
+    conditions = [Condition("none", share, 1, 0, 1), Condition("jpeg-50", share / 2, 1, 0, 1)]
+    return Accuracy(conditions, [Reading(Path("a.png"), None, 2.5, share, 0.25, 1.5)], [[1.5, -2.0]])
+
+
+def candidate(name: str, size: int, ms: float, *, ok: bool = True, is_alternative: bool = False) -> Candidate:
+    gates = [Gate("min_cosine", 0.5, 0.4 if ok else 0.9, ok)]
+    shown = measured(name, size, ms)
+    return Candidate(
+        Path(name), size, 0.5, is_alternative, shown, 2, 0.5, 0.1, 0.1, 0.9, accuracy(0.75), gates=gates, verdict="fast"
+    )
+
+
+FINDINGS = Findings(measured("model.tflite", 2000, 10), accuracy(1), [candidate("a.tflite", 900, 4)], 8, 2, True, "some CPU")
+
+
+def shown(findings: Findings) -> str:
+    console = Console(width=200, file=io.StringIO())
+    with console.capture() as capture:
+        for part in findings.tables():
+            console.print(part)
+    return capture.get()
+
+
+def test_the_tables_hold_every_figure() -> None:
+    text = shown(FINDINGS)
+    for figure in ("900 B (50.0% smaller)", "4.0 ms", "0.500000", "75.00%", "37.50%", "0.25", "1.50", "min_cosine", "ok"):
+        assert figure in text, figure
+    assert "alternative" not in text
+    assert "recommended" not in text
+
+
+def test_a_broken_limit_fails_a_candidate_but_not_an_alternative() -> None:
+    good, bad = candidate("a.tflite", 900, 4), candidate("b.tflite", 100, 1, ok=False)
+    failed = replace(FINDINGS, candidates=[good, bad])
+    assert not failed.ok
+    assert failed.verdict() == "FAILED: b.tflite min_cosine"
+    assert "FAILED" in shown(failed)
+    kept = replace(FINDINGS, candidates=[good, replace(bad, is_alternative=True)])
+    assert kept.ok
+    assert kept.verdict() == "every gate kept"
+    assert "outside" in shown(kept)
+    assert replace(FINDINGS, candidates=[replace(good, error="crashed")]).verdict() == "FAILED: a.tflite crashed"
+
+
+def test_advice_names_the_smallest_and_the_fastest() -> None:
+    several = replace(FINDINGS, candidates=[candidate("a.tflite", 900, 4), candidate("b.tflite", 100, 9)])
+    assert several.advice() == ["recommended: none, no candidate is inside the limits"]
+    both = replace(several, smallest=Path("b.tflite"), fastest=Path("a.tflite"))
+    assert both.advice() == ["recommended: b.tflite, the smallest inside the limits; a.tflite is the fastest"]
+    one = replace(several, smallest=Path("a.tflite"), fastest=Path("a.tflite"))
+    assert one.advice() == ["recommended: a.tflite, the smallest and the fastest inside the limits"]

@@ -1,0 +1,80 @@
+"""Bit accuracy, margins, p-values and false positives are counted as they are defined."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shared.attacks import Attack
+from shared.errors import ToolError
+from shared.messages import Labelled
+from shared.robustness import Accuracy, Condition, image_input, labelled_inputs, largest_drop, read_accuracy
+from shared.runtime import TensorSpec
+
+MESSAGE = np.array([1, 0, 1, 1], bool)
+IMAGES = [Labelled(Path("a.png"), MESSAGE, Path("o.png")), Labelled(Path("b.png"), ~MESSAGE), Labelled(Path("c.png"), None)]
+RIGHT = np.where(MESSAGE, 2.0, -2.0).astype(np.float32)
+
+
+def output(confidence: float, logits: np.ndarray) -> np.ndarray:
+    return np.concatenate([[confidence], logits]).astype(np.float32)[np.newaxis]
+
+
+def test_what_is_right_is_right() -> None:
+    accuracy = read_accuracy(IMAGES, [None], [output(3, RIGHT), output(1, -RIGHT), output(-2, RIGHT)])
+    assert accuracy.clean == Condition("none", 1.0, 1.0, 0.0, 1.0)
+    assert [reading.bit_accuracy for reading in accuracy.readings] == [1, 1, None]
+    assert [reading.margin for reading in accuracy.readings] == [2, 2, None]
+    assert accuracy.worst("p_value") == 2**-4
+    assert accuracy.readings[0].original == Path("o.png")
+    assert accuracy.logits == [RIGHT.tolist(), (-RIGHT).tolist()]
+
+
+def test_every_wrong_answer_is_counted() -> None:
+    one_wrong = RIGHT * [1, 1, 1, -0.5]
+    answers = [output(3, RIGHT), output(1, -RIGHT), output(-2, RIGHT)]
+    answers += [output(-1, one_wrong), output(1, -RIGHT), output(2, RIGHT)]
+    accuracy = read_accuracy(IMAGES, [None, Attack("jpeg", 50)], answers)
+    assert accuracy.under("jpeg-50") == Condition("jpeg-50", 7 / 8, 0.5, 1.0, 0.0)
+    clean = read_accuracy(IMAGES, [None], [output(3, one_wrong), output(1, -RIGHT), output(-2, RIGHT)])
+    assert (clean.worst("margin"), clean.worst("bit_accuracy"), clean.worst("p_value")) == (-1, 0.75, 5 / 16)
+
+
+def test_without_unmarked_images_there_are_no_false_positives_to_count() -> None:
+    accuracy = read_accuracy(IMAGES[:1], [None], [output(3, RIGHT)])
+    assert (accuracy.clean.false_positives, accuracy.clean.auc) == (None, None)
+
+
+@pytest.mark.parametrize(("answer", "reason"), [(output(np.nan, RIGHT), "NaN"), (output(1, RIGHT[:3]), "no message of 4 bits")])
+def test_answers_that_are_none_are_errors(answer: np.ndarray, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        read_accuracy(IMAGES[:1], [None], [answer])
+
+
+def test_the_largest_drop_names_where_it_is() -> None:
+    def accuracy(*values: float) -> Accuracy:
+        return Accuracy([Condition(name, value, 1, None, None) for name, value in zip("abc", values, strict=True)], [], [])
+
+    assert largest_drop(accuracy(1, 0.9, 0.8), accuracy(1, 0.5, 0.7)) == (pytest.approx(0.4), "b")
+    assert largest_drop(accuracy(0.5, 0.5, 0.5), accuracy(0.6, 0.7, 0.8))[0] == pytest.approx(-0.1)
+
+
+def test_samples_come_attack_by_attack_and_random_attacks_differ_from_image_to_image(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.png", "b.png")]
+    for file in files:
+        Image.new("RGB", (16, 16), (128, 128, 128)).save(file)
+    samples = labelled_inputs([Labelled(file, MESSAGE) for file in files], [None, Attack("noise", 0.1)])
+    spec = [TensorSpec("image", (1, 3, 8, 8), "float32")]
+    clean, same, noisy, other = (sample(spec)["image"] for sample in samples)
+    assert clean.shape == (1, 3, 8, 8)
+    np.testing.assert_array_equal(clean, same)
+    assert noisy.std() > 0.01
+    assert (noisy != other).any()
+    np.testing.assert_array_equal(samples[2](spec)["image"], noisy)
+    assert samples[0]([TensorSpec("image", (1, 8, 8, 3), "float32")])["image"].shape == (1, 8, 8, 3)
+
+
+def test_a_model_that_takes_no_image_is_an_error() -> None:
+    with pytest.raises(ToolError, match=r"does not take one square RGB float32 image.*x float32 \(1, 7\)"):
+        image_input([TensorSpec("x", (1, 7), "float32")], np.zeros((8, 8, 3), np.uint8))

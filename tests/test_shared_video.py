@@ -1,0 +1,59 @@
+"""Frames come evenly spread, in RGB, and only from files that are videos."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from shared.errors import ToolError
+from shared.video import read_frames
+from tests.conftest import REALDATA
+
+
+def write_video(path: Path, frames: list[np.ndarray]) -> Path:
+    """Write uint8 (H, W, 3) RGB frames as Motion JPEG."""
+    height, width = frames[0].shape[:2]
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10, (width, height))
+    for frame in frames:
+        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+    writer.release()
+    return path
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eleven frames of 32x48; frame i has red 20 * i, no green, no blue."""
+    frames = [np.zeros((32, 48, 3), np.uint8) for _ in range(11)]
+    for number, frame in enumerate(frames):
+        frame[..., 0] = 20 * number
+    return write_video(tmp_path_factory.mktemp("video") / "a.avi", frames)
+
+
+@pytest.mark.parametrize(("count", "numbers"), [(1, [0]), (3, [0, 5, 10]), (11, list(range(11))), (99, list(range(11)))])
+def test_frames_are_spread_evenly(video: Path, count: int, numbers: list[int]) -> None:
+    frames = list(read_frames(video, count))
+    assert all((frame.shape, frame.dtype) == ((32, 48, 3), np.uint8) for frame in frames)
+    assert [round(float(frame[..., 0].mean()) / 20) for frame in frames] == numbers
+    assert max(frame[..., 2].mean() for frame in frames) < 8
+
+
+def test_what_is_no_video_is_an_error(video: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "cut.avi").write_bytes(video.read_bytes()[:300])
+    for name in ("text.mp4", "empty.mp4", "cut.avi"):
+        with pytest.raises(ToolError, match="not a video that can be decoded"):
+            list(read_frames(tmp_path / name, 3))
+    for name in ("absent.mp4", "http://localhost/video.mp4"):
+        with pytest.raises(ToolError, match="no such video file"):
+            list(read_frames(Path(name), 3))
+    with pytest.raises(ToolError, match="too few frames"):
+        list(read_frames(video, 0))
+
+
+@pytest.mark.realdata
+def test_a_real_video_is_read() -> None:
+    frames = list(read_frames(REALDATA / "video" / "videoseal_1.mp4", 5))
+    assert len(frames) == 5
+    assert len({frame.tobytes() for frame in frames}) == 5
