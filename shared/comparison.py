@@ -12,6 +12,7 @@ from shared.robustness import Accuracy
 from shared.trials import Measured
 
 UNDER = "bits read right under"
+CHANCE_NOTE = " (chance)"  # the reference reads no better than a coin
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class Findings:
         if self.accuracy is not None:
             for condition in self.accuracy.conditions:
                 values = [_accuracy_under(candidate, condition.attack) for candidate in self.candidates]
-                attacks.add_row(condition.attack, f"{condition.bit_accuracy:.2%}", *values)
+                title = condition.attack + CHANCE_NOTE * self.accuracy.is_chance(condition)
+                attacks.add_row(title, f"{condition.bit_accuracy:.2%}", *values)
             yield attacks
         gates = Table("candidate", "gate", "value", "limit", "")
         for candidate in self.candidates:

@@ -21,6 +21,7 @@ from shared.runtime import TensorSpec
 from shared.trials import Inputs
 
 CLEAN = "none"  # the name of no attack
+CHANCE = 0.001  # p-value above which a detector's bits are taken for coin tosses
 
 
 @dataclass(frozen=True)
@@ -86,16 +87,25 @@ class Accuracy:
         """Under the attack of that name."""
         return next(condition for condition in self.conditions if condition.attack == attack)
 
+    def is_chance(self, condition: Condition) -> bool:
+        """Whether a detector that tosses coins reads as well, at a probability above CHANCE."""
+        bits = sum(map(len, self.logits))
+        return chance_of_agreement(round(condition.bit_accuracy * bits), bits) > CHANCE
+
     def worst(self, field: str) -> float:
         """Return the worst p-value, margin or bit accuracy of a marked clean image."""
         values = [value for reading in self.readings if (value := getattr(reading, field)) is not None]
         return float(max(values) if field == "p_value" else min(values))
 
 
-def largest_drop(reference: Accuracy, candidate: Accuracy) -> tuple[float, str]:
-    """Return the largest loss of bit accuracy under any attack or none, and where; negative when the candidate reads better."""
+def largest_drop(reference: Accuracy, candidate: Accuracy) -> float | None:
+    """Return the largest loss of bit accuracy under any attack or none; negative when the candidate reads better.
+
+    Where the reference itself reads no better than chance there is nothing to lose; None where that is so everywhere.
+    """
     pairs = zip(reference.conditions, candidate.conditions, strict=True)
-    return max((one.bit_accuracy - other.bit_accuracy, one.attack) for one, other in pairs)
+    drops = [one.bit_accuracy - other.bit_accuracy for one, other in pairs if not reference.is_chance(one)]
+    return max(drops, default=None)
 
 
 def labelled_inputs(labelled: Sequence[Labelled], attacks: Sequence[Attack | None]) -> list[Inputs]:

@@ -22,7 +22,7 @@ README = ROOT / "README.md"
 STEM = "miniseal_detector_miniseal_256"
 PRECISIONS = ("int8", "int8-weight-only", "fp16", "int4")
 SHOWN_ATTACKS = {
-    "none": "none",
+    "none": "as they are",
     "jpeg-80": "JPEG 80",
     "jpeg-50": "JPEG 50",
     "resize-0.75": "to 75% and back",
@@ -82,7 +82,8 @@ def render(results: dict[str, Any]) -> str:
     took = f"Its steps took {results['seconds']:.0f} s together and at most {results['peak_rss_gib']:.1f} GiB of memory"
     seen = f"{results['images']} photos marked at {results['lowest_psnr_db']:.1f} dB or better, and their originals"
     lines = [
-        f"{took}; `{results['recommended']}` is the smallest product inside the limits. On {seen}:",
+        f"{took}; `{results['recommended']}` is the smallest product inside the limits.",
+        f"On {seen}:",
         "",
         "| | " + " | ".join(f"`{model['name']}`" for model in models) + " |",
         "|---" * (len(models) + 1) + "|",
@@ -90,7 +91,7 @@ def render(results: dict[str, Any]) -> str:
     rows = {
         "size": [f"{model['size_mib']:.2f} MiB" for model in models],
         "one run": [f"{model['median_ms']:.1f} ms" for model in models],
-        "cosine to float32, worst": ["1", *(f"{model['cosine']:.4f}" for model in models[1:])],
+        "cosine to float32, worst": ["1", *(f"{model['cosine']:.5f}" for model in models[1:])],
         "marked told from unmarked, AUC": [f"{model['auc']:.3f}" for model in models],
     }
     for attack, title in SHOWN_ATTACKS.items():

@@ -134,7 +134,7 @@ class _Limits:
             "max_size_mb": candidate.size_bytes / MIB,
             "max_latency_ms": measured.median_ms if measured else None,
             "min_bit_accuracy": accuracy.clean.bit_accuracy if accuracy else None,
-            "max_accuracy_drop": largest_drop(reference, accuracy)[0] if accuracy and reference else None,
+            "max_accuracy_drop": largest_drop(reference, accuracy) if accuracy and reference else None,
             "min_auc": accuracy.clean.auc if accuracy else None,
         }
         under = {attack: accuracy.under(attack).bit_accuracy if accuracy else None for attack in self.under_attack}
