@@ -45,6 +45,7 @@ def collect(folder: Path) -> dict[str, Any]:
     for candidate in found["candidates"]:
         name = Path(candidate["path"]).stem.removeprefix(f"{STEM}_")
         extra = {key: candidate[key] for key in ("speedup", "cosine")}
+        extra["gates"] = {gate["name"]: gate["value"] for gate in candidate["gates"]}
         models.append({"name": name, **_figures(candidate["measured"], candidate["accuracy"]), **extra})
     return {
         "machine": {
