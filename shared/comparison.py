@@ -82,12 +82,9 @@ class Findings:
 
     def tables(self) -> Iterator[RenderableType]:
         """Yield the tables and sentences for a terminal."""
-        several = sum(not candidate.is_alternative for candidate in self.candidates) > 1
-        names = [
-            "alternative" if candidate.is_alternative else f"candidate {number}" if several else "candidate"
-            for number, candidate in enumerate(self.candidates, start=1)
-        ]
-        table, attacks = (Table(title, *(Column(n, overflow="fold") for n in ("reference", *names))) for title in ("", UNDER))
+        names = self.labels()
+        columns = [f"{name}\n{self.role(number)}" for number, name in enumerate(names)]
+        table, attacks = (Table(title, *(Column(name, overflow="fold") for name in columns)) for title in ("", UNDER))
         for name, reference, of in rows(self):
             table.add_row(name, reference, *(of(candidate) for candidate in self.candidates))
         yield table
@@ -98,15 +95,25 @@ class Findings:
                 attacks.add_row(title, f"{condition.bit_accuracy:.2%}", *values)
             yield attacks
         gates = Table("candidate", "gate", "value", "limit", "")
-        for candidate in self.candidates:
+        for name, candidate in zip(names[1:], self.candidates, strict=True):
             broken = "outside" if candidate.is_alternative else "FAILED"
             for gate in candidate.gates:
                 value = "none" if gate.value is None else f"{gate.value:.6g}"
-                gates.add_row(candidate.path.name, gate.name, value, f"{gate.limit:g}", "ok" if gate.ok else broken)
+                gates.add_row(name, gate.name, value, f"{gate.limit:g}", "ok" if gate.ok else broken)
         if gates.row_count:
             yield gates
         yield from (f"{candidate.path.name}: {candidate.verdict}" for candidate in self.candidates)
         yield from self.advice()
+
+    def labels(self) -> list[str]:
+        """Return short names of the reference and each candidate: what a file's name adds to the reference's, else the name."""
+        stem = self.reference.path.stem
+        rest = [candidate.path.stem.removeprefix(f"{stem}_") for candidate in self.candidates]
+        return [stem, *(name if rest.count(name) == 1 else c.path.name for name, c in zip(rest, self.candidates, strict=True))]
+
+    def role(self, number: int) -> str:
+        """Return what the model of that label is: reference, candidate or alternative."""
+        return "reference" if number == 0 else "alternative" if self.candidates[number - 1].is_alternative else "candidate"
 
     def verdict(self) -> str:
         """Return in one line whether the gates were kept, and which were not."""

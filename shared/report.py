@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from shared.cli import size_text
-from shared.comparison import Candidate, Findings, rows
+from shared.comparison import Findings, rows
 from shared.errors import ToolError
 from shared.images import Pixels, read_pixels
 from shared.plots import line_plot, scatter_plot
@@ -58,19 +58,20 @@ def write_page(path: Path, findings: Findings) -> Page:
     """
     from jinja2 import Environment, StrictUndefined
 
-    answered = [(n, c, c.accuracy) for n, c in enumerate(findings.candidates, start=1) if c.accuracy is not None]
+    labels = findings.labels()
+    answered = [(n, labels[n], c.accuracy) for n, c in enumerate(findings.candidates, start=1) if c.accuracy is not None]
     attacks = list(_attack_plots(findings)) if findings.accuracy else []
     scatters = list(_scatter_plots(findings.accuracy, answered)) if findings.accuracy else []
-    pictures = list(_pictures(answered[0][1].path.name, answered[0][2])) if answered else []
+    pictures = list(_pictures(answered[0][1], answered[0][2])) if answered else []
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )
     page = template.render(
         findings=findings,
-        names=[findings.reference.path.name, *(candidate.path.name for candidate in findings.candidates)],
+        names=findings.labels(),
         rows=[(name, [reference, *map(of, findings.candidates)]) for name, reference, of in rows(findings)],
-        sizes=list(_size_bars(findings)),
-        latencies=list(_latency_bars(findings)),
+        sizes=list(_size_bars(findings, labels)),
+        latencies=list(_latency_bars(findings, labels)),
         attacks=attacks,
         scatters=scatters,
         pictures=pictures,
@@ -80,21 +81,20 @@ def write_page(path: Path, findings: Findings) -> Page:
     return Page(len(pictures), len(attacks) + len(scatters))
 
 
-def _size_bars(findings: Findings) -> Iterator[_Bar]:
-    sizes = [(findings.reference.path, findings.reference.size_bytes), *((c.path, c.size_bytes) for c in findings.candidates)]
-    largest = max(size for _, size in sizes)
-    for number, (path, size) in enumerate(sizes):
-        note = f"{size / findings.reference.size_bytes:.0%}" if number else "reference"
-        yield _Bar(number, path.name, size_text(size), 100 * size / largest, note)
+def _size_bars(findings: Findings, labels: list[str]) -> Iterator[_Bar]:
+    sizes = [findings.reference.size_bytes, *(candidate.size_bytes for candidate in findings.candidates)]
+    for number, (label, size) in enumerate(zip(labels, sizes, strict=True)):
+        note = f"{size / sizes[0]:.0%} of the reference" if number else "reference"
+        yield _Bar(number, label, size_text(size), 100 * size / max(sizes), note)
 
 
-def _latency_bars(findings: Findings) -> Iterator[_Bar]:
+def _latency_bars(findings: Findings, labels: list[str]) -> Iterator[_Bar]:
     shown: list[Measured | None] = [findings.reference, *(candidate.measured for candidate in findings.candidates)]
     slowest = max(measured.median_ms for measured in shown if measured)
-    for number, measured in enumerate(shown):
+    for number, (label, measured) in enumerate(zip(labels, shown, strict=True)):
         if measured is not None:
             note = f"{findings.reference.median_ms / measured.median_ms:.2f} times as fast" if number else "reference"
-            yield _Bar(number, measured.path.name, f"{measured.median_ms:.2f} ms", 100 * measured.median_ms / slowest, note)
+            yield _Bar(number, label, f"{measured.median_ms:.2f} ms", 100 * measured.median_ms / slowest, note)
 
 
 def _attack_plots(findings: Findings) -> Iterator[tuple[str, Markup]]:
@@ -110,11 +110,11 @@ def _attack_plots(findings: Findings) -> Iterator[tuple[str, Markup]]:
         yield kind, line_plot(labels, series, low=math.floor(min(lowest, HIGHEST_AXIS) * 10) / 10)
 
 
-def _scatter_plots(reference: Accuracy, answered: list[tuple[int, Candidate, Accuracy]]) -> Iterator[tuple[str, Markup]]:
+def _scatter_plots(reference: Accuracy, answered: list[tuple[int, str, Accuracy]]) -> Iterator[tuple[str, Markup]]:
     across = [value for image in reference.logits for value in image]
-    for number, candidate, accuracy in answered:
+    for number, label, accuracy in answered:
         up = [value for image in accuracy.logits for value in image]
-        yield candidate.path.name, scatter_plot(across, up, number=number, x_name="reference", y_name="candidate")
+        yield label, scatter_plot(across, up, number=number, x_name="reference", y_name="candidate")
 
 
 def _pictures(candidate: str, accuracy: Accuracy) -> Iterator[_Picture]:

@@ -60,6 +60,14 @@ def test_a_broken_limit_fails_a_candidate_but_not_an_alternative() -> None:
     assert replace(FINDINGS, candidates=[replace(good, error="crashed")]).verdict() == "FAILED: a.tflite crashed"
 
 
+def test_labels_are_what_a_name_adds_to_the_references() -> None:
+    names = ("model_int8.tflite", "other.tflite", "model_int8.tflite")
+    several = replace(FINDINGS, candidates=[candidate(name, 900, 4) for name in names])
+    assert several.labels() == ["model", "model_int8.tflite", "other", "model_int8.tflite"]
+    assert replace(several, candidates=several.candidates[:2]).labels() == ["model", "int8", "other"]
+    assert [several.role(number) for number in range(2)] == ["reference", "candidate"]
+
+
 def test_advice_names_the_smallest_and_the_fastest() -> None:
     several = replace(FINDINGS, candidates=[candidate("a.tflite", 900, 4), candidate("b.tflite", 100, 9)])
     assert several.advice() == ["recommended: none, no candidate is inside the limits"]
