@@ -15,7 +15,7 @@ import pytest
 import noxfile
 from shared.cards import load_card
 from tests import bench, demo
-from tests.conftest import ROOT, Run
+from tests.conftest import ROOT, Miniseal, Run
 from tests.test_recipes import SESSIONS
 
 README = (ROOT / "README.md").read_text()
@@ -130,6 +130,19 @@ def test_the_python_snippets_of_the_readme_name_what_exists() -> None:
             for name in names.split(", "):
                 assert hasattr(importlib.import_module(module), name)
         compile(snippet, "README.md", "exec")
+
+
+def test_the_snippet_that_reads_watermarks_runs(
+    miniseal: Miniseal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (snippet,) = re.findall(r"```python\n(from shared\.watermark.+?)```", README, re.DOTALL)
+    product = "models/miniseal_detector_miniseal_256_int8.tflite"
+    assert product in snippet
+    monkeypatch.chdir(ROOT)
+    exec(snippet.replace(product, str(miniseal.int8)), {})  # noqa: S102 - our own text
+    marked, unmarked = capsys.readouterr().out.splitlines()
+    assert marked.startswith("True 0.99")
+    assert unmarked.startswith("False")
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "DECISIONS.md", ".ci/run"])
