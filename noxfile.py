@@ -185,12 +185,13 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def train_miniseal(session: nox.Session) -> None:
-    """Train miniseal from scratch and check what came out; half an hour on two cores, and an interrupted run goes on."""
+    """Train miniseal from scratch, half an hour on two cores, and check what came out; an interrupted run goes on."""
     install(session, "train-miniseal")
     folder = MODELS / "miniseal_retrained"  # beside the shipped one, which it does not touch
     checkpoint, samples, float_model = folder / "checkpoint.safetensors", folder / "samples", folder / "float32.tflite"
     folder.mkdir(exist_ok=True)
-    session.run("python", "-m", "models.miniseal.train", "-o", checkpoint, "--overwrite", *session.posargs)
+    if session.posargs or not checkpoint.exists():
+        session.run("python", "-m", "models.miniseal.train", "-o", checkpoint, *session.posargs)
     session.run("python", "-m", "models.miniseal.make_samples", checkpoint, "-o", samples, "--overwrite")
     tool(session, "convert_detector", "--model", "miniseal", "--checkpoint", checkpoint, "-o", float_model, "--refresh")
     limits = gates(nox.project.load_toml(MODELS / "miniseal.toml")["gates"]["fp32"])

@@ -112,7 +112,7 @@ class Attack:
     @property
     def name(self) -> str:
         """The name as in `jpeg-50`."""
-        return f"{self.kind}-{self.strength:g}"
+        return f"{self.kind}-{self.strength:.12g}"
 
     def __call__(self, pixels: Pixels) -> Pixels:
         """Return attacked pixels, uint8 (H, W, 3) RGB; a crop is smaller than what came in."""
@@ -145,7 +145,7 @@ def parse_attacks(text: str) -> list[Attack]:
     """
     if text in ("standard", "none"):
         return list(STANDARD) if text == "standard" else []
-    attacks = []
+    attacks: list[Attack] = []
     for name in text.split(","):
         kind, _, strength = name.strip().partition("-")
         try:
@@ -156,5 +156,7 @@ def parse_attacks(text: str) -> list[Attack]:
         if attack is None or not low <= attack.strength <= high:
             known = ", ".join(f"{kind}-{low:g} to {high:g}" for kind, (low, high) in LIMITS.items())
             raise ToolError(f"unknown attack '{name}'", expected=f"standard, none, or of {known}")
+        if attack.name in [known.name for known in attacks]:
+            raise ToolError(f"attack '{attack.name}' is named twice")
         attacks.append(attack)
     return attacks

@@ -51,8 +51,8 @@ ModelName = Annotated[
 progress_console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
-def run(tool: Callable[..., Any]) -> NoReturn:
-    """Run a tool's function as the command of this process, and exit."""
+def run(tool: Callable[..., Any], *, dependencies: str | None = None) -> NoReturn:
+    """Run a tool's function as the command of this process, and exit; its dependency set is named after it unless told."""
     for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # also where a shell had it ignored
         signal.signal(ending, _terminate)
     app = typer.Typer(
@@ -67,7 +67,7 @@ def run(tool: Callable[..., Any]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at exit
         sys.exit(1)
     except Exception as error:
-        line = _as_line(error, tool.__name__)
+        line = _as_line(error, dependencies or tool.__name__.replace("_", "-"))
         if line is None:
             raise
         _fail(line)
@@ -76,7 +76,7 @@ def run(tool: Callable[..., Any]) -> NoReturn:
     sys.exit(code or 0)
 
 
-def _as_line(error: Exception, tool: str) -> str | None:
+def _as_line(error: Exception, dependencies: str) -> str | None:
     """Return what a user can act on as one line, None for a programming error."""
     match error:
         case ToolError():
@@ -84,8 +84,8 @@ def _as_line(error: Exception, tool: str) -> str | None:
         case UsageError():
             return f"{error.format_message().rstrip('.')}; see --help"
         case ModuleNotFoundError() if (error.name or "").partition(".")[0] not in OWN_PACKAGES:
-            extra = tool.replace("_", "-")
-            return f"package {error.name} is not installed; pip install --constraint constraints.txt --editable '.[{extra}]'"
+            install = f"pip install --constraint constraints.txt --editable '.[{dependencies}]'"
+            return f"package {error.name} is not installed; {install}"
         case MemoryError():
             return "out of memory; close other programs or use a larger machine"
         case OSError():

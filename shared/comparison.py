@@ -102,14 +102,15 @@ class Findings:
                 gates.add_row(name, gate.name, value, f"{gate.limit:g}", "ok" if gate.ok else broken)
         if gates.row_count:
             yield gates
-        yield from (f"{candidate.path.name}: {candidate.verdict}" for candidate in self.candidates)
+        yield from (f"{name}: {candidate.verdict}" for name, candidate in zip(names[1:], self.candidates, strict=True))
         yield from self.advice()
 
     def labels(self) -> list[str]:
         """Return short names of the reference and each candidate: what a file's name adds to the reference's, else the name."""
         stem = self.reference.path.stem
-        rest = [candidate.path.stem.removeprefix(f"{stem}_") for candidate in self.candidates]
-        return [stem, *(name if rest.count(name) == 1 else c.path.name for name, c in zip(rest, self.candidates, strict=True))]
+        names = [stem, *(candidate.path.stem.removeprefix(f"{stem}_") for candidate in self.candidates)]
+        paths = [self.reference.path, *(candidate.path for candidate in self.candidates)]
+        return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
 
     def role(self, number: int) -> str:
         """Return what the model of that label is: reference, candidate or alternative."""
@@ -117,9 +118,13 @@ class Findings:
 
     def verdict(self) -> str:
         """Return in one line whether the gates were kept, and which were not."""
-        failed = [candidate for candidate in self.candidates if not (candidate.is_inside or candidate.is_alternative)]
-        broken = [f"{c.path.name} {gate.name}" for c in failed for gate in c.gates if not gate.ok]
-        broken += [f"{c.path.name} {c.error}" for c in failed if c.error is not None]
+        failed = [
+            (label, candidate)
+            for label, candidate in zip(self.labels()[1:], self.candidates, strict=True)
+            if not (candidate.is_inside or candidate.is_alternative)
+        ]
+        broken = [f"{label} {gate.name}" for label, candidate in failed for gate in candidate.gates if not gate.ok]
+        broken += [f"{label} {candidate.error}" for label, candidate in failed if candidate.error is not None]
         if broken:
             return f"FAILED: {'; '.join(broken)}"
         return "every gate kept" if any(candidate.gates for candidate in self.candidates) else "no gates set"
@@ -135,9 +140,11 @@ class Findings:
             return []
         if self.smallest is None or self.fastest is None:
             return ["recommended: none, no candidate is inside the limits"]
-        if self.smallest == self.fastest:
-            return [f"recommended: {self.smallest.name}, the smallest and the fastest inside the limits"]
-        return [f"recommended: {self.smallest.name}, the smallest inside the limits; {self.fastest.name} is the fastest"]
+        labels = {candidate.path: label for candidate, label in zip(self.candidates, self.labels()[1:], strict=True)}
+        smallest, fastest = labels[self.smallest], labels[self.fastest]
+        if smallest == fastest:
+            return [f"recommended: {smallest}, the smallest and the fastest inside the limits"]
+        return [f"recommended: {smallest}, the smallest inside the limits; {fastest} is the fastest"]
 
 
 def _accuracy_under(candidate: Candidate, attack: str) -> str:

@@ -1,5 +1,6 @@
 """Images -> float32 arrays in a model's layout; seeded samples where there are no images."""
 
+import struct
 import warnings
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from shared.errors import ToolError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 CHANNELS = 3
+# What Pillow raises on damaged files; its UnidentifiedImageError is an OSError.
+DAMAGE = (OSError, SyntaxError, ValueError, TypeError, struct.error, EOFError, LookupError, OverflowError, ArithmeticError)
 Image = NDArray[np.float32]  # (1, 3, H, W), RGB in [0, 1]
 Pixels = NDArray[np.uint8]  # (H, W, 3), RGB
 
@@ -36,14 +39,18 @@ def read_pixels(path: Path) -> Pixels:
         ToolError: The file is no image of an accepted format, or cut off.
     """
     from PIL import Image as pillow
-    from PIL import ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
 
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about EXIF and the like; what matters is raised
             warnings.simplefilter("error", pillow.DecompressionBombWarning)
             with pillow.open(path, formats=FORMATS) as file:
-                return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, pillow.DecompressionBombWarning, pillow.DecompressionBombError) as error:
+                upright = ImageOps.exif_transpose(file)
+                if upright.mode.startswith("I;16"):  # Pillow would cut off at 255
+                    upright = pillow.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+                return np.asarray(upright.convert("RGB"))
+    except (*DAMAGE, pillow.DecompressionBombWarning, pillow.DecompressionBombError) as error:
         raise ToolError("unreadable image", where=path, got=error, expected=", ".join(FORMATS)) from None
 
 
@@ -65,7 +72,7 @@ def to_image(pixels: Pixels) -> Image:
     return image
 
 
-def as_image(array: NDArray[np.generic]) -> Image:
+def as_image(array: object) -> Image:
     """Return a caller's array as float32 (1, 3, H, W), RGB in [0, 1].
 
     Args:
@@ -74,6 +81,8 @@ def as_image(array: NDArray[np.generic]) -> Image:
     Raises:
         ToolError: Another shape or dtype, values outside the range, or NaN.
     """
+    if not isinstance(array, np.ndarray):
+        raise ToolError("no RGB image", got=type(array).__name__, expected="a file or a numpy array")
     expected = "uint8 (H, W, 3), or floating point in [0, 1] of shape (H, W, 3) or (3, H, W)"
     got = f"{array.dtype} {array.shape}"
     is_float = array.dtype.kind == "f"
@@ -96,15 +105,6 @@ def stretch_image(image: Image, size: int) -> Image:
         return image
     planes = [pillow.fromarray(plane).resize((size, size), pillow.Resampling.BILINEAR) for plane in image[0]]
     return np.stack([np.asarray(plane, dtype=np.float32) for plane in planes])[np.newaxis]
-
-
-def read_image(path: Path, size: int) -> Image:
-    """Return an image file as float32 (1, 3, size, size), RGB in [0, 1], stretched to that size.
-
-    Raises:
-        ToolError: The file is no image of an accepted format, or cut off.
-    """
-    return to_image(stretch(read_pixels(path), size))
 
 
 def seeded_image(size: int, rng: np.random.Generator) -> Image:

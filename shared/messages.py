@@ -38,7 +38,7 @@ def parse_message(message: "str | int | Bits", nbits: int) -> Bits:
     """Return a message as bool (nbits,).
 
     Args:
-        message: An integer, a string of `nbits` digits 0 and 1, hexadecimal digits with or without `0x`, or the bits themselves.
+        message: An integer, a string of `nbits` digits 0 and 1, hexadecimal digits with or without `0x`, or the bits in a row.
         nbits: Length of the message.
 
     Raises:
@@ -46,6 +46,10 @@ def parse_message(message: "str | int | Bits", nbits: int) -> Bits:
     """
     digits = -(-nbits // 4)
     expected = f"an integer below 2**{nbits}, {nbits} binary digits or {digits} hexadecimal digits"
+    if isinstance(message, np.integer):
+        message = int(message)
+    elif isinstance(message, list | tuple):
+        message = np.asarray(message)
     match message:
         case np.ndarray():
             if message.shape == (nbits,) and bool(np.isin(message, (0, 1)).all()):
@@ -68,8 +72,10 @@ def _from_int(number: int, nbits: int) -> Bits:
 
 def chance_of_agreement(matching: int, nbits: int) -> float:
     """Return the p-value: how likely a random message agrees with a given one in at least `matching` of `nbits` bits."""
-    ways: int = sum(math.comb(nbits, count) for count in range(matching, nbits + 1))
-    return ways / (1 << nbits)
+    whole = math.lgamma(nbits + 1) - nbits * math.log(2)
+    counts = range(matching, nbits + 1)
+    chances = (math.exp(whole - math.lgamma(count + 1) - math.lgamma(nbits - count + 1)) for count in counts)
+    return min(1.0, math.fsum(chances))
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ def read_messages(path: Path) -> list[Labelled]:
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}" for fault in error.errors()[:3]]
         raise ToolError("bad messages file: " + "; ".join(faults), where=path) from None
-    return [
+    images = [
         Labelled(
             _beside(path, entry.file),
             None if entry.message is None else _message(path, entry, content.nbits),
@@ -130,6 +136,10 @@ def read_messages(path: Path) -> list[Labelled]:
         )
         for entry in content.images
     ]
+    files = [image.file.resolve() for image in images]
+    if twice := next((image.file for image, file in zip(images, files, strict=True) if files.count(file) > 1), None):
+        raise ToolError("an image is listed twice", where=path, got=repr(str(twice)), remedy="list each image once")
+    return images
 
 
 def _message(path: Path, entry: _Entry, nbits: int) -> Bits:
@@ -143,7 +153,11 @@ def _message(path: Path, entry: _Entry, nbits: int) -> Bits:
 def _beside(path: Path, name: str) -> Path:
     """Return a file of the set; it must lie in the folder of the messages file, or below."""
     folder = path.parent
-    if "\0" in name or not (folder / name).resolve().is_relative_to(folder.resolve()):
+    try:
+        is_inside = (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a name that is none
+        is_inside = False
+    if not is_inside:
         raise ToolError("an image lies outside the folder of its messages file", where=path, got=repr(name))
     if not (folder / name).is_file():
         raise ToolError("an image of the messages file is not there", where=path, got=repr(name))

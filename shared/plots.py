@@ -1,5 +1,6 @@
-"""Small plots as inline SVG, coloured by the page's style sheet: series n has the class `s<n>`."""
+"""Small plots as inline SVG, coloured by the page's style sheet: series n has the class `s<n>`, counted around after SERIES."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 320, 200  # of the drawing, in its own units; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 26  # margins
+SERIES = 7  # colours that the style sheet has
 MAX_POINTS = 1500  # of a scatter plot
 
 
@@ -41,10 +43,10 @@ def line_plot(labels: Sequence[str], series: Sequence[Sequence[float] | None], *
             continue
         points = [(x(index), y(max(value, low))) for index, value in enumerate(values)]
         line = " ".join(f"{a},{b}" for a, b in points)
-        parts.append(Markup('<polyline class="s{}" points="{}"/>').format(number, line))
+        parts.append(Markup('<polyline class="s{}" points="{}"/>').format(number % SERIES, line))
         parts += [
             Markup('<circle class="s{}" cx="{}" cy="{}" r="3"><title>{}: {:.2%}</title></circle>').format(
-                number, a, b, label, value
+                number % SERIES, a, b, label, value
             )
             for (a, b), label, value in zip(points, labels, values, strict=True)
         ]
@@ -52,16 +54,16 @@ def line_plot(labels: Sequence[str], series: Sequence[Sequence[float] | None], *
 
 
 def scatter_plot(xs: Sequence[float], ys: Sequence[float], *, number: int, x_name: str, y_name: str) -> Markup:
-    """Return points against the diagonal; evenly thinned to MAX_POINTS."""
-    step = -(-len(xs) // MAX_POINTS)
-    shown = list(zip(xs, ys, strict=True))[::step]
+    """Return points against the diagonal; of more than MAX_POINTS a random choice."""
+    points = list(zip(xs, ys, strict=True))
+    shown = random.Random(0).sample(points, min(len(points), MAX_POINTS))  # noqa: S311 - a fixed choice, nothing secret
     reach = max((abs(value) for point in shown for value in point), default=1.0) * 1.05
     x, y = _Scale(-reach, reach, LEFT, WIDTH - RIGHT), _Scale(-reach, reach, HEIGHT - BOTTOM, TOP)
     parts = [_grid_line(y(value), f"{value:.3g}") for value in (-reach, 0, reach)]
     parts.append(
         Markup('<line class="grid" x1="{0}" y1="{1}" x2="{2}" y2="{3}"/>').format(x(-reach), y(-reach), x(reach), y(reach))
     )
-    parts += [Markup('<circle class="dot s{}" cx="{}" cy="{}" r="2"/>').format(number, x(a), y(b)) for a, b in shown]
+    parts += [Markup('<circle class="dot s{}" cx="{}" cy="{}" r="2"/>').format(number % SERIES, x(a), y(b)) for a, b in shown]
     parts.append(_text((LEFT + WIDTH) / 2, HEIGHT - 8, f"across: {x_name}, up: {y_name}", "middle"))
     return _svg(parts)
 

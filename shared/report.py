@@ -15,7 +15,7 @@ from shared.cli import size_text
 from shared.comparison import Findings, rows
 from shared.errors import ToolError
 from shared.images import Pixels, read_pixels
-from shared.plots import line_plot, scatter_plot
+from shared.plots import SERIES, line_plot, scatter_plot
 from shared.robustness import CLEAN, Accuracy, Reading
 from shared.trials import Measured
 
@@ -75,9 +75,9 @@ def write_page(path: Path, findings: Findings) -> Page:
         attacks=attacks,
         scatters=scatters,
         pictures=pictures,
-        amplify=AMPLIFY,
+        series=SERIES,
     )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")  # a file name may be no text
     return Page(len(pictures), len(attacks) + len(scatters))
 
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from shared import metrics
 from shared.attacks import Attack
-from shared.errors import ToolError
-from shared.images import Pixels, image_layout, read_pixels, stretch, to_image, to_layout
+from shared.child import ChildError
+from shared.images import Pixels, image_layout, read_pixels, stretch_image, to_image, to_layout
 from shared.messages import Labelled, chance_of_agreement
 from shared.runtime import TensorSpec
 from shared.trials import Inputs
@@ -126,13 +126,13 @@ def image_input(specs: list[TensorSpec], pixels: Pixels) -> dict[str, NDArray[An
     """Return pixels as the one image input of a model.
 
     Raises:
-        ToolError: The model takes something else.
+        ChildError: The model takes something else.
     """
     layout = image_layout(specs[0].shape) if len(specs) == 1 and specs[0].dtype == "float32" else None
     if layout is None:
         taken = "; ".join(f"{spec.name} {spec.dtype} {spec.shape}" for spec in specs)
-        raise ToolError("the model does not take one square RGB float32 image", got=taken, remedy="compare it on seeded samples")
-    return {specs[0].name: to_layout(to_image(stretch(pixels, layout[1])), layout[0])}
+        raise ChildError(f"it takes {taken}, not one square RGB float32 image; compare it on seeded samples")
+    return {specs[0].name: to_layout(stretch_image(to_image(pixels), layout[1]), layout[0])}
 
 
 def read_accuracy(labelled: Sequence[Labelled], attacks: Sequence[Attack | None], answers: Sequence[NDArray[Any]]) -> Accuracy:

@@ -157,6 +157,8 @@ class WatermarkDetector:
 
     def detect_batch(self, images: Iterable[ImageSource], *, expected: Message | None = None) -> list[Detection]:
         """Read several images, one after the other; arguments and errors as in `detect`."""
+        if isinstance(images, str | Path | np.ndarray):
+            raise ToolError("a batch is a list of images", got=type(images).__name__, remedy="use detect for one image")
         return [self.detect(image, expected=expected) for image in images]
 
     def detect_video(self, path: Path | str, *, frames: int = FRAMES, expected: Message | None = None) -> Detection:

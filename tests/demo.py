@@ -47,6 +47,7 @@ def collect(folder: Path) -> dict[str, Any]:
         extra = {key: candidate[key] for key in ("speedup", "cosine")}
         extra["gates"] = {gate["name"]: gate["value"] for gate in candidate["gates"]}
         models.append({"name": name, **_figures(candidate["measured"], candidate["accuracy"]), **extra})
+    messages = folder / "miniseal" / "samples" / "messages.json"
     return {
         "machine": {
             "cpus": cpu_count(),
@@ -55,8 +56,9 @@ def collect(folder: Path) -> dict[str, Any]:
         },
         "seconds": round(sum(step["seconds"] for step in steps), 1),
         "peak_rss_gib": round(max(step["peak_rss_bytes"] for step in steps) / GIB, 2),
-        "lowest_psnr_db": round(min(_psnrs_db(folder / "miniseal" / "samples" / "messages.json")), 1),
+        "lowest_psnr_db": round(min(_psnrs_db(messages)), 1),
         "images": len(found["accuracy"]["logits"]),
+        "photos": len({entry["source"] for entry in json.loads(messages.read_text())["images"]}),
         "recommended": Path(found["smallest"]).stem.removeprefix(f"{STEM}_"),
         "models": models,
     }
@@ -81,7 +83,8 @@ def render(results: dict[str, Any]) -> str:
     """Return the README's figures of the demo."""
     models = results["models"]
     took = f"Its steps took {results['seconds']:.0f} s together and at most {results['peak_rss_gib']:.1f} GiB of memory"
-    seen = f"{results['images']} photos marked at {results['lowest_psnr_db']:.1f} dB or better, and their originals"
+    crops = f"{results['images']} crops of {results['photos']} photos"
+    seen = f"{crops} it never saw, marked at {results['lowest_psnr_db']:.1f} dB or better, and their originals"
     lines = [
         f"{took}; `{results['recommended']}` is the smallest product inside the limits.",
         f"On {seen}:",

@@ -159,11 +159,15 @@ def shown(value: float, takes: str = "float32 image of 64 pixels") -> Shown:
     return Shown(measured, [[np.full((1, 33), value, np.float32)]], [])
 
 
+def task_of(products: dict[str, Path], files: list[Path] | None = None) -> module._Task:
+    sources = [ModelSource(products["none"]), ModelSource(products["int8"])]
+    return module._Task(sources, 0, 32, [], 1, 1, files or [], [], [None])
+
+
 def test_nan_in_a_candidate_is_a_failed_check(products: dict[str, Path]) -> None:
-    source = ModelSource(products["int8"])
-    task = module._Task([source], [], 32, [], [], [], [None])
-    assert module._against(shown(1), source, shown(np.nan), task).error == "an output holds NaN or infinite values"
-    assert module._against(shown(1), source, ChildError("gone"), task).error == "gone"
+    task = task_of(products)
+    assert module._against(shown(1), 1, shown(np.nan), task).error == "an output holds NaN or infinite values"
+    assert module._against(shown(1), 1, ChildError("gone"), task).error == "gone"
 
 
 def test_models_of_different_message_lengths_cannot_be_compared(products: dict[str, Path], float_models: dict[str, Path]) -> None:
@@ -202,11 +206,10 @@ def test_images_for_a_model_that_takes_none_are_an_error(products: dict[str, Pat
 
 
 def test_models_that_take_other_inputs_cannot_be_compared(products: dict[str, Path]) -> None:
-    source, other = ModelSource(products["int8"]), shown(1, takes="int8 image of 64 pixels")
-    candidate = module._against(shown(1), source, other, module._Task([source], [], None, [], [], [], [None]))
+    other = shown(1, takes="int8 image of 64 pixels")
+    candidate = module._against(shown(1), 1, other, task_of(products))
     assert candidate.error == "it takes int8 image of 64 pixels, its reference float32 image of 64 pixels"
-    on_files = module._Task([source], [], None, [], [Path("a.png")], [], [None])
-    assert module._against(shown(1), source, other, on_files).error is None
+    assert module._against(shown(1), 1, other, task_of(products, [Path("a.png")])).error is None
 
 
 @pytest.mark.parametrize("limit", [float("inf"), float("nan")])
@@ -302,7 +305,11 @@ def test_labelled_images_meet_the_attacks_asked_for(miniseal: Miniseal) -> None:
         ({"min_bit_accuracy": 0.9}, "--min-bit-accuracy needs images whose messages are known"),
         ({"min_auc": 0.9}, "--min-auc needs"),
         ({"max_accuracy_drop": 0.1}, "--max-accuracy-drop needs"),
-        ({"min_accuracy_under": ["jpeg-50=0.9"]}, "this attack is not run"),
+        ({"min_accuracy_under": ["jpeg-50=0.9"]}, "--min-accuracy-under needs"),
+        ({"attacks": "jpeg-50"}, "--attacks needs"),
+        ({"messages": True, "min_accuracy_under": ["jpeg-50=0.9", "jpeg-50=0.1"]}, "a limit for this attack already"),
+        ({"messages": True, "bits": 16}, "--bits contradicts --messages"),
+        ({"bits": 16}, "the reference's output holds no message of 16 bits"),
         ({"messages": True, "attacks": "jpeg-90", "min_accuracy_under": ["jpeg-50=0.9"]}, "this attack is not run; .*jpeg-90"),
         ({"messages": True, "min_accuracy_under": ["jpeg-50=high"]}, "no limit"),
         ({"messages": True, "min_accuracy_under": ["jpeg-50=1.1"]}, "no limit"),
@@ -320,11 +327,45 @@ def test_options_that_make_no_sense_are_errors(miniseal: Miniseal, options: dict
 def test_messages_of_another_length_are_an_error(float_model: Path, chunkyseal_small: Small, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     (tmp_path / "messages.json").write_text('{"nbits": 8, "images": [{"file": "a.png", "message": "1f"}]}')
-    with pytest.raises(ToolError, match=r"the reference's answers can't be read.*no message of 8 bits"):
+    with pytest.raises(ToolError, match="the reference's output holds no message of 8 bits"):
         compare(float_model, [float_model], messages=tmp_path / "messages.json", attacks="none")
     (tmp_path / "messages.json").write_text('{"nbits": 8, "images": [{"file": "a.png", "message": null}]}')
     with pytest.raises(ToolError, match="no image carries a message"):
         compare(float_model, [float_model], messages=tmp_path / "messages.json")
+
+
+def test_a_candidate_that_is_an_alternative_too_keeps_its_limits(products: dict[str, Path]) -> None:
+    twice = {"alternatives": [products["int8"]], "runs": 2, "samples": 2, "max_size_mb": 0.001}
+    found = compare(products["none"], [products["int8"]], **twice).findings  # type: ignore[arg-type]
+    assert [candidate.is_alternative for candidate in found.candidates] == [False, True]
+    assert not found.ok
+
+
+def test_the_page_replaces_nothing_it_is_made_from(miniseal: Miniseal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Path(shutil.copy(miniseal.int8, tmp_path / "model.tflite"))
+    monkeypatch.setattr(module, "run_trials", lambda *_, **__: pytest.fail("it was refused too late"))
+    image = miniseal.messages.parent / "unmarked" / "00_camera.png"
+    (tmp_path / "mine.html").write_text("mine")
+    for html, options, reason in (
+        (model, {"overwrite": True}, "a file it is made from"),
+        (image, {"overwrite": True, "messages": miniseal.messages}, "a file it is made from"),
+        (tmp_path / "a.json", {"output": tmp_path / "a.json"}, "name the same file"),
+        (tmp_path / "absent" / "a.html", {}, "no such folder"),
+        (tmp_path / "mine.html", {"refresh": True, "output": tmp_path / "a.json"}, "the output exists"),
+        (tmp_path / "mine.html", {}, "exists"),
+    ):
+        with pytest.raises(ToolError, match=reason):
+            compare(miniseal.float_model, [model], html=html, **options)  # type: ignore[arg-type]
+    assert (model.read_bytes(), (tmp_path / "mine.html").read_text()) == (miniseal.int8.read_bytes(), "mine")
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_a_renamed_model_is_compared_again(products: dict[str, Path], tmp_path: Path) -> None:
+    options = {"output": tmp_path / "c.json", "runs": 2, "samples": 2, "refresh": True}
+    for name in ("one.tflite", "other.tflite"):
+        model = Path(shutil.copy(products["int8"], tmp_path / name))
+        found = compare(products["none"], [model], **options)  # type: ignore[arg-type]
+        assert found.findings.candidates[0].path == model
 
 
 def test_the_page_is_a_product_like_any_other(products: dict[str, Path], tmp_path: Path, run_tool: Run) -> None:

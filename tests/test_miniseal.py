@@ -64,7 +64,7 @@ def test_samples_are_what_make_samples_writes(tmp_path: Path) -> None:
     assert json.loads(made.messages.read_text()) == LISTING
     for entry in LISTING["images"]:
         np.testing.assert_allclose(read_pixels(tmp_path / entry["file"]), read_pixels(MESSAGES.parent / entry["file"]), atol=1)
-    with pytest.raises(ToolError, match="there are samples already"):
+    with pytest.raises(ToolError, match="the folder is not empty"):
         make_samples(FOLDER / "checkpoint.safetensors", output=tmp_path)
 
 
@@ -154,15 +154,19 @@ def test_procedural_pictures_repeat_and_differ() -> None:
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = train(steps=4, output=tmp_path / "whole.safetensors")
     stopped = train(steps=4, output=tmp_path / "parts.safetensors", stop_after=2)
-    assert (stopped.steps, (tmp_path / "parts.safetensors").exists()) == (2, False)
+    assert (stopped.steps, stopped.finished, (tmp_path / "parts.safetensors").exists()) == (2, False, False)
     with pytest.raises(ToolError, match="an interrupted run had other settings"):
         train(steps=5, output=tmp_path / "parts.safetensors")
     resumed = train(steps=4, output=tmp_path / "parts.safetensors")
-    assert (whole.resumed_at, resumed.resumed_at, resumed.steps) == (0, 2, 4)
+    assert (whole.resumed_at, resumed.resumed_at, resumed.steps, resumed.finished) == (0, 2, 4, True)
     assert whole.checkpoint.read_bytes() == resumed.checkpoint.read_bytes()
     assert not list(tmp_path.glob("*_interrupted.pth"))
     with pytest.raises(ToolError, match="the output exists"):
         train(steps=4, output=tmp_path / "whole.safetensors")
+    (tmp_path / "new_interrupted.pth").write_bytes(b"damaged")
+    with pytest.raises(ToolError, match=r"the interrupted run is damaged.*--restart"):
+        train(steps=1, output=tmp_path / "new.safetensors")
+    assert train(steps=1, output=tmp_path / "new.safetensors", restart=True).finished
 
 
 @pytest.mark.slow

@@ -125,6 +125,10 @@ def test_training_is_followed_by_the_check_of_what_came_out(project: Path) -> No
     assert steps == ["train", "make_samples", "convert_detector", "compare"]
     assert session.commands[0][-2:] == ["--steps", "9"]
     assert "--min-bit-accuracy=0.999" in session.commands[-1]
+    (project / "models" / "miniseal_retrained" / "checkpoint.safetensors").touch()
+    again = FakeSession()
+    SESSIONS["train_miniseal"].func(again)  # type: ignore[arg-type]
+    assert [command[2].rpartition(".")[2] for command in again.commands] == steps[1:]
 
 
 def test_download_is_passed_on_and_a_missing_checkpoint_then_an_error(project: Path) -> None:

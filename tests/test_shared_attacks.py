@@ -61,6 +61,9 @@ def test_attacks_are_read_from_their_names() -> None:
     assert parse_attacks("standard") == list(STANDARD)
     assert [attack.name for attack in parse_attacks("jpeg-50, crop-0.9")] == ["jpeg-50", "crop-0.9"]
     assert KINDS.keys() == LIMITS.keys()
+    assert Attack("noise", 0.01000001).name == "noise-0.01000001"
+    with pytest.raises(ToolError, match="named twice"):
+        parse_attacks("jpeg-50,jpeg-50.0")
 
 
 @pytest.mark.parametrize("text", ["jpg-50", "jpeg", "jpeg-0", "jpeg-101", "crop-0", "noise-nan", "blur-inf", "", "resize-2"])

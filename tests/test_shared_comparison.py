@@ -51,27 +51,35 @@ def test_a_broken_limit_fails_a_candidate_but_not_an_alternative() -> None:
     good, bad = candidate("a.tflite", 900, 4), candidate("b.tflite", 100, 1, ok=False)
     failed = replace(FINDINGS, candidates=[good, bad])
     assert not failed.ok
-    assert failed.verdict() == "FAILED: b.tflite min_cosine"
+    assert failed.verdict() == "FAILED: b min_cosine"
     assert "FAILED" in shown(failed)
     kept = replace(FINDINGS, candidates=[good, replace(bad, is_alternative=True)])
     assert kept.ok
     assert kept.verdict() == "every gate kept"
     assert "outside" in shown(kept)
-    assert replace(FINDINGS, candidates=[replace(good, error="crashed")]).verdict() == "FAILED: a.tflite crashed"
+    assert replace(FINDINGS, candidates=[replace(good, error="crashed")]).verdict() == "FAILED: a crashed"
 
 
 def test_labels_are_what_a_name_adds_to_the_references() -> None:
-    names = ("model_int8.tflite", "other.tflite", "model_int8.tflite")
-    several = replace(FINDINGS, candidates=[candidate(name, 900, 4) for name in names])
-    assert several.labels() == ["model", "model_int8.tflite", "other", "model_int8.tflite"]
-    assert replace(several, candidates=several.candidates[:2]).labels() == ["model", "int8", "other"]
+    several = replace(FINDINGS, candidates=[candidate(name, 900, 4) for name in ("model_int8.tflite", "other.tflite")])
+    assert several.labels() == ["model", "int8", "other"]
     assert [several.role(number) for number in range(2)] == ["reference", "candidate"]
+
+
+def test_models_of_one_name_are_told_apart_by_their_paths() -> None:
+    several = replace(
+        FINDINGS, candidates=[candidate(name, 900, 4, ok=False) for name in ("a/m.tflite", "b/m.tflite", "b/model.tflite")]
+    )
+    assert several.labels() == ["model.tflite", "a/m.tflite", "b/m.tflite", "b/model.tflite"]
+    assert "b/m.tflite min_cosine" in several.verdict()
+    best = replace(several, smallest=Path("b/m.tflite"), fastest=Path("b/m.tflite"))
+    assert best.advice() == ["recommended: b/m.tflite, the smallest and the fastest inside the limits"]
 
 
 def test_advice_names_the_smallest_and_the_fastest() -> None:
     several = replace(FINDINGS, candidates=[candidate("a.tflite", 900, 4), candidate("b.tflite", 100, 9)])
     assert several.advice() == ["recommended: none, no candidate is inside the limits"]
     both = replace(several, smallest=Path("b.tflite"), fastest=Path("a.tflite"))
-    assert both.advice() == ["recommended: b.tflite, the smallest inside the limits; a.tflite is the fastest"]
+    assert both.advice() == ["recommended: b, the smallest inside the limits; a is the fastest"]
     one = replace(several, smallest=Path("a.tflite"), fastest=Path("a.tflite"))
-    assert one.advice() == ["recommended: a.tflite, the smallest and the fastest inside the limits"]
+    assert one.advice() == ["recommended: a, the smallest and the fastest inside the limits"]

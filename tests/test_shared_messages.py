@@ -18,7 +18,7 @@ def test_the_first_bit_is_the_highest() -> None:
     assert to_hex(np.array([1, 0, 1, 1, 1], bool)) == "17"  # 5 bits take two digits
 
 
-@pytest.mark.parametrize("text", ["00011010", "1a", "1A", "0x1a", 26, BITS, BITS.astype(int)])
+@pytest.mark.parametrize("text", ["00011010", "1a", "1A", "0x1a", 26, np.int64(26), BITS, BITS.astype(int), BITS.tolist()])
 def test_every_form_is_read(text: object) -> None:
     np.testing.assert_array_equal(parse_message(text, 8), BITS)  # type: ignore[arg-type]
 
@@ -38,11 +38,9 @@ def test_long_messages_go_there_and_back() -> None:
 
 
 def test_the_chance_of_agreement_is_the_binomial_tail() -> None:
-    assert chance_of_agreement(0, 32) == 1
-    assert chance_of_agreement(32, 32) == 2**-32
-    assert chance_of_agreement(31, 32) == 33 / 2**32
-    assert chance_of_agreement(2, 3) == 0.5
-    assert 0 < chance_of_agreement(1024, 1024) < 1e-300
+    for matching, nbits, chance in ((0, 32, 1), (32, 32, 2**-32), (31, 32, 33 / 2**32), (2, 3, 0.5), (1024, 1024, 2.0**-1024)):
+        assert chance_of_agreement(matching, nbits) == pytest.approx(chance, rel=1e-9)
+    assert chance_of_agreement(51200, 102400) == pytest.approx(0.5, abs=0.01)  # many, and in no time
 
 
 @pytest.fixture
@@ -51,6 +49,7 @@ def folder(tmp_path: Path) -> Path:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     Image.new("RGB", (8, 8)).save(tmp_path.parent / "outside.png")
+    (tmp_path / "loop").symlink_to("loop")
     return tmp_path
 
 
@@ -85,6 +84,8 @@ def test_a_set_names_marked_and_unmarked_images(folder: Path) -> None:
         ({"nbits": 8, "images": [{"file": "../outside.png", "message": "1a"}]}, "lies outside"),
         ({"nbits": 8, "images": [{"file": "/etc/hostname", "message": "1a"}]}, "lies outside"),
         ({"nbits": 8, "images": [{"file": "a\0.png", "message": "1a"}]}, "lies outside"),
+        ({"nbits": 8, "images": [{"file": "loop", "message": "1a"}]}, "lies outside|is not there"),
+        ({"nbits": 8, "images": [{"file": "a.png", "message": "1a"}, {"file": "sub/../a.png", "message": None}]}, "listed twice"),
     ],
 )
 def test_a_wrong_messages_file_is_one_line(folder: Path, content: object, reason: str) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from shared.comparison import Candidate, Findings
 from shared.errors import ToolError
-from shared.plots import MAX_POINTS, line_plot, scatter_plot
+from shared.plots import MAX_POINTS, SERIES, line_plot, scatter_plot
 from shared.report import WORST, write_page
 from shared.robustness import Reading
 from tests.test_shared_comparison import FINDINGS, accuracy
@@ -103,7 +103,7 @@ def test_a_page_without_messages_has_bars_and_numbers_only(tmp_path: Path) -> No
     assert "Limits" not in page
     broken = replace(bare.candidates[0], measured=None, error="gone")
     write_page(tmp_path / "r.html", replace(bare, candidates=[broken]))
-    assert "FAILED: a.tflite gone" in (tmp_path / "r.html").read_text()
+    assert "FAILED: a gone" in (tmp_path / "r.html").read_text()
 
 
 def test_a_picture_that_is_gone_is_an_error(findings: Findings, tmp_path: Path) -> None:
@@ -118,6 +118,18 @@ def test_a_candidate_without_answers_leaves_its_colour_free(findings: Findings, 
     page = (tmp_path / "r.html").read_text()
     assert 'class="s2" points' in page
     assert 'class="s1" points' not in page
+
+
+def test_colours_start_again_when_they_are_used_up(findings: Findings, tmp_path: Path) -> None:
+    write_page(tmp_path / "r.html", replace(findings, candidates=findings.candidates * SERIES))
+    page = (tmp_path / "r.html").read_text()
+    assert set(re.findall(r'class="(?:dot |fill )?s(\d+)', page)) == set(map(str, range(SERIES)))
+
+
+def test_a_name_that_is_no_text_is_escaped(findings: Findings, tmp_path: Path) -> None:
+    odd = replace(findings.candidates[0], path=Path("bad\udcff.tflite"))
+    write_page(tmp_path / "r.html", replace(findings, candidates=[odd]))
+    assert "bad\\udcff" in (tmp_path / "r.html").read_text()
 
 
 def test_lines_lie_where_their_values_are() -> None:

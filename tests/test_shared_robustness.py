@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from shared.attacks import Attack
-from shared.errors import ToolError
+from shared.child import ChildError
 from shared.messages import Labelled
 from shared.robustness import Accuracy, Condition, image_input, labelled_inputs, largest_drop, read_accuracy
 from shared.runtime import TensorSpec
@@ -26,7 +26,7 @@ def test_what_is_right_is_right() -> None:
     assert accuracy.clean == Condition("none", 1.0, 1.0, 0.0, 1.0)
     assert [reading.bit_accuracy for reading in accuracy.readings] == [1, 1, None]
     assert [reading.margin for reading in accuracy.readings] == [2, 2, None]
-    assert accuracy.worst("p_value") == 2**-4
+    assert accuracy.worst("p_value") == pytest.approx(2**-4)
     assert accuracy.readings[0].original == Path("o.png")
     assert accuracy.logits == [RIGHT.tolist(), (-RIGHT).tolist()]
 
@@ -38,7 +38,7 @@ def test_every_wrong_answer_is_counted() -> None:
     accuracy = read_accuracy(IMAGES, [None, Attack("jpeg", 50)], answers)
     assert accuracy.under("jpeg-50") == Condition("jpeg-50", 7 / 8, 0.5, 1.0, 0.0)
     clean = read_accuracy(IMAGES, [None], [output(3, one_wrong), output(1, -RIGHT), output(-2, RIGHT)])
-    assert (clean.worst("margin"), clean.worst("bit_accuracy"), clean.worst("p_value")) == (-1, 0.75, 5 / 16)
+    assert (clean.worst("margin"), clean.worst("bit_accuracy"), clean.worst("p_value")) == (-1, 0.75, pytest.approx(5 / 16))
 
 
 def test_without_unmarked_images_there_are_no_false_positives_to_count() -> None:
@@ -85,5 +85,5 @@ def test_samples_come_attack_by_attack_and_random_attacks_differ_from_image_to_i
 
 
 def test_a_model_that_takes_no_image_is_an_error() -> None:
-    with pytest.raises(ToolError, match=r"does not take one square RGB float32 image.*x float32 \(1, 7\)"):
+    with pytest.raises(ChildError, match=r"it takes x float32 \(1, 7\), not one square RGB float32 image"):
         image_input([TensorSpec("x", (1, 7), "float32")], np.zeros((8, 8, 3), np.uint8))

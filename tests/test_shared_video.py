@@ -38,6 +38,16 @@ def test_frames_are_spread_evenly(video: Path, count: int, numbers: list[int]) -
     assert max(frame[..., 2].mean() for frame in frames) < 8
 
 
+def test_a_cut_off_video_gives_what_is_left_evenly(video: Path, tmp_path: Path) -> None:
+    content = video.read_bytes()
+    (tmp_path / "cut.avi").write_bytes(content[: int(0.9 * len(content))])
+    everything = list(read_frames(tmp_path / "cut.avi", 99))
+    assert 2 <= len(everything) < 11
+    first, last = read_frames(tmp_path / "cut.avi", 2)
+    np.testing.assert_array_equal(first, everything[0])
+    np.testing.assert_array_equal(last, everything[-1])
+
+
 def test_what_is_no_video_is_an_error(video: Path, tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("not a video")
     (tmp_path / "empty.mp4").touch()

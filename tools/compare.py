@@ -29,7 +29,7 @@ from shared.cli import Overwrite, Refresh, Seed, Threads, run, to_json
 from shared.comparison import Candidate, Findings, Gate
 from shared.errors import ToolError
 from shared.images import image_files, read_pixels
-from shared.machine import MIB, available_memory_bytes, cpu_count, cpu_name
+from shared.machine import MIB, available_memory_bytes, cpu_count, cpu_name, require_disk
 from shared.messages import Labelled, read_messages
 from shared.robustness import Accuracy, image_input, labelled_inputs, largest_drop, read_accuracy
 from shared.runtime import ModelSource, TensorSpec, memory_need_bytes, sample_inputs
@@ -64,10 +64,11 @@ class Comparison:
         return Lines(*self.findings.tables(), self.message)
 
 
-def _against(reference: Shown, source: ModelSource, shown: Shown | ChildError, task: "_Task") -> Candidate:
-    """Compare one candidate with the reference, without gates."""
+def _against(reference: Shown, number: int, shown: Shown | ChildError, task: "_Task") -> Candidate:
+    """Compare the candidate of that number, counted from 1, with the reference, without gates."""
+    source = task.sources[number]
     size = source.path.stat().st_size
-    is_alternative = source.path in task.alternatives
+    is_alternative = number > len(task.sources) - 1 - task.alternatives
     candidate = Candidate(source.path, size, 1 - size / reference.measured.size_bytes, is_alternative)
     if isinstance(shown, ChildError):
         return replace(candidate, error=str(shown), verdict=f"does not run: {shown}")
@@ -153,31 +154,60 @@ class _Task:
 
     Args:
         sources: The reference, then all candidates.
-        alternatives: Those candidates that may break limits.
+        alternatives: How many of the candidates, the last ones, may break limits.
         nbits: Message length of detectors; None for other models.
         samples: Inputs of the timed runs.
-        files: The images they come from; empty for seeded samples.
+        runs: Timed runs per model.
+        threads: Threads of the runtime.
+        files: The images the samples come from; empty for seeded samples.
         labelled: The images whose messages are known.
         attacks: None, then what these meet too.
     """
 
     sources: list[ModelSource]
-    alternatives: list[Path]
+    alternatives: int
     nbits: int | None
     samples: list[Inputs]
+    runs: int
+    threads: int
     files: list[Path]
     labelled: list[Labelled]
     attacks: list[Attack | None]
 
-    def further(self) -> list[Inputs]:
-        """Return what is run besides the timed samples."""
-        return labelled_inputs(self.labelled, self.attacks) if self.labelled else []
+    def protocol(self) -> Protocol:
+        """Return how every model is run."""
+        further = labelled_inputs(self.labelled, self.attacks) if self.labelled else []
+        return Protocol(self.samples, self.runs, self.threads, further)
 
     def accuracy(self, shown: Shown) -> Accuracy | None:
         """Return what a model read on the labelled images."""
         if not self.labelled:
             return None
         return read_accuracy(self.labelled, self.attacks, [outputs[0] for outputs in shown.answers])
+
+    def pictures(self) -> list[Path]:
+        """Return every image that is read or shown, once."""
+        originals = [image.original for image in self.labelled if image.original is not None]
+        return list(dict.fromkeys([*self.files, *(image.file for image in self.labelled), *originals]))
+
+    def find(self, limits: _Limits) -> Findings:
+        """Run all models and compare them."""
+        available = available_memory_bytes()
+        interleaved = available is None or sum(map(memory_need_bytes, self.sources)) <= MEMORY_SHARE * available
+        first, *others = run_trials(self.sources, self.protocol(), interleaved=interleaved)
+        reference = self.sources[0].path
+        if isinstance(first, ChildError):
+            raise ToolError("the reference does not run", where=reference, got=first)
+        if self.nbits is not None and (shape := first.outputs[0][0].shape) != (1, 1 + self.nbits):
+            raise ToolError(f"the reference's output holds no message of {self.nbits} bits", where=reference, got=shape)
+        try:
+            accuracy = self.accuracy(first)
+        except ValueError as error:
+            raise ToolError("the reference's answers can't be read", where=reference, got=error) from None
+        compared = [_against(first, number, shown, self) for number, shown in enumerate(others, start=1)]
+        compared = [replace(candidate, gates=limits.gates(candidate, accuracy)) for candidate in compared]
+        found = Findings(first.measured, accuracy, compared, len(self.samples), self.threads, interleaved, cpu_name())
+        return _recommend(found)
 
 
 def _samples(images: Path | None, labelled: list[Labelled], seed: int, count: int) -> tuple[list[Inputs], list[Path]]:
@@ -202,7 +232,7 @@ def _labelled(messages: Path | None, samples: int | None) -> list[Labelled]:
     """Return the labelled images, the first `samples` of the marked and of the unmarked where there is a limit."""
     if messages is None:
         return []
-    images = read_messages(messages)
+    images = read_messages(messages.resolve())
     marked = [image for image in images if image.message is not None][:samples]
     if not marked:
         raise ToolError("no image carries a message", where=messages)
@@ -217,21 +247,23 @@ def _recommend(findings: Findings) -> Findings:
     return replace(findings, smallest=min(inside)[2], fastest=min(inside, key=lambda found: found[1])[2])
 
 
-def _under_attack(limits: list[str], attacks: list[str]) -> dict[str, float]:
+def _under_attack(limits: list[str], attacks: list[Attack]) -> dict[str, float]:
     """Return attack -> least bit accuracy of options such as `jpeg-50=0.97`."""
-    found = {}
+    names = [attack.name for attack in attacks]
+    found: dict[str, float] = {}
     for text in limits:
         attack, _, share = text.partition("=")
-        if attack not in attacks:
-            raise ToolError(
-                f"--min-accuracy-under {text}: this attack is not run", expected=", ".join(attacks) or "--messages FILE"
-            )
+        option = f"--min-accuracy-under {text}"
+        if attack not in names:
+            raise ToolError(f"{option}: this attack is not run", expected=f"one of {', '.join(names) or '--attacks'}")
+        if attack in found:
+            raise ToolError(f"{option}: there is a limit for this attack already", remedy="give one")
         try:
             found[attack] = float(share)
         except ValueError:
             found[attack] = math.nan
         if not 0 <= found[attack] <= 1:
-            raise ToolError(f"--min-accuracy-under {text}: no limit", expected=f"{attack}=SHARE, a share from 0 to 1")
+            raise ToolError(f"{option}: no limit", expected=f"{attack}=SHARE, a share from 0 to 1")
     return found
 
 
@@ -247,7 +279,9 @@ def compare(
     model: Annotated[str | None, typer.Option(help="Model card of a reference that is a checkpoint.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of images; default: seeded samples.")] = None,
     messages: Annotated[Path | None, typer.Option(help="JSON file of images and their messages; in place of --images.")] = None,
-    attacks: Annotated[str, typer.Option(help="What labelled images meet: standard, none, or as jpeg-50,crop-0.9.")] = "standard",
+    attacks: Annotated[
+        str | None, typer.Option(help="What images of --messages meet: standard (default), none, or as jpeg-50,crop-0.9.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Inputs; default: 8, 3 for large models, all of --messages.")] = None,
     runs: Annotated[int | None, typer.Option(min=1, help="Timed runs per model; default: 20, or 3 for large models.")] = None,
     threads: Threads = None,
@@ -274,8 +308,8 @@ def compare(
     Raises:
         ToolError: A file is missing or of another kind, or the reference itself does not run.
     """
-    card = None if model is None else load_card(model)
-    met = parse_attacks(attacks) if messages else []
+    _require_sense(locals())
+    met = parse_attacks(attacks or "standard") if messages else []
     limits = _Limits(
         {
             "min_bit_agreement": min_bit_agreement,
@@ -287,10 +321,9 @@ def compare(
             "max_accuracy_drop": max_accuracy_drop,
             "min_auc": min_auc,
         },
-        _under_attack(min_accuracy_under or [], [attack.name for attack in met]),
+        _under_attack(min_accuracy_under or [], met),
     )
-    _require_sense(limits, images=images, messages=messages)
-    alternatives = alternatives or []
+    card, alternatives = None if model is None else load_card(model), alternatives or []
     sources = [ModelSource(reference, card), *(ModelSource(path) for path in (*candidates, *alternatives))]
     for source in sources:
         if source.card is None:
@@ -300,50 +333,63 @@ def compare(
     is_large = reference.stat().st_size > LARGE_BYTES
     labelled = _labelled(messages, samples)
     inputs, files = _samples(images, labelled, seed, samples or (LARGE_SAMPLES if is_large else SAMPLES))
-    known = len(next(image.message for image in labelled if image.message is not None)) if labelled else None
-    nbits = bits or known or next((found for source in sources if (found := source.nbits())), None)
-    task = _Task(sources, alternatives, nbits, inputs, files, labelled, [None, *met])
-    runs = max(len(inputs), runs or (LARGE_RUNS if is_large else RUNS))
-    threads = threads or cpu_count()
-
-    def find() -> Findings:
-        available = available_memory_bytes()
-        interleaved = available is None or sum(map(memory_need_bytes, sources)) <= MEMORY_SHARE * available
-        protocol = Protocol(inputs, runs, threads, task.further())
-        first, *others = run_trials(sources, protocol, interleaved=interleaved)
-        if isinstance(first, ChildError):
-            raise ToolError("the reference does not run", where=reference, got=first)
-        try:
-            accuracy = task.accuracy(first)
-        except ValueError as error:
-            raise ToolError("the reference's answers can't be read", where=reference, got=error) from None
-        compared = [_against(first, source, shown, task) for source, shown in zip(sources[1:], others, strict=True)]
-        compared = [replace(candidate, gates=limits.gates(candidate, accuracy)) for candidate in compared]
-        return _recommend(Findings(first.measured, accuracy, compared, len(inputs), threads, interleaved, cpu_name()))
+    task = _Task(
+        sources=sources,
+        alternatives=len(alternatives),
+        nbits=_message_length(bits, labelled, sources),
+        samples=inputs,
+        runs=max(len(inputs), runs or (LARGE_RUNS if is_large else RUNS)),
+        threads=threads or cpu_count(),
+        files=files,
+        labelled=labelled,
+        attacks=[None, *met],
+    )
+    read = [*(source.path for source in sources), *([messages] if messages else []), *task.pictures()]
+    if html is not None:
+        _require_page_writable(html, output, read, overwrite=overwrite, refresh=refresh)
 
     plan = None
     if output is not None:
-        arguments: dict[str, object] = {"runs": runs, "samples": len(inputs), "threads": threads, "bits": nbits, "seed": seed}
-        arguments |= {"cpu": cpu_name()}  # latencies of one machine say nothing of another
-        arguments |= {"limits": limits.__dict__, "card": card and card.as_arguments(), "images": [file.name for file in files]}
-        arguments |= {"attacks": [attack.name for attack in met], "alternatives": [path.name for path in alternatives]}
-        read = [reference, *candidates, *alternatives, *files, *([messages] if messages else [])]
-        read += [image.file for image in labelled if image.message is None]
+        arguments: dict[str, object] = {"runs": task.runs, "samples": len(inputs), "threads": task.threads, "bits": task.nbits}
+        arguments |= {"seed": seed, "cpu": cpu_name()}  # latencies of one machine say nothing of another
+        arguments |= {"limits": limits.__dict__, "card": card and card.as_arguments(), "alternatives": len(alternatives)}
+        arguments |= {"attacks": [attack.name for attack in met], "files": [str(path.resolve()) for path in read]}  # they are shown
         plan = Plan(output, "compare", arguments, read, PACKAGES, overwrite=overwrite, refresh=refresh)
-    findings, report = _build(plan, find)
-    page = None if html is None else _write_page(html, findings, overwrite=overwrite, refresh=refresh)
+    findings, report = _build(plan, partial(task.find, limits))
+    page = None if html is None else _write_page(html, findings, task.pictures(), overwrite=overwrite, refresh=refresh)
     return Comparison(findings, report, page, _message(findings, report, page))
 
 
-def _require_sense(limits: _Limits, *, images: Path | None, messages: Path | None) -> None:
+def _require_sense(options: dict[str, Any]) -> None:
     """Raise ToolError for options that contradict each other."""
-    if images is not None and messages is not None:
+    if options["images"] is not None and options["messages"] is not None:
         raise ToolError("--images and --messages both say which images", remedy="leave out --images")
-    if any(limit is not None and not math.isfinite(limit) for limit in limits.of_numbers.values()):
+    limits = {name: value for name, value in options.items() if name.startswith(("min_", "max_")) and value is not None}
+    if any(isinstance(limit, float) and not math.isfinite(limit) for limit in limits.values()):
         raise ToolError("a limit is not finite", remedy="leave it out")
-    for name in ("min_bit_accuracy", "max_accuracy_drop", "min_auc"):
-        if limits.of_numbers[name] is not None and messages is None:
+    for name in ("attacks", "min_bit_accuracy", "min_accuracy_under", "max_accuracy_drop", "min_auc"):
+        if options[name] is not None and options["messages"] is None:
             raise ToolError(f"--{name.replace('_', '-')} needs images whose messages are known", remedy="give --messages FILE")
+
+
+def _message_length(bits: int | None, labelled: list[Labelled], sources: list[ModelSource]) -> int | None:
+    """Return the message length that was given, else of the labelled images, else the first that a model tells."""
+    known = next((image.message.size for image in labelled if image.message is not None), None)
+    if bits is not None and known is not None and bits != known:
+        raise ToolError("--bits contradicts --messages", got=bits, expected=known, remedy="leave out --bits")
+    return bits or known or next((found for source in sources if (found := source.nbits())), None)
+
+
+def _require_page_writable(html: Path, output: Path | None, read: list[Path], *, overwrite: bool, refresh: bool) -> None:
+    """Raise ToolError now for what writing the page would fail on after all the work."""
+    if output is not None and html.resolve() == output.resolve():
+        raise ToolError("--html and --output name the same file", where=html)
+    if html.exists() and any(html.samefile(path) for path in read):
+        raise ToolError("the page would replace a file it is made from", where=html, remedy="choose another name")
+    require_disk(0, html.parent, "write the page")
+    artifacts.require_not_anothers(html, overwrite=overwrite)
+    if output is None and html.exists() and not (overwrite or refresh):
+        raise ToolError("the page exists", where=html, remedy="use --overwrite to replace it, or choose another name")
 
 
 def _build(plan: Plan | None, find: Callable[[], Findings]) -> tuple[Findings, Product | None]:
@@ -360,12 +406,13 @@ def _build(plan: Plan | None, find: Callable[[], Findings]) -> tuple[Findings, P
     return findings, product
 
 
-def _write_page(path: Path, findings: Findings, *, overwrite: bool, refresh: bool) -> Product:
+def _write_page(path: Path, findings: Findings, pictures: list[Path], *, overwrite: bool, refresh: bool) -> Product:
     """Write the findings as one HTML page."""
-    from shared.report import Page, write_page
+    from shared.report import TEMPLATE, Page, write_page
 
     arguments = {"findings": hashlib.sha256(to_json(findings).encode()).hexdigest()}
-    plan = Plan(path, "compare", arguments, packages=("jinja2", "pillow"), overwrite=overwrite, refresh=refresh)
+    packages = ("jinja2", "pillow")
+    plan = Plan(path, "compare", arguments, [TEMPLATE, *pictures], packages, overwrite=overwrite, refresh=refresh)
     product, _ = artifacts.build(plan, Page, lambda draft: write_page(draft, findings))
     return product
 

@@ -83,7 +83,9 @@ class Extraction:
 def _locate(card: Card, *, download: bool) -> Path | None:
     """Return the checkpoint of a card in the usual folders, downloaded if asked for and not there."""
     found = card.find_checkpoint()
-    if found is None and download and card.checkpoint.url is not None:
+    if found is None and download:
+        if card.checkpoint.url is None:
+            raise ToolError("the card names no address to download from", got=card.checkpoint.file, remedy="leave out --download")
         found = card.checkpoint_places()[0]
         with step(f"download {card.checkpoint.url}"):
             download_file(card.checkpoint.url, found)
@@ -214,9 +216,8 @@ def _without_checkpoint(card: Card, output: Path, *, allow_missing: bool) -> Ext
         return Extraction(None, None, None, f"no checkpoint found; using {output}, extracted earlier")
     if allow_missing:
         return Extraction(None, None, None, f"no checkpoint of {card.title} found (looked for {places}); nothing extracted")
-    raise ToolError(
-        f"no checkpoint of {card.title} found", got=f"none of {places}", remedy=f"use --download, or get {card.checkpoint.where}"
-    )
+    remedy = f"use --download, or get {card.checkpoint.url}" if card.checkpoint.url else "its card names that file"
+    raise ToolError(f"no checkpoint of {card.title} found", got=f"none of {places}", remedy=remedy)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 TILE = 32  # pixels; the detector's total stride, so that every tile meets the detector in the same place
-STRENGTH = 0.0115  # root mean square of the watermark, image range 1: 38.8 dB
+STRENGTH = 0.0115  # root mean square of the watermark, image range 1: 38.8 dB before rounding to 8 bits
 
 
 class Embedder(nn.Module):
@@ -36,7 +36,7 @@ def embed(embedder: Embedder, image: Tensor, message: Tensor, strength: float = 
         embedder: A trained embedder.
         image: float32 (N, 3, S, S), RGB in [0, 1].
         message: bool (N, K).
-        strength: Root mean square of what is added; PSNR is -20 log10 of it, a little more where pixels are cut off at 0 or 1.
+        strength: Root mean square of what is added; PSNR is -20 log10 of it, more where pixels are cut off at 0 or 1.
     """
     watermark: Tensor = embedder(message, image.shape[-1])
     return (image + strength * watermark).clamp(0, 1)

@@ -109,9 +109,10 @@ def make_samples(
     from models.miniseal.pictures import HELD_OUT_PHOTOS, photo
 
     listing = output / FILE_NAME
-    if listing.exists() and not overwrite:
-        raise ToolError("there are samples already", where=listing, remedy="use --overwrite, or choose another folder with -o")
+    if output.exists() and any(output.iterdir()) and not overwrite:
+        raise ToolError("the folder is not empty", where=output, remedy="use --overwrite, or choose another folder with -o")
     marker, rng = Marker(checkpoint), np.random.default_rng(seed)
+    listing.unlink(missing_ok=True)  # so that an interrupted run leaves no wrong truths
     entries: list[dict[str, Any]] = []
     psnrs = []
     size = 0
@@ -148,4 +149,4 @@ def _write_png(path: Path, pixels: Pixels) -> int:
 
 
 if __name__ == "__main__":
-    run(make_samples)
+    run(make_samples, dependencies="train-miniseal")

@@ -9,6 +9,7 @@ Whatever is random comes from the seed and the number of the step, so an interru
 Source: Video Seal, Fernandez et al. 2024, arXiv:2412.09492 (detector, joint training, attacks as identity for the gradient).
 """
 
+import hashlib
 import json
 import math
 import platform
@@ -26,7 +27,7 @@ from shared import artifacts
 from shared.attacks import Attack
 from shared.cards import CARDS, PRODUCTS, Card, load_card
 from shared.cli import run, step_progress
-from shared.errors import ToolError
+from shared.errors import ToolError, first_line
 from shared.images import Pixels, stretch
 
 if TYPE_CHECKING:
@@ -74,10 +75,12 @@ class Training:
     bit_loss: float
     bit_accuracy: float
     confidence_loss: float
+    finished: bool
 
     def __rich__(self) -> RenderableType:
+        made = f"{self.checkpoint}: " if self.finished else "stopped, no checkpoint yet; run again to go on: "
         return Text(
-            f"{self.checkpoint}: {self.steps} steps in {self.seconds:.0f} s; on the last attacked batches: "
+            f"{made}{self.steps} steps in {self.seconds:.0f} s; on the last attacked batches: "
             f"bit accuracy {self.bit_accuracy:.4f}, bit loss {self.bit_loss:.4f}, confidence loss {self.confidence_loss:.4f}"
         )
 
@@ -195,11 +198,13 @@ def _load_state(path: Path, learner: _Learner, settings: dict[str, object]) -> t
     """Load an interrupted run into the learner; return steps done, seconds taken, and the losses of the last steps."""
     import torch
 
-    content = torch.load(path, weights_only=True)
-    if content["settings"] != settings:
-        raise ToolError(
-            "an interrupted run had other settings", where=path, got=content["settings"], expected=settings, remedy="use --restart"
-        )
+    try:
+        content = torch.load(path, weights_only=True)
+        before = content["settings"]
+    except Exception as error:  # noqa: BLE001 - a damaged file can raise anything here, and all of it means the same
+        raise ToolError("the interrupted run is damaged", where=path, got=first_line(error), remedy="use --restart") from None
+    if before != settings:
+        raise ToolError("an interrupted run had other settings", where=path, got=before, expected=settings, remedy="use --restart")
     for part in ("detector", "embedder"):
         values = {key.removeprefix(f"{part}."): value for key, value in content["learner"].items() if key.startswith(f"{part}.")}
         getattr(learner, part).load_state_dict(values)
@@ -215,6 +220,20 @@ def _write_checkpoint(path: Path, learner: _Learner, args: dict[str, object]) ->
     with artifacts.draft_beside(path) as draft:
         write_safetensors(draft, {key: value.shape for key, value in state.items()}, state.items(), {"args": json.dumps(args)})
         draft.replace(path)
+
+
+def _require_absent(output: Path, *, overwrite: bool) -> None:
+    if output.exists() and not overwrite:
+        raise ToolError("the output exists", where=output, remedy="use --overwrite to replace it, or choose another file with -o")
+
+
+def _code_hash() -> str:
+    """Return a hash of the code that decides what a step does."""
+    own = [FOLDER / f"{name}.py" for name in ("train", "embedder", "pictures")]
+    code = b"".join(
+        path.read_bytes() for path in (*own, *(artifacts.ROOT / "shared" / f"{name}.py" for name in ("attacks", "detector")))
+    )
+    return hashlib.sha256(code).hexdigest()[:16]
 
 
 def _means(recent: list[tuple[float, float, float]]) -> tuple[float, float, float]:
@@ -241,11 +260,16 @@ def train(
 
     from models.miniseal.pictures import training_pictures
 
-    if output.exists() and not overwrite:
-        raise ToolError("the output exists", where=output, remedy="use --overwrite to replace it, or choose another file with -o")
+    output.parent.mkdir(exist_ok=True)
+    _require_absent(output, overwrite=overwrite)
     card = load_card("miniseal")
     torch.set_num_threads(threads)
     settings: dict[str, object] = {"steps": steps, "seed": seed, "threads": threads, "depths": card.depths, "dims": card.dims}
+    guard: dict[str, object] = {
+        **settings,
+        "torch": str(torch.__version__),
+        "code": _code_hash(),
+    }  # what an interrupted run must share
     learner = _Learner.untrained(card, seed)
     state_path = output.with_name(f"{output.stem}_interrupted.pth")
     recent: list[tuple[float, float, float]] = []
@@ -253,7 +277,7 @@ def train(
     if restart:
         state_path.unlink(missing_ok=True)
     if state_path.exists():
-        done, seconds, recent = _load_state(state_path, learner, settings)
+        done, seconds, recent = _load_state(state_path, learner, guard)
     resumed_at, last = done, min(steps, stop_after or steps)
     pictures = training_pictures(seed)
     start = time.monotonic() - seconds
@@ -263,15 +287,16 @@ def train(
             done += 1
             advance("bit loss {:.4f}, bit accuracy {:.4f}, confidence loss {:.4f}".format(*_means(recent)))
             if done % SAVE_EVERY == 0 or done == last:
-                progress = {"settings": settings, "done": done, "seconds": time.monotonic() - start, "recent": recent}
+                progress = {"settings": guard, "done": done, "seconds": time.monotonic() - start, "recent": recent}
                 _save_state(state_path, learner, progress)
     seconds = time.monotonic() - start
     if done == steps:
+        _require_absent(output, overwrite=overwrite)  # half an hour has passed
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         _write_checkpoint(output, learner, {"model": "miniseal", "nbits": card.nbits, **settings, **versions})
-        state_path.unlink()
-    return Training(output, done, resumed_at, round(seconds, 1), *_means(recent))
+        state_path.unlink(missing_ok=True)
+    return Training(output, done, resumed_at, round(seconds, 1), *_means(recent), finished=done == steps)
 
 
 if __name__ == "__main__":
-    run(train)
+    run(train, dependencies="train-miniseal")
