@@ -26,12 +26,13 @@ from shared.attacks import Attack, parse_attacks
 from shared.cards import load_card
 from shared.child import ChildError
 from shared.cli import Overwrite, Refresh, Seed, Threads, run, to_json
-from shared.comparison import Candidate, Findings, Gate
+from shared.comparison import Candidate, Findings
 from shared.errors import ToolError
+from shared.gates import Limits, limits_under_attack
 from shared.images import image_files, read_pixels
 from shared.machine import MIB, available_memory_bytes, cpu_count, cpu_name, require_disk
 from shared.messages import Labelled, read_messages
-from shared.robustness import Accuracy, image_input, labelled_inputs, largest_drop, read_accuracy
+from shared.robustness import Accuracy, image_input, labelled_inputs, read_accuracy
 from shared.runtime import ModelSource, TensorSpec, memory_need_bytes, sample_inputs
 from shared.tflite import check_is_tflite, read_dequantized_types
 from shared.trials import Inputs, Protocol, Shown, run_trials
@@ -119,36 +120,6 @@ def _verdict(source: ModelSource, speedup: float) -> str:
 
 
 @dataclass(frozen=True)
-class _Limits:
-    """The limits that were asked for; names are those of the options."""
-
-    of_numbers: dict[str, float | None]
-    under_attack: dict[str, float]
-
-    def gates(self, candidate: Candidate, reference: Accuracy | None) -> list[Gate]:
-        """Return every limit with the candidate's value; a value that could not be measured breaks its limit."""
-        measured, accuracy = candidate.measured, candidate.accuracy
-        values: dict[str, float | None] = {
-            "min_bit_agreement": candidate.bit_agreement,
-            "min_cosine": candidate.cosine,
-            "min_speedup": candidate.speedup,
-            "max_size_mb": candidate.size_bytes / MIB,
-            "max_latency_ms": measured.median_ms if measured else None,
-            "min_bit_accuracy": accuracy.clean.bit_accuracy if accuracy else None,
-            "max_accuracy_drop": largest_drop(reference, accuracy) if accuracy and reference else None,
-            "min_auc": accuracy.clean.auc if accuracy else None,
-        }
-        under = {attack: accuracy.under(attack).bit_accuracy if accuracy else None for attack in self.under_attack}
-        limits = [(name, values[name], limit) for name, limit in self.of_numbers.items() if limit is not None]
-        limits += [(f"min_accuracy_under {attack}", under[attack], limit) for attack, limit in self.under_attack.items()]
-        return [Gate(name, value, limit, _keeps(name, value, limit)) for name, value, limit in limits]
-
-
-def _keeps(name: str, value: float | None, limit: float) -> bool:
-    return value is not None and (value <= limit if name.startswith("max") else value >= limit)
-
-
-@dataclass(frozen=True)
 class _Task:
     """What is compared, on which samples.
 
@@ -190,7 +161,7 @@ class _Task:
         originals = [image.original for image in self.labelled if image.original is not None]
         return list(dict.fromkeys([*self.files, *(image.file for image in self.labelled), *originals]))
 
-    def find(self, limits: _Limits) -> Findings:
+    def find(self, limits: Limits) -> Findings:
         """Run all models and compare them."""
         available = available_memory_bytes()
         interleaved = available is None or sum(map(memory_need_bytes, self.sources)) <= MEMORY_SHARE * available
@@ -247,26 +218,6 @@ def _recommend(findings: Findings) -> Findings:
     return replace(findings, smallest=min(inside)[2], fastest=min(inside, key=lambda found: found[1])[2])
 
 
-def _under_attack(limits: list[str], attacks: list[Attack]) -> dict[str, float]:
-    """Return attack -> least bit accuracy of options such as `jpeg-50=0.97`."""
-    names = [attack.name for attack in attacks]
-    found: dict[str, float] = {}
-    for text in limits:
-        attack, _, share = text.partition("=")
-        option = f"--min-accuracy-under {text}"
-        if attack not in names:
-            raise ToolError(f"{option}: this attack is not run", expected=f"one of {', '.join(names) or '--attacks'}")
-        if attack in found:
-            raise ToolError(f"{option}: there is a limit for this attack already", remedy="give one")
-        try:
-            found[attack] = float(share)
-        except ValueError:
-            found[attack] = math.nan
-        if not 0 <= found[attack] <= 1:
-            raise ToolError(f"{option}: no limit", expected=f"{attack}=SHARE, a share from 0 to 1")
-    return found
-
-
 def compare(
     reference: Annotated[Path, typer.Argument(help="A .tflite model, or a checkpoint with --model.")],
     candidates: Annotated[list[Path], typer.Argument(help="One or more .tflite models.")],
@@ -310,7 +261,7 @@ def compare(
     """
     _require_sense(locals())
     met = parse_attacks(attacks or "standard") if messages else []
-    limits = _Limits(
+    limits = Limits(
         {
             "min_bit_agreement": min_bit_agreement,
             "min_cosine": min_cosine,
@@ -321,7 +272,7 @@ def compare(
             "max_accuracy_drop": max_accuracy_drop,
             "min_auc": min_auc,
         },
-        _under_attack(min_accuracy_under or [], met),
+        limits_under_attack(min_accuracy_under or [], met),
     )
     card, alternatives = None if model is None else load_card(model), alternatives or []
     sources = [ModelSource(reference, card), *(ModelSource(path) for path in (*candidates, *alternatives))]

@@ -1,0 +1,65 @@
+"""A limit is kept at its very value, broken beyond it, and broken by what could not be measured."""
+
+from dataclasses import replace
+
+import pytest
+
+from shared.attacks import Attack
+from shared.errors import ToolError
+from shared.gates import Limits, limits_under_attack
+from tests.test_shared_comparison import accuracy, candidate
+
+FOUND = candidate("a.tflite", 2**20, 4)  # 1 MiB, 4 ms, cosine 0.5, speed-up 2, 75 % of the bits right, 37.5 % under jpeg-50
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "beyond"),
+    [
+        ("min_cosine", 0.5, 0.51),
+        ("min_bit_agreement", 0.9, 0.91),
+        ("min_speedup", 2, 2.1),
+        ("max_size_mb", 1, 0.9),
+        ("max_latency_ms", 4, 3.9),
+        ("min_bit_accuracy", 0.75, 0.76),
+        ("min_auc", 1, 1.1),
+    ],
+)
+def test_a_limit_is_kept_at_its_value_and_broken_beyond(name: str, at: float, beyond: float) -> None:
+    for limit, ok in ((at, True), (beyond, False)):
+        (gate,) = Limits({name: limit}, {}).gates(FOUND, None)
+        assert (gate.name, gate.value, gate.limit, gate.ok) == (name, pytest.approx(at), limit, ok)
+    blind = replace(FOUND, measured=None, cosine=None, bit_agreement=None, speedup=None, accuracy=None)
+    if name != "max_size_mb":  # a file always has a size
+        assert not Limits({name: at}, {}).gates(blind, None)[0].ok
+
+
+def test_limits_under_attack_are_kept_and_broken() -> None:
+    for limit, ok in ((0.375, True), (0.38, False)):
+        (gate,) = Limits({}, {"jpeg-50": limit}).gates(FOUND, None)
+        assert (gate.name, gate.value, gate.ok) == ("min_accuracy_under jpeg-50", 0.375, ok)
+
+
+def test_a_drop_needs_a_reference_that_reads_something() -> None:
+    many = replace(accuracy(1), logits=[[0.0] * 32] * 4)
+    for reference, value, ok in ((many, 0.25, True), (accuracy(0.5), None, False), (None, None, False)):
+        (gate,) = Limits({"max_accuracy_drop": 0.25}, {}).gates(FOUND, reference)
+        assert (gate.value, gate.ok) == (value, ok)
+
+
+def test_limits_that_are_not_asked_for_are_no_gates() -> None:
+    assert Limits({"min_cosine": None}, {}).gates(FOUND, None) == []
+
+
+def test_limits_under_attack_are_read() -> None:
+    attacks = [Attack("jpeg", 50), Attack("crop", 0.9)]
+    assert limits_under_attack(["jpeg-50=0.97", "crop-0.9=0"], attacks) == {"jpeg-50": 0.97, "crop-0.9": 0}
+    for text, reason in (
+        ("jpeg-60=0.9", "not run"),
+        ("jpeg-50", "no limit"),
+        ("jpeg-50=2", "no limit"),
+        ("jpeg-50=nan", "no limit"),
+    ):
+        with pytest.raises(ToolError, match=reason):
+            limits_under_attack([text], attacks)
+    with pytest.raises(ToolError, match="a limit for this attack already"):
+        limits_under_attack(["jpeg-50=0.9", "jpeg-50=0.1"], attacks)
