@@ -171,7 +171,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_training_learns_to_read_messages_in_two_minutes(tmp_path: Path) -> None:
-    trained = train(steps=500, output=tmp_path / "smoke.safetensors")
+    trained = train(steps=400, output=tmp_path / "smoke.safetensors")
     assert trained.bit_accuracy > 0.7
     assert trained.confidence_loss < 0.5
     assert make_samples(trained.checkpoint, output=tmp_path / "samples").ok

@@ -39,8 +39,9 @@ from shared.trials import Inputs, Protocol, Shown, run_trials
 
 PACKAGES = ("ai-edge-litert", "torch", "numpy", "pillow")
 LARGE_BYTES = 512 * MIB  # models above this take seconds a run
+SMALL_BYTES = 16 * MIB  # models below this take milliseconds a run, and more runs to tell anything
 SAMPLES, LARGE_SAMPLES = 8, 3
-RUNS, LARGE_RUNS = 20, 3
+SMALL_RUNS, RUNS, LARGE_RUNS = 200, 20, 3
 SLOWER = 0.97  # speed-ups below this count as slower; repeated runs of one model differ by less
 MEMORY_SHARE = 0.8  # of the free memory that models loaded side by side may take
 
@@ -234,7 +235,9 @@ def compare(
         str | None, typer.Option(help="What images of --messages meet: standard (default), none, or as jpeg-50,crop-0.9.")
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Inputs; default: 8, 3 for large models, all of --messages.")] = None,
-    runs: Annotated[int | None, typer.Option(min=1, help="Timed runs per model; default: 20, or 3 for large models.")] = None,
+    runs: Annotated[
+        int | None, typer.Option(min=1, help="Timed runs per model; default: 20, 200 for small models, 3 for large ones.")
+    ] = None,
     threads: Threads = None,
     bits: Annotated[int | None, typer.Option(min=1, help="Message bits of detectors without our metadata.")] = None,
     seed: Seed = 0,
@@ -281,7 +284,8 @@ def compare(
             check_is_tflite(source.path)
         elif not source.path.is_file():
             raise ToolError("no such checkpoint file", where=source.path)
-    is_large = reference.stat().st_size > LARGE_BYTES
+    size = reference.stat().st_size
+    is_large, is_small = size > LARGE_BYTES, size < SMALL_BYTES
     labelled = _labelled(messages, samples)
     inputs, files = _samples(images, labelled, seed, samples or (LARGE_SAMPLES if is_large else SAMPLES))
     task = _Task(
@@ -289,7 +293,7 @@ def compare(
         alternatives=len(alternatives),
         nbits=_message_length(bits, labelled, sources),
         samples=inputs,
-        runs=max(len(inputs), runs or (LARGE_RUNS if is_large else RUNS)),
+        runs=max(len(inputs), runs or (LARGE_RUNS if is_large else SMALL_RUNS if is_small else RUNS)),
         threads=threads or cpu_count(),
         files=files,
         labelled=labelled,
