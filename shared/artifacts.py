@@ -103,8 +103,9 @@ def build(plan: Plan, found_type: type[Found], make: Callable[[Path], Found]) ->
     """
     _require_file_name(plan.output)
     for source in plan.inputs:
-        if plan.output.exists() and source.exists() and plan.output.samefile(source):
-            raise ToolError("the output is the input", where=plan.output, remedy="choose another file with -o")
+        for written in (plan.output, provenance_path(plan.output)):
+            if written.exists() and source.exists() and written.samefile(source):
+                raise ToolError("the output is the input", where=written, remedy="choose another file with -o")
     old = read_provenance(plan.output)
     inputs = [record(path, known=old.inputs if old else ()) for path in plan.inputs]
     if old is not None and plan.output.is_file() and _describes(old, plan, inputs):

@@ -108,7 +108,7 @@ class Findings:
     def labels(self) -> list[str]:
         """Return short names of the reference and each candidate: what a file's name adds to the reference's, else the name."""
         stem = self.reference.path.stem
-        names = [stem, *(candidate.path.stem.removeprefix(f"{stem}_") for candidate in self.candidates)]
+        names = [stem, *(candidate.path.stem.removeprefix(f"{stem}_") or candidate.path.stem for candidate in self.candidates)]
         paths = [self.reference.path, *(candidate.path for candidate in self.candidates)]
         return [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
 

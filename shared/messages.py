@@ -4,6 +4,7 @@ The first bit is the leftmost digit of a bit string and the highest of an intege
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -49,7 +50,7 @@ def parse_message(message: "str | int | Bits", nbits: int) -> Bits:
     if isinstance(message, np.integer):
         message = int(message)
     elif isinstance(message, list | tuple):
-        message = np.asarray(message)
+        message = np.asarray(message, dtype=object)  # also of ragged lists
     match message:
         case np.ndarray():
             if message.shape == (nbits,) and bool(np.isin(message, (0, 1)).all()):
@@ -136,8 +137,8 @@ def read_messages(path: Path) -> list[Labelled]:
         )
         for entry in content.images
     ]
-    files = [image.file.resolve() for image in images]
-    if twice := next((image.file for image, file in zip(images, files, strict=True) if files.count(file) > 1), None):
+    places = Counter(image.file.resolve() for image in images)
+    if twice := next((place for place, times in places.items() if times > 1), None):
         raise ToolError("an image is listed twice", where=path, got=repr(str(twice)), remedy="list each image once")
     return images
 

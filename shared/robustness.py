@@ -3,6 +3,7 @@
 Letters in shapes: N images, K message bits.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,6 +23,7 @@ from shared.trials import Inputs
 
 CLEAN = "none"  # the name of no attack
 CHANCE = 0.001  # p-value above which a detector's bits are taken for coin tosses
+LUCK = 3.1  # standard deviations that a difference exceeds with that probability
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Condition:
         detected: Share of marked images whose confidence logit is above 0.
         false_positives: Share of unmarked images whose confidence logit is above 0; None where there are none.
         auc: How often a marked image has more confidence than an unmarked one; None where there are none.
+        best_p_value: Of the marked image that was read best: how likely a random message agrees as well.
     """
 
     attack: str
@@ -41,6 +44,7 @@ class Condition:
     detected: float
     false_positives: float | None
     auc: float | None
+    best_p_value: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,15 @@ class Accuracy:
         return next(condition for condition in self.conditions if condition.attack == attack)
 
     def is_chance(self, condition: Condition) -> bool:
-        """Whether a detector that tosses coins reads as well, at a probability above CHANCE."""
-        bits = sum(map(len, self.logits))
-        return chance_of_agreement(round(condition.bit_accuracy * bits), bits) > CHANCE
+        """Whether a detector that tosses coins reads as well, all images together and the best one, at a p-value above CHANCE."""
+        bits = self.bits
+        pooled = chance_of_agreement(round(condition.bit_accuracy * bits), bits)
+        return min(pooled, condition.best_p_value * len(self.logits)) > CHANCE
+
+    @property
+    def bits(self) -> int:
+        """Message bits of all marked images together."""
+        return sum(map(len, self.logits))
 
     def worst(self, field: str) -> float:
         """Return the worst p-value, margin or bit accuracy of a marked clean image."""
@@ -101,11 +111,15 @@ class Accuracy:
 def largest_drop(reference: Accuracy, candidate: Accuracy) -> float | None:
     """Return the largest loss of bit accuracy under any attack or none; negative when the candidate reads better.
 
-    Where the reference itself reads no better than chance there is nothing to lose; None where that is so everywhere.
+    Where the reference itself reads no better than chance there is nothing to lose, unless the loss is more than luck: LUCK
+    standard deviations of the difference of two series of coin tosses. None where nothing counts.
     """
-    pairs = zip(reference.conditions, candidate.conditions, strict=True)
-    drops = [one.bit_accuracy - other.bit_accuracy for one, other in pairs if not reference.is_chance(one)]
-    return max(drops, default=None)
+    luck = LUCK / math.sqrt(2 * reference.bits)
+    drops = [
+        (one.bit_accuracy - other.bit_accuracy, reference.is_chance(one))
+        for one, other in zip(reference.conditions, candidate.conditions, strict=True)
+    ]
+    return max((drop for drop, is_chance in drops if not is_chance or drop > luck), default=None)
 
 
 def labelled_inputs(labelled: Sequence[Labelled], attacks: Sequence[Attack | None]) -> list[Inputs]:
@@ -164,12 +178,14 @@ def _condition(name: str, output: NDArray[Any], truth: NDArray[np.bool_], marked
     """Summarise outputs float32 (N, 1 + K) under one attack."""
     bits, confidence = metrics.message_bits(output[marked]), output[:, 0]
     has_unmarked = not marked.all()
+    best = int((bits == truth).sum(axis=1).max())
     return Condition(
         attack=name,
         bit_accuracy=float((bits == truth).mean()),
         detected=float((confidence[marked] > 0).mean()),
         false_positives=float((confidence[~marked] > 0).mean()) if has_unmarked else None,
         auc=metrics.roc_auc(confidence[marked], confidence[~marked]) if has_unmarked else None,
+        best_p_value=chance_of_agreement(best, truth.shape[1]),
     )
 
 

@@ -13,9 +13,11 @@ from ai_edge_litert import schema_py_generated as schema
 from PIL import Image
 
 import noxfile
-from shared import trials
+from shared import artifacts, trials
+from shared.artifacts import Plan
 from shared.child import ChildError
 from shared.errors import ToolError
+from shared.report import Page
 from shared.runtime import Model, ModelSource, open_model
 from shared.trials import Measured, Shown
 from tests.conftest import REALDATA, ROOT, Miniseal, Run, Small
@@ -314,6 +316,7 @@ def test_labelled_images_meet_the_attacks_asked_for(miniseal: Miniseal) -> None:
         ({"messages": True, "min_accuracy_under": ["jpeg-50=1.1"]}, "no limit"),
         ({"messages": True, "min_accuracy_under": ["jpeg-50=nan"]}, "no limit"),
         ({"messages": True, "attacks": "rain-1"}, "unknown attack"),
+        ({"messages": True, "attacks": ""}, "unknown attack"),
         ({"messages": True, "images": Path()}, "both say which images"),
     ],
 )
@@ -333,10 +336,13 @@ def test_messages_of_another_length_are_an_error(float_model: Path, chunkyseal_s
         compare(float_model, [float_model], messages=tmp_path / "messages.json")
 
 
-def test_a_candidate_that_is_an_alternative_too_keeps_its_limits(products: dict[str, Path]) -> None:
-    twice = {"alternatives": [products["int8"]], "runs": 2, "samples": 2, "max_size_mb": 0.001}
-    found = compare(products["none"], [products["int8"]], **twice).findings  # type: ignore[arg-type]
-    assert [candidate.is_alternative for candidate in found.candidates] == [False, True]
+def test_a_candidate_that_is_an_alternative_too_is_refused_or_keeps_its_limits(products: dict[str, Path], tmp_path: Path) -> None:
+    options = {"runs": 2, "samples": 2, "max_size_mb": 0.001}
+    with pytest.raises(ToolError, match="a candidate is named twice"):
+        compare(products["none"], [products["int8"]], alternatives=[products["int8"]], **options)  # type: ignore[arg-type]
+    (tmp_path / "link.tflite").symlink_to(products["int8"])
+    found = compare(products["none"], [products["int8"]], alternatives=[tmp_path / "link.tflite"], **options)  # type: ignore[arg-type]
+    assert [candidate.is_alternative for candidate in found.findings.candidates] == [False, True]
     assert not found.ok
 
 
@@ -345,10 +351,23 @@ def test_the_page_replaces_nothing_it_is_made_from(miniseal: Miniseal, tmp_path:
     monkeypatch.setattr(module, "run_trials", lambda *_, **__: pytest.fail("it was refused too late"))
     image = miniseal.messages.parent / "unmarked" / "00_camera.png"
     (tmp_path / "mine.html").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    messages = Path(shutil.copytree(miniseal.messages.parent, tmp_path, dirs_exist_ok=True)) / "messages.json"
+    truth = messages.read_text()
+
+    def write_old(draft: Path) -> Page:
+        draft.write_text("old")
+        return Page(0, 0)
+
+    artifacts.build(Plan(tmp_path / "stale.html", "compare", {}), Page, write_old)
     for html, options, reason in (
         (model, {"overwrite": True}, "a file it is made from"),
         (image, {"overwrite": True, "messages": miniseal.messages}, "a file it is made from"),
         (tmp_path / "a.json", {"output": tmp_path / "a.json"}, "name the same file"),
+        (tmp_path / "a", {"output": tmp_path / "a.json"}, "name the same file, or one's provenance"),
+        (tmp_path / "messages", {"overwrite": True, "messages": messages, "attacks": "none"}, "a file it is made from"),
+        (tmp_path / "stale.html", {"output": tmp_path / "a.json"}, "the page exists"),
+        (tmp_path / "loop", {}, "exists|no regular file|Symlink"),
         (tmp_path / "absent" / "a.html", {}, "no such folder"),
         (tmp_path / "mine.html", {"refresh": True, "output": tmp_path / "a.json"}, "the output exists"),
         (tmp_path / "mine.html", {}, "exists"),
@@ -357,6 +376,7 @@ def test_the_page_replaces_nothing_it_is_made_from(miniseal: Miniseal, tmp_path:
             compare(miniseal.float_model, [model], html=html, **options)  # type: ignore[arg-type]
     assert (model.read_bytes(), (tmp_path / "mine.html").read_text()) == (miniseal.int8.read_bytes(), "mine")
     assert not (tmp_path / "a.json").exists()
+    assert messages.read_text() == truth
 
 
 def test_a_renamed_model_is_compared_again(products: dict[str, Path], tmp_path: Path) -> None:

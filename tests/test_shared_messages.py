@@ -24,7 +24,7 @@ def test_every_form_is_read(text: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["1g", "1a2", "", "0001101", 256, -1, True, 1.5, None, BITS[:7], np.full(8, 0.5), "٣a", "0b11", " 1a"]
+    "text", ["1g", "1a2", "", "0001101", 256, -1, True, 1.5, None, BITS[:7], [[1], [1, 0]], np.full(8, 0.5), "٣a", "0b11", " 1a"]
 )
 def test_what_is_no_message_of_that_length_is_an_error(text: object) -> None:
     with pytest.raises(ToolError, match="not a message of 8 bits"):

@@ -1,5 +1,6 @@
 """Bit accuracy, margins, p-values and false positives are counted as they are defined."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ def output(confidence: float, logits: np.ndarray) -> np.ndarray:
 
 def test_what_is_right_is_right() -> None:
     accuracy = read_accuracy(IMAGES, [None], [output(3, RIGHT), output(1, -RIGHT), output(-2, RIGHT)])
-    assert accuracy.clean == Condition("none", 1.0, 1.0, 0.0, 1.0)
+    assert accuracy.clean == Condition("none", 1.0, 1.0, 0.0, 1.0, pytest.approx(2**-4))  # type: ignore[arg-type]
     assert [reading.bit_accuracy for reading in accuracy.readings] == [1, 1, None]
     assert [reading.margin for reading in accuracy.readings] == [2, 2, None]
     assert accuracy.worst("p_value") == pytest.approx(2**-4)
@@ -36,7 +37,14 @@ def test_every_wrong_answer_is_counted() -> None:
     answers = [output(3, RIGHT), output(1, -RIGHT), output(-2, RIGHT)]
     answers += [output(-1, one_wrong), output(1, -RIGHT), output(2, RIGHT)]
     accuracy = read_accuracy(IMAGES, [None, Attack("jpeg", 50)], answers)
-    assert accuracy.under("jpeg-50") == Condition("jpeg-50", 7 / 8, 0.5, 1.0, 0.0)
+    assert accuracy.under("jpeg-50") == Condition(
+        "jpeg-50",
+        7 / 8,
+        0.5,
+        1.0,
+        0.0,
+        pytest.approx(2**-4),  # type: ignore[arg-type]
+    )
     clean = read_accuracy(IMAGES, [None], [output(3, one_wrong), output(1, -RIGHT), output(-2, RIGHT)])
     assert (clean.worst("margin"), clean.worst("bit_accuracy"), clean.worst("p_value")) == (-1, 0.75, pytest.approx(5 / 16))
 
@@ -67,6 +75,13 @@ def test_where_the_reference_tosses_coins_nothing_can_be_lost() -> None:
     assert [accuracy(share).is_chance(accuracy(share).clean) for share in (0.5, 0.6, 0.7)] == [True, True, False]
     assert largest_drop(accuracy(1, 0.55), accuracy(0.99, 0.4)) == pytest.approx(0.01)
     assert largest_drop(accuracy(0.5), accuracy(0.4)) is None
+    assert largest_drop(accuracy(0.6), accuracy(0.3)) == pytest.approx(0.3)  # more than luck
+
+
+def test_one_image_that_is_read_is_more_than_chance() -> None:
+    pooled = accuracy(0.55)
+    read = replace(pooled, conditions=[replace(pooled.clean, best_p_value=1e-6)])
+    assert (pooled.is_chance(pooled.clean), read.is_chance(read.clean)) == (True, False)
 
 
 def test_samples_come_attack_by_attack_and_random_attacks_differ_from_image_to_image(tmp_path: Path) -> None:

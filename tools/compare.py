@@ -8,6 +8,7 @@ A reference may be a checkpoint (with --model), run in torch. With --messages a 
 
 import hashlib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -204,7 +205,7 @@ def _labelled(messages: Path | None, samples: int | None) -> list[Labelled]:
     """Return the labelled images, the first `samples` of the marked and of the unmarked where there is a limit."""
     if messages is None:
         return []
-    images = read_messages(messages.resolve())
+    images = read_messages(messages.absolute())
     marked = [image for image in images if image.message is not None][:samples]
     if not marked:
         raise ToolError("no image carries a message", where=messages)
@@ -249,7 +250,7 @@ def compare(
     min_bit_accuracy: Annotated[float | None, typer.Option(min=0, max=1, help="Gate: share of bits read right.")] = None,
     min_accuracy_under: Annotated[list[str] | None, typer.Option(help="Gate under an attack, as jpeg-50=0.97.")] = None,
     max_accuracy_drop: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Gate: share of bits read right lost under any attack.")
+        float | None, typer.Option(min=0, max=1, help="Gate: share of bits lost under any attack that leaves some to lose.")
     ] = None,
     min_auc: Annotated[float | None, typer.Option(min=0, max=1, help="Gate: how well confidence tells marked images.")] = None,
     overwrite: Overwrite = False,
@@ -263,7 +264,7 @@ def compare(
         ToolError: A file is missing or of another kind, or the reference itself does not run.
     """
     _require_sense(locals())
-    met = parse_attacks(attacks or "standard") if messages else []
+    met = parse_attacks("standard" if attacks is None else attacks) if messages else []
     limits = Limits(
         {
             "min_bit_agreement": min_bit_agreement,
@@ -278,7 +279,10 @@ def compare(
         limits_under_attack(min_accuracy_under or [], met),
     )
     card, alternatives = None if model is None else load_card(model), alternatives or []
-    sources = [ModelSource(reference, card), *(ModelSource(path) for path in (*candidates, *alternatives))]
+    pressed = [*candidates, *alternatives]
+    sources = [ModelSource(reference, card), *map(ModelSource, pressed)]
+    if twice := next((path for number, path in enumerate(pressed) if path in pressed[:number]), None):
+        raise ToolError("a candidate is named twice", where=twice)
     for source in sources:
         if source.card is None:
             check_is_tflite(source.path)
@@ -337,13 +341,15 @@ def _message_length(bits: int | None, labelled: list[Labelled], sources: list[Mo
 
 def _require_page_writable(html: Path, output: Path | None, read: list[Path], *, overwrite: bool, refresh: bool) -> None:
     """Raise ToolError now for what writing the page would fail on after all the work."""
-    if output is not None and html.resolve() == output.resolve():
-        raise ToolError("--html and --output name the same file", where=html)
-    if html.exists() and any(html.samefile(path) for path in read):
+    written = {os.path.realpath(path) for path in (html, artifacts.provenance_path(html))}
+    reports = () if output is None else (output, artifacts.provenance_path(output))
+    if written & {os.path.realpath(path) for path in reports}:
+        raise ToolError("--html and --output name the same file, or one's provenance", where=html, remedy="choose other names")
+    if any(os.path.samefile(path, other) for path in written if os.path.exists(path) for other in read):  # noqa: PTH110, PTH121
         raise ToolError("the page would replace a file it is made from", where=html, remedy="choose another name")
     require_disk(0, html.parent, "write the page")
     artifacts.require_not_anothers(html, overwrite=overwrite)
-    if output is None and html.exists() and not (overwrite or refresh):
+    if html.exists() and not (overwrite or refresh) and (output is None or not output.exists()):
         raise ToolError("the page exists", where=html, remedy="use --overwrite to replace it, or choose another name")
 
 

@@ -200,16 +200,17 @@ def _load_state(path: Path, learner: _Learner, settings: dict[str, object]) -> t
 
     try:
         content = torch.load(path, weights_only=True)
-        before = content["settings"]
+        before, learned, optimizer = content["settings"], content["learner"], content["optimizer"]
+        progress = content["done"], content["seconds"], content["recent"]
     except Exception as error:  # noqa: BLE001 - a damaged file can raise anything here, and all of it means the same
         raise ToolError("the interrupted run is damaged", where=path, got=first_line(error), remedy="use --restart") from None
     if before != settings:
         raise ToolError("an interrupted run had other settings", where=path, got=before, expected=settings, remedy="use --restart")
     for part in ("detector", "embedder"):
-        values = {key.removeprefix(f"{part}."): value for key, value in content["learner"].items() if key.startswith(f"{part}.")}
+        values = {key.removeprefix(f"{part}."): value for key, value in learned.items() if key.startswith(f"{part}.")}
         getattr(learner, part).load_state_dict(values)
-    learner.optimizer.load_state_dict(content["optimizer"])
-    return content["done"], content["seconds"], content["recent"]
+    learner.optimizer.load_state_dict(optimizer)
+    return progress
 
 
 def _write_checkpoint(path: Path, learner: _Learner, args: dict[str, object]) -> None:
@@ -223,6 +224,8 @@ def _write_checkpoint(path: Path, learner: _Learner, args: dict[str, object]) ->
 
 
 def _require_absent(output: Path, *, overwrite: bool) -> None:
+    if output.is_dir():
+        raise ToolError("the output is a folder", where=output, expected="a file name")
     if output.exists() and not overwrite:
         raise ToolError("the output exists", where=output, remedy="use --overwrite to replace it, or choose another file with -o")
 
