@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from shared import metrics
 from shared.attacks import Attack
 from shared.child import ChildError
-from shared.images import Pixels, image_layout, read_pixels, stretch_image, to_image, to_layout
+from shared.images import Pixels, read_pixels, stretch_image, to_image, to_layout
 from shared.messages import Labelled, chance_of_agreement
-from shared.runtime import TensorSpec
+from shared.runtime import TensorSpec, describe, image_spec
 from shared.trials import Inputs
 
 CLEAN = "none"  # the name of no attack
@@ -142,11 +142,11 @@ def image_input(specs: list[TensorSpec], pixels: Pixels) -> dict[str, NDArray[An
     Raises:
         ChildError: The model takes something else.
     """
-    layout = image_layout(specs[0].shape) if len(specs) == 1 and specs[0].dtype == "float32" else None
-    if layout is None:
-        taken = "; ".join(f"{spec.name} {spec.dtype} {spec.shape}" for spec in specs)
-        raise ChildError(f"it takes {taken}, not one square RGB float32 image; compare it on seeded samples")
-    return {specs[0].name: to_layout(stretch_image(to_image(pixels), layout[1]), layout[0])}
+    image = image_spec(specs)
+    if image is None:
+        raise ChildError(f"it takes {describe(specs)}, not one square RGB float32 image; compare it on seeded samples")
+    name, layout, size = image
+    return {name: to_layout(stretch_image(to_image(pixels), size), layout)}
 
 
 def read_accuracy(labelled: Sequence[Labelled], attacks: Sequence[Attack | None], answers: Sequence[NDArray[Any]]) -> Accuracy:

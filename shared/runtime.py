@@ -139,6 +139,18 @@ def memory_need_bytes(source: ModelSource) -> int:
     return int(source.path.stat().st_size * XNNPACK_MEMORY) + BASE_MEMORY
 
 
+def describe(specs: list[TensorSpec]) -> str:
+    """Return names, dtypes and shapes in one line."""
+    return "; ".join(f"{spec.name} {spec.dtype} {spec.shape}" for spec in specs) or "none"
+
+
+def image_spec(specs: list[TensorSpec]) -> tuple[str, str, int] | None:
+    """Return name, layout and size of a model's input, or None where it does not take just one square RGB float32 image."""
+    if len(specs) != 1 or specs[0].dtype != "float32" or (layout := image_layout(specs[0].shape)) is None:
+        return None
+    return specs[0].name, *layout
+
+
 def sample_inputs(specs: list[TensorSpec], seed: int) -> dict[str, NDArray[Any]]:
     """Return one seeded sample for each input: a made-up picture for square RGB float inputs, else uniform noise.
 

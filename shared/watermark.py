@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from shared.cards import load_card
 from shared.errors import ToolError
-from shared.images import as_image, image_layout, read_pixels, stretch_image, to_image, to_layout
+from shared.images import as_image, read_pixels, stretch_image, to_image, to_layout
 from shared.messages import Bits, chance_of_agreement, parse_message, to_bit_string, to_hex, to_int
-from shared.runtime import ModelSource, open_model
+from shared.runtime import ModelSource, TensorSpec, describe, image_spec, open_model
 from shared.video import read_frames
 
 ImageSource = Path | str | NDArray[Any]
@@ -126,7 +126,11 @@ class WatermarkDetector:
             raise ToolError("no such checkpoint file", where=source.path)
         with contextlib.ExitStack() as stack:
             self._model = stack.enter_context(open_model(source, threads=threads))
-            self._name, self.layout, self.image_size = _image_input(source.path, self._model.inputs)
+            image = image_spec(self._model.inputs)
+            if image is None:
+                taken = describe(self._model.inputs)
+                raise ToolError("no detector: it does not take one square RGB float32 image", where=source.path, got=taken)
+            self._name, self.layout, self.image_size = image
             self.nbits = _message_length(source, self._model.outputs, nbits)
             self._stack = stack.pop_all()
 
@@ -187,21 +191,13 @@ def _detection(output: NDArray[np.float32], expected: Bits | None, frames: tuple
     return Detection(float(output[0]), logits, agreement, frames)
 
 
-def _image_input(path: Path, inputs: list[Any]) -> tuple[str, str, int]:
-    """Return name, layout and size of the model's one image input."""
-    layout = image_layout(inputs[0].shape) if len(inputs) == 1 and inputs[0].dtype == "float32" else None
-    if layout is None:
-        taken = "; ".join(f"{spec.name} {spec.dtype} {spec.shape}" for spec in inputs)
-        raise ToolError("no detector: it does not take one square RGB float32 image", where=path, got=taken)
-    return inputs[0].name, *layout
-
-
-def _message_length(source: ModelSource, outputs: list[Any], given: int | None) -> int:
+def _message_length(source: ModelSource, outputs: list[TensorSpec], given: int | None) -> int:
     """Return the message length the model's metadata tells, or the one given; it must fit the model's output."""
     nbits = given or source.nbits()
     if nbits is None:
         raise ToolError("the model does not tell its message length", where=source.path, remedy="pass nbits=")
     if len(outputs) != 1 or outputs[0].shape != (1, 1 + nbits):
-        made = "; ".join(f"{spec.name} {spec.shape}" for spec in outputs)
-        raise ToolError(f"no detector of {nbits} bits", where=source.path, got=made, expected=f"one output (1, {1 + nbits})")
+        raise ToolError(
+            f"no detector of {nbits} bits", where=source.path, got=describe(outputs), expected=f"one output (1, {1 + nbits})"
+        )
     return nbits

@@ -280,3 +280,11 @@ def test_a_pipe_is_no_checkpoint(tmp_path: Path, run_tool: Run) -> None:
     os.mkfifo(tmp_path / "c.pth")
     done = run_tool("extract_weights", tmp_path / "c.pth")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_a_card_with_a_file_has_nothing_to_download(videoseal_small: Small, tmp_path: Path) -> None:
+    card = tmp_path / "own.toml"
+    card.write_text(videoseal_small.card.read_text().replace('url = "https://example.org/small.pth"', 'file = "own.pth"'))
+    for download, reason in ((True, "names no address to download from"), (False, "its card names that file")):
+        with pytest.raises(ToolError, match=reason):
+            extract_weights(model=str(card), output=tmp_path / "out.safetensors", download=download)

@@ -68,6 +68,21 @@ def test_samples_are_what_make_samples_writes(tmp_path: Path) -> None:
         make_samples(FOLDER / "checkpoint.safetensors", output=tmp_path)
 
 
+def test_a_loud_watermark_fails_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Marker, "mark", lambda _, pixels, message: np.clip(pixels, 8, 200))
+    made = make_samples(FOLDER / "checkpoint.safetensors", output=tmp_path)
+    assert not made.ok
+    assert made.lowest_psnr_db < MIN_PSNR_DB
+
+
+def test_a_checkpoint_without_an_embedder_marks_nothing(tmp_path: Path) -> None:
+    from tools.extract_weights import extract_weights
+
+    extract_weights(FOLDER / "checkpoint.safetensors", model="miniseal", output=tmp_path / "detector.safetensors")
+    with pytest.raises(ToolError, match="1 missing: patterns"):
+        make_samples(tmp_path / "detector.safetensors", output=tmp_path / "samples")
+
+
 def test_no_photo_is_both_learned_from_and_held_out() -> None:
     assert not {*TRAINING_PHOTOS, *TRAINING_SAMPLE_IMAGES} & set(HELD_OUT_PHOTOS)
     digests = [
@@ -167,6 +182,18 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path: Path) ->
     with pytest.raises(ToolError, match=r"the interrupted run is damaged.*--restart"):
         train(steps=1, output=tmp_path / "new.safetensors")
     assert train(steps=1, output=tmp_path / "new.safetensors", restart=True).finished
+    with pytest.raises(ToolError, match="the output is a folder"):
+        train(steps=1, output=tmp_path, overwrite=True)
+
+
+def test_an_interrupted_training_with_a_part_missing_is_damaged(tmp_path: Path) -> None:
+    import torch
+
+    train(steps=2, output=tmp_path / "a.safetensors", stop_after=1)
+    state = tmp_path / "a_interrupted.pth"
+    torch.save({key: value for key, value in torch.load(state).items() if key != "optimizer"}, state)
+    with pytest.raises(ToolError, match="the interrupted run is damaged"):
+        train(steps=2, output=tmp_path / "a.safetensors")
 
 
 @pytest.mark.slow

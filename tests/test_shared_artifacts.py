@@ -239,3 +239,11 @@ def test_what_is_bound_to_be_refused_is_told_beforehand(work: Work) -> None:
     with pytest.raises(ToolError, match="the output exists"):
         require_not_anothers(output, overwrite=False)
     require_not_anothers(output, overwrite=True)
+
+
+def test_the_provenance_never_replaces_an_input(tmp_path: Path) -> None:
+    source = tmp_path / "messages.json"
+    source.write_text("truth")
+    with pytest.raises(ToolError, match=r"messages\.json: the output is the input"):
+        build(Plan(tmp_path / "messages", "compare", {}, [source], overwrite=True), Found, lambda _: pytest.fail("too late"))
+    assert source.read_text() == "truth"

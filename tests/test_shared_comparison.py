@@ -66,6 +66,10 @@ def test_labels_are_what_a_name_adds_to_the_references() -> None:
     assert [several.role(number) for number in range(2)] == ["reference", "candidate"]
 
 
+def test_a_label_is_never_empty() -> None:
+    assert replace(FINDINGS, candidates=[candidate("model_.tflite", 900, 4)]).labels() == ["model", "model_"]
+
+
 def test_models_of_one_name_are_told_apart_by_their_paths() -> None:
     several = replace(
         FINDINGS, candidates=[candidate(name, 900, 4, ok=False) for name in ("a/m.tflite", "b/m.tflite", "b/model.tflite")]

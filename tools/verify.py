@@ -24,7 +24,7 @@ from shared.child import ChildError
 from shared.cli import Overwrite, Refresh, Seed, Threads, run, size_text, step, to_json
 from shared.machine import cpu_count
 from shared.metrics import message_bits
-from shared.runtime import Model, ModelSource, TensorSpec, open_model, sample_inputs
+from shared.runtime import Model, ModelSource, describe, open_model, sample_inputs
 from shared.tflite import check_is_tflite
 
 PACKAGES = ("ai-edge-litert", "numpy")
@@ -82,10 +82,6 @@ class Verification:
         return Lines(table, self.message)
 
 
-def _describe(specs: list[TensorSpec]) -> str:
-    return "; ".join(f"{spec.name} {spec.dtype} {spec.shape}" for spec in specs) or "none"
-
-
 def _run(model: Model, seed: int) -> tuple[Outputs, float]:
     """Run one seeded sample; outputs in the model's order, and milliseconds."""
     outputs, run_ms = model.run(sample_inputs(model.inputs, seed))
@@ -139,7 +135,7 @@ def _verify(source: ModelSource, threads: int, seed: int, nbits: int | None) -> 
             checks.append(Check("loads", f"{load_ms:.0f} ms, {model.kernels} kernels", "", ok=True))
             for name, specs in (("inputs", model.inputs), ("outputs", model.outputs)):
                 static = bool(specs) and all(size > 0 for spec in specs for size in spec.shape)
-                checks.append(Check(name, _describe(specs), "at least one, of fixed shape", static))
+                checks.append(Check(name, describe(specs), "at least one, of fixed shape", static))
             if not all(check.ok for check in checks):
                 return Findings(checks, load_ms, run_ms, model.peak_rss_bytes)
             stage = "runs"

@@ -233,10 +233,8 @@ def _require_absent(output: Path, *, overwrite: bool) -> None:
 def _code_hash() -> str:
     """Return a hash of the code that decides what a step does."""
     own = [FOLDER / f"{name}.py" for name in ("train", "embedder", "pictures")]
-    code = b"".join(
-        path.read_bytes() for path in (*own, *(artifacts.ROOT / "shared" / f"{name}.py" for name in ("attacks", "detector")))
-    )
-    return hashlib.sha256(code).hexdigest()[:16]
+    used = [artifacts.ROOT / "shared" / f"{name}.py" for name in ("attacks", "detector")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in (*own, *used))).hexdigest()[:16]
 
 
 def _means(recent: list[tuple[float, float, float]]) -> tuple[float, float, float]:
@@ -268,11 +266,8 @@ def train(
     card = load_card("miniseal")
     torch.set_num_threads(threads)
     settings: dict[str, object] = {"steps": steps, "seed": seed, "threads": threads, "depths": card.depths, "dims": card.dims}
-    guard: dict[str, object] = {
-        **settings,
-        "torch": str(torch.__version__),
-        "code": _code_hash(),
-    }  # what an interrupted run must share
+    # What an interrupted run must share with the one that goes on.
+    guard: dict[str, object] = {**settings, "torch": str(torch.__version__), "code": _code_hash()}
     learner = _Learner.untrained(card, seed)
     state_path = output.with_name(f"{output.stem}_interrupted.pth")
     recent: list[tuple[float, float, float]] = []
