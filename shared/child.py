@@ -116,7 +116,7 @@ class Child:
 
 def serve(handler: Handler) -> None:
     """Answer messages on stdin until it ends; what libraries print goes to stderr, answers alone to the real stdout."""
-    _die_with_parent()
+    die_with_parent()
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
@@ -133,11 +133,15 @@ def serve(handler: Handler) -> None:
             _send(replies, {**reply, "peak_rss_bytes": peak_rss_bytes()}, results)
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to end this process with its parent, so that a killed tool leaves nobody writing."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask Linux to end this process with its parent, so that a killed tool leaves nobody writing.
+
+    Args:
+        parent: Process id of the parent; default: as `Child` told it, or whoever it is now.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(os.environ.get(PARENT, os.getppid())):  # it died before it could be asked for
+        if os.getppid() != (parent or int(os.environ.get(PARENT, os.getppid()))):  # it died before it could be asked for
             os._exit(1)
 
 

@@ -15,11 +15,12 @@ from shared.cli import size_text
 from shared.comparison import Findings, rows
 from shared.errors import ToolError
 from shared.images import Pixels, read_pixels
-from shared.plots import SERIES, line_plot, scatter_plot
+from shared.pages import TEMPLATES, write_template
+from shared.plots import line_plot, scatter_plot
 from shared.robustness import CLEAN, Accuracy, Reading
 from shared.trials import Measured
 
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
+TEMPLATE = TEMPLATES / "report.html.jinja"
 WORST = 4  # images shown
 AMPLIFY = 10  # times, the watermark's residual
 HIGHEST_AXIS = 0.9  # where the axis of bits read right starts at most, so that small losses look small
@@ -56,17 +57,14 @@ def write_page(path: Path, findings: Findings) -> Page:
     Raises:
         ToolError: An image it shows is gone.
     """
-    from jinja2 import Environment, StrictUndefined
-
     labels = findings.labels()
     answered = [(n, labels[n], c.accuracy) for n, c in enumerate(findings.candidates, start=1) if c.accuracy is not None]
     attacks = list(_attack_plots(findings)) if findings.accuracy else []
     scatters = list(_scatter_plots(findings.accuracy, answered)) if findings.accuracy else []
     pictures = list(_pictures(answered[0][1], answered[0][2])) if answered else []
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        TEMPLATE.read_text(encoding="utf-8")
-    )
-    page = template.render(
+    write_template(
+        path,
+        TEMPLATE.name,
         findings=findings,
         names=findings.labels(),
         rows=[(name, [reference, *map(of, findings.candidates)]) for name, reference, of in rows(findings)],
@@ -75,9 +73,7 @@ def write_page(path: Path, findings: Findings) -> Page:
         attacks=attacks,
         scatters=scatters,
         pictures=pictures,
-        series=SERIES,
     )
-    path.write_text(page, encoding="utf-8", errors="backslashreplace")  # a file name may be no text
     return Page(len(pictures), len(attacks) + len(scatters))
 
 

@@ -90,6 +90,11 @@ class Model:
         reply, outputs = self._child.ask({}, inputs)
         return outputs, reply["run_ms"]
 
+    def ops_outside_delegate(self) -> dict[str, int]:
+        """Return op type -> how many ops of a TFLite model run in plain kernels although XNNPACK took others; after a run."""
+        reply, _ = self._child.ask({"ask": "outside"})
+        return {str(name): int(count) for name, count in reply["outside"].items()}
+
     @property
     def peak_rss_bytes(self) -> int:
         """Largest resident set of the model's process so far, its mapped file included."""
@@ -151,10 +156,10 @@ def image_spec(specs: list[TensorSpec]) -> tuple[str, str, int] | None:
     return specs[0].name, *layout
 
 
-def sample_inputs(specs: list[TensorSpec], seed: int) -> dict[str, NDArray[Any]]:
+def sample_inputs(specs: list[TensorSpec], seed: int, pixel_range: tuple[float, float] = (0.0, 1.0)) -> dict[str, NDArray[Any]]:
     """Return one seeded sample for each input: a made-up picture for square RGB float inputs, else uniform noise.
 
-    float inputs lie in [0, 1], integer inputs cover the dtype's range (int32 and wider: 0 to 9).
+    Pictures span `pixel_range`, other float inputs [0, 1], integer inputs the dtype's range (int32 and wider: 0 to 9).
     """
     rng = np.random.default_rng(seed)
     samples: dict[str, NDArray[Any]] = {}
@@ -162,7 +167,8 @@ def sample_inputs(specs: list[TensorSpec], seed: int) -> dict[str, NDArray[Any]]
         dtype = np.dtype(spec.dtype)
         layout = image_layout(spec.shape)
         if layout is not None and dtype == np.float32:
-            samples[spec.name] = to_layout(seeded_image(layout[1], rng), layout[0])
+            image = seeded_image(layout[1], rng) * np.float32(pixel_range[1] - pixel_range[0]) + np.float32(pixel_range[0])
+            samples[spec.name] = to_layout(image, layout[0])
         elif dtype.kind == "f":
             samples[spec.name] = rng.random(spec.shape).astype(dtype)
         elif dtype.kind in "iu":

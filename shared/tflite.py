@@ -10,6 +10,7 @@ Source: https://ai.google.dev/edge/litert/conversion/tensorflow/metadata (append
 import contextlib
 import functools
 import json
+import math
 import mmap
 import shutil
 import struct
@@ -33,24 +34,29 @@ MAX_APPENDED_BYTES = 2**28  # of all associated files together; label files and 
 
 
 @dataclass(frozen=True)
-class OpWeights:
-    """The constant operands of one op.
+class Op:
+    """One op, and its constant float or quantized operands.
 
     Args:
-        op_type: Builtin operator, such as CONV_2D.
-        name: Name of the op's first output tensor; the scope that recipe rules match.
-        dtype: Type of the largest constant operand, such as FLOAT32 or INT8.
+        op_type: Builtin operator, such as CONV_2D; a custom op by its own name.
+        scope: Names of the op's outputs, each with ';' behind it; what recipe rules match.
+        dtype: Type of the largest constant operand, such as FLOAT32 or INT8; empty where there is none.
         size_bytes: Bytes of all constant operands.
         size_weights: Bytes of the largest constant operand.
-        code_is_old: Whether the op's type stands in the schema's deprecated field only.
+        output_dtype: Type of the first output.
     """
 
     op_type: str
-    name: str
-    dtype: str
-    size_bytes: int
-    size_weights: int
-    code_is_old: bool = False
+    scope: str
+    dtype: str = ""
+    size_bytes: int = 0
+    size_weights: int = 0
+    output_dtype: str = "FLOAT32"
+
+    @property
+    def name(self) -> str:
+        """Names of its outputs; mostly there is one."""
+        return self.scope.removesuffix(";")
 
 
 def check_is_tflite(path: Path) -> None:
@@ -75,8 +81,12 @@ def check_is_tflite(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _open_model(path: Path) -> Iterator[Any]:
-    """Yield the root table of a model, memory-mapped."""
+def open_flatbuffer(path: Path) -> Iterator[Any]:
+    """Yield the root table of a model, memory-mapped.
+
+    Raises:
+        ToolError: No TFLite model, or damage met while the caller reads it.
+    """
     from ai_edge_litert import schema_py_generated as schema
 
     check_is_tflite(path)
@@ -90,47 +100,49 @@ def _open_model(path: Path) -> Iterator[Any]:
 
 
 @functools.cache
-def _names(enumeration: str) -> dict[int, str]:
+def enum_names(enumeration: str) -> dict[int, str]:
+    """Return number -> name of an enumeration of the schema, such as BuiltinOperator or TensorType."""
     from ai_edge_litert import schema_py_generated as schema
 
     return {value: name for name, value in vars(getattr(schema, enumeration)).items() if isinstance(value, int)}
 
 
-def read_op_weights(path: Path) -> list[OpWeights]:
-    """Return the ops that have constant float or quantized operands, in the order of the graph.
+def read_ops(path: Path) -> list[Op]:
+    """Return the ops of a model in the order of the graph, except those that only restore a constant.
 
     A constant that reaches its op through DEQUANTIZE counts as that op's, with its stored type: so weight-only int8 and fp16
     models compare with their float32 originals op by op.
     """
     found = []
-    with _open_model(path) as model:
-        op_types = [_op_type(model.OperatorCodes(i)) for i in range(model.OperatorCodesLength())]
+    with open_flatbuffer(path) as model:
+        codes = [model.OperatorCodes(i) for i in range(model.OperatorCodesLength())]
         for g in range(model.SubgraphsLength()):
             graph = model.Subgraphs(g)
             behind: dict[int, int] = {}  # output of a DEQUANTIZE -> the constant it reads
             for i in range(graph.OperatorsLength()):
                 op = graph.Operators(i)
-                op_type = op_types[op.OpcodeIndex()]
+                op_type = _op_type(codes[op.OpcodeIndex()])
                 if op_type == "DEQUANTIZE" and _buffer_bytes(model, graph.Tensors(op.Inputs(0))):
                     behind[op.Outputs(0)] = op.Inputs(0)
                     continue
                 operands = [op.Inputs(k) for k in range(op.InputsLength())]
                 constants = [graph.Tensors(behind.get(t, t)) for t in operands if t >= 0]
-                sizes = [(_buffer_bytes(model, t), _names("TensorType")[t.Type()]) for t in constants]
-                sizes = [(size, kind) for size, kind in sizes if size and kind not in ("INT32", "INT64", "BOOL", "STRING")]
-                if sizes and op.OutputsLength():
-                    weights, dtype = max(sizes)
-                    name = graph.Tensors(op.Outputs(0)).Name().decode()
-                    code = model.OperatorCodes(op.OpcodeIndex())
-                    is_old = code.BuiltinCode() == 0 != code.DeprecatedBuiltinCode()
-                    found.append(OpWeights(op_type, name, dtype, sum(size for size, _ in sizes), weights, is_old))
+                sizes = [(_elements(t), _buffer_bytes(model, t), enum_names("TensorType")[t.Type()]) for t in constants]
+                sizes = [entry for entry in sizes if entry[1] and entry[2] not in ("INT32", "INT64", "BOOL", "STRING")]
+                outputs = [graph.Tensors(op.Outputs(k)) for k in range(op.OutputsLength())]
+                if not outputs:
+                    continue
+                scope = "".join(f"{(tensor.Name() or b'').decode()};" for tensor in outputs)
+                _, weights, dtype = max(sizes, default=(0, 0, ""))
+                total = sum(size for _, size, _ in sizes)
+                found.append(Op(op_type, scope, dtype, total, weights, enum_names("TensorType")[outputs[0].Type()]))
     return found
 
 
 def read_dequantized_types(path: Path) -> set[str]:
     """Return the types of constants that a DEQUANTIZE op turns into float32 at run time."""
     types = set()
-    with _open_model(path) as model:
+    with open_flatbuffer(path) as model:
         for g in range(model.SubgraphsLength()):
             graph = model.Subgraphs(g)
             for i in range(graph.OperatorsLength()):
@@ -138,12 +150,36 @@ def read_dequantized_types(path: Path) -> set[str]:
                 if _op_type(model.OperatorCodes(op.OpcodeIndex())) == "DEQUANTIZE":
                     tensor = graph.Tensors(op.Inputs(0))
                     if _buffer_bytes(model, tensor):
-                        types.add(_names("TensorType")[tensor.Type()].lower())
+                        types.add(enum_names("TensorType")[tensor.Type()].lower())
     return types
 
 
 def _op_type(code: Any) -> str:
-    return _names("BuiltinOperator")[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())]
+    kind = enum_names("BuiltinOperator")[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())]
+    return code.CustomCode().decode() if kind == "CUSTOM" and code.CustomCode() else kind
+
+
+def custom_ops(path: Path) -> list[str]:
+    """Return the names of a model's custom ops: those that only some runtimes have."""
+    with open_flatbuffer(path) as model:
+        codes = [model.OperatorCodes(i) for i in range(model.OperatorCodesLength())]
+        return sorted({code.CustomCode().decode() for code in codes if code.CustomCode()})
+
+
+def constant_span(model: Any, tensor: Any) -> tuple[int, int] | None:
+    """Return where a tensor's constant lies in the file, in the flatbuffer or behind it: start and end; None for activations."""
+    buffer = model.Buffers(tensor.Buffer())
+    if length := buffer.DataLength():
+        table = buffer._tab  # noqa: SLF001 - the generated code has no public way to a vector's place
+        start = int(table.Vector(table.Offset(4)))
+        return start, start + length
+    if buffer.Offset() > 1:
+        return int(buffer.Offset()), int(buffer.Offset() + buffer.Size())
+    return None
+
+
+def _elements(tensor: Any) -> int:
+    return math.prod(tensor.Shape(i) for i in range(tensor.ShapeLength()))
 
 
 def _buffer_bytes(model: Any, tensor: Any) -> int:
@@ -196,3 +232,58 @@ def _same_entry(entry: zipfile.ZipInfo) -> zipfile.ZipInfo:
     same.compress_type = entry.compress_type
     same.file_size = entry.file_size
     return same
+
+
+def declared_range(path: Path) -> tuple[float, float] | None:
+    """Return the range of a model's first input for pixels from 0 to 255, as its own metadata gives it, or None.
+
+    Source: https://github.com/tensorflow/tflite-support/blob/v0.4.4/tensorflow_lite_support/metadata/metadata_schema.fbs
+        (ModelMetadata, SubGraphMetadata, TensorMetadata, NormalizationOptions); and what our own detectors say of themselves.
+    """
+    if "nbits" in read_metadata(path):
+        return 0.0, 1.0
+    with open_flatbuffer(path) as model:
+        for entry in (model.Metadata(i) for i in range(model.MetadataLength())):
+            if entry.Name() == b"TFLITE_METADATA":
+                content = _buffer_content(model.Buffers(entry.Buffer()))
+                with contextlib.suppress(*DAMAGE):  # metadata of another version says nothing
+                    return _normalised_range(content)
+    return None
+
+
+def _buffer_content(buffer: Any) -> bytes:
+    if buffer.DataLength():
+        return bytes(buffer.DataAsNumpy())
+    start = buffer.Offset()
+    return bytes(buffer._tab.Bytes[start : start + buffer.Size()])  # noqa: SLF001 - as above
+
+
+def _normalised_range(content: bytes) -> tuple[float, float] | None:
+    """Return (0 - mean) / std and (255 - mean) / std of the first input's normalisation."""
+    import flatbuffers
+    from flatbuffers.table import Table
+
+    uint32 = flatbuffers.number_types.UOffsetTFlags
+    float32, uint8 = flatbuffers.number_types.Float32Flags, flatbuffers.number_types.Uint8Flags
+
+    def field(table: Any, number: int) -> int:
+        return int(table.Offset(4 + 2 * number))
+
+    def tables(table: Any, number: int) -> list[Any]:
+        offset = field(table, number)
+        if not offset:
+            return []
+        start, length = table.Vector(offset), table.VectorLen(offset)
+        return [Table(table.Bytes, table.Indirect(start + 4 * i)) for i in range(length)]
+
+    def first_float(table: Any, number: int) -> float:
+        return float(table.Get(float32, table.Vector(field(table, number))))
+
+    root = Table(content, int(flatbuffers.encode.Get(uint32.packer_type, content, 0)))
+    tensor = tables(tables(root, 3)[0], 2)[0]  # the first subgraph's first input
+    for unit in tables(tensor, 4):
+        if unit.Get(uint8, unit.Pos + field(unit, 0)) == 1:  # normalisation
+            options = Table(content, unit.Indirect(unit.Pos + field(unit, 1)))
+            mean, std = first_float(options, 0), first_float(options, 1)
+            return (0 - mean) / std, (255 - mean) / std
+    return None

@@ -11,7 +11,8 @@ import pytest
 from shared.errors import ToolError
 from shared.tflite import OpWeights, read_metadata, read_op_weights
 from tests.conftest import REALDATA, Run
-from tools.quantize_tflite import ALIASES, FP16_RECIPE, INT4_RECIPE, measure_coverage, quantize_tflite, recipe_names, resolve_recipe
+
+from tools.quantize_tflite import quantize_tflite
 
 LAYERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 

@@ -369,11 +369,12 @@ def _build(plan: Plan | None, find: Callable[[], Findings]) -> tuple[Findings, P
 
 def _write_page(path: Path, findings: Findings, pictures: list[Path], *, overwrite: bool, refresh: bool) -> Product:
     """Write the findings as one HTML page."""
+    from shared.pages import STYLE
     from shared.report import TEMPLATE, Page, write_page
 
     arguments = {"findings": hashlib.sha256(to_json(findings).encode()).hexdigest()}
     packages = ("jinja2", "pillow")
-    plan = Plan(path, "compare", arguments, [TEMPLATE, *pictures], packages, overwrite=overwrite, refresh=refresh)
+    plan = Plan(path, "compare", arguments, [TEMPLATE, STYLE, *pictures], packages, overwrite=overwrite, refresh=refresh)
     product, _ = artifacts.build(plan, Page, lambda draft: write_page(draft, findings))
     return product
 

@@ -26,9 +26,10 @@ from shared.cli import ModelName, Overwrite, Refresh, Seed, run, size_text, step
 from shared.errors import ToolError
 from shared.machine import GIB, require_disk, require_memory
 from shared.metrics import cosine, max_abs_error, relative_error
+from shared.pressed import Pressed
 from shared.runtime import InputForm, Kernels, ModelSource, open_model, sample_inputs
 from shared.tflite import append_metadata
-from tools.quantize_tflite import Coverage, quantize_tflite
+from tools.quantize_tflite import quantize_tflite
 
 PACKAGES = ("litert-torch", "litert-converter", "ai-edge-litert", "torch")
 CONVERT_TIMEOUT_S = 3600.0
@@ -99,7 +100,7 @@ class Conversion:
     float_model: FloatModel
     float_product: Product
     quantized_product: Product | None
-    coverage: Coverage | None
+    coverage: Pressed | None
     message: str
 
     def __rich__(self) -> RenderableType:
@@ -250,7 +251,7 @@ def convert_detector(
         return Conversion(card.title, rehearsal, found, float_product, None, None, remarks)
     quantized = quantize_tflite(float_path, output=output, recipe=quantize.value, overwrite=overwrite, refresh=refresh)
     message = f"{quantized.message}\n{remarks}"
-    return Conversion(card.title, rehearsal, found, float_product, quantized.product, quantized.coverage, message)
+    return Conversion(card.title, rehearsal, found, float_product, quantized.product, quantized.found, message)
 
 
 def _require_size(card: Card, form: InputForm) -> None:

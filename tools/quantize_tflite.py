@@ -1,4 +1,4 @@
-"""Quantize a TFLite model with an AI Edge Quantizer recipe, and say what became of every layer.
+"""Quantize a TFLite model or a MediaPipe bundle, and say what became of every layer.
 
 Example:
     python -m tools.quantize_tflite model.tflite -o model_int8.tflite --recipe int8
@@ -6,301 +6,288 @@ Example:
 Source: recipes and their names, https://github.com/google-ai-edge/ai-edge-quantizer (0.10)
 """
 
-import difflib
-import inspect
+import hashlib
 import json
-import re
-from collections import Counter
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Group as Lines
 from rich.console import RenderableType
-from rich.table import Table
 
 from shared import artifacts
 from shared.artifacts import Plan, Product
-from shared.child import Child, ChildError
-from shared.cli import Overwrite, Refresh, run, size_text, step
+from shared.bundle import Entry, is_bundle, models_of, pack_bundle, unpack_bundle
+from shared.calibration import InputRange
+from shared.choices import DEFAULT_RECIPE, Choices, beside
+from shared.cli import Overwrite, Refresh, run, size_text, to_json
+from shared.damage import node_data
 from shared.errors import ToolError
-from shared.machine import MIB, require_disk, require_memory
-from shared.runtime import ModelSource, open_model
-from shared.tflite import OpWeights, check_is_tflite, copy_appended_zip, read_op_weights
+from shared.executors import dask_cluster, local_processes
+from shared.machine import require_disk
+from shared.measured import Measured
+from shared.pressed import GateKept, Pressed
+from shared.quantization import STATISTICS, Quantizer, Wish
+from shared.recipes import ALIASES, read_recipe_file
+from shared.search import Target
+from shared.tflite import check_is_tflite
 
 PACKAGES = ("ai-edge-quantizer", "ai-edge-litert", "numpy")
-# Measured at 33.4 M and 773.7 M parameters: libraries, and the weights already quantized.
-BASE_MEMORY = 300 * MIB
-MEMORY_PER_BYTE = 0.3
-QUANTIZE_TIMEOUT_S = 3600.0
-RULE_KEYS = {"regex": str, "operation": str, "algorithm_key": str, "op_config": dict}
-FLOATS = ("FLOAT32", "FLOAT64")
-
-FP16_RECIPE = "weight_only_wfp16_afp32"  # ours: the library has the algorithm, but no recipe of that kind
-INT4_RECIPE = "dynamic_wi4_afp32_over_wi8"  # ours: int4 where it is supported, int8 elsewhere
-STATIC = ("int8-static", "int16x8")  # known by name, refused until there are calibration sets
-ALIASES = {
-    "fp16": FP16_RECIPE,
-    "int8": "dynamic_wi8_afp32",
-    "int8-weight-only": "weight_only_wi8_afp32",
-    "int4": INT4_RECIPE,
-    "int8-static": "static_wi8_ai8",
-    "int16x8": "static_wi8_ai16",
-}
-
-RECIPE_HELP = f"Recipe: {', '.join(name for name in ALIASES if name not in STATIC)}, a name of AI Edge Quantizer, or a .json file."
-
-Rules = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class OpTypeCoverage:
-    """What became of the weights of one op type.
-
-    Args:
-        op_type: Builtin operator, such as CONV_2D.
-        ops: Ops of this type that have constant operands.
-        quantized: How many of them have smaller weights now.
-        weight_bytes: Bytes of their weights before; of each op, its largest constant.
-        quantized_weight_bytes: How many of these bytes belong to quantized ops.
-        bytes_after: Bytes of the weights now.
-        dtypes: Types of the weights now.
-        reason: Why the rest stayed as it was; empty where nothing did.
-    """
-
-    op_type: str
-    ops: int
-    quantized: int
-    weight_bytes: int
-    quantized_weight_bytes: int
-    bytes_after: int
-    dtypes: list[str]
-    reason: str
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """Recipe and coverage of a quantized model."""
-
-    recipe: str
-    expansion: str
-    op_types: list[OpTypeCoverage]
-    size_before_bytes: int
-    peak_rss_bytes: int
+RECIPE_HELP = f"Recipe: {', '.join(ALIASES)}, a name of AI Edge Quantizer, none, or a .json file; default: {DEFAULT_RECIPE}."
 
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """Result of quantize_tflite."""
+    """Result of quantize_tflite; without a product where a limit was broken."""
 
     source: Path
-    product: Product
-    coverage: Coverage
+    product: Product | None
+    found: Pressed
     message: str
+    page: Product | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether every limit was kept."""
+        return self.found.ok
 
     def __rich__(self) -> RenderableType:
-        table = Table(
-            "op type", "quantized", "weights before", "after", "now", "why not all", title=f"{self.source} -> {self.product.path}"
-        )
-        for row in self.coverage.op_types:
-            counts = f"{row.quantized} of {row.ops}"
-            table.add_row(
-                row.op_type, counts, size_text(row.weight_bytes), size_text(row.bytes_after), ", ".join(row.dtypes), row.reason
-            )
-        return Lines(table, self.message)
+        return Lines(*self.found.tables(), self.message)
 
 
-def recipe_names() -> list[str]:
-    """Return the recipe names of AI Edge Quantizer and our own; aliases not included."""
-    from ai_edge_quantizer import recipe
+class _LimitBrokenError(Exception):
+    """A product broke a limit; what was found about it comes along."""
 
-    published = [name for name, _ in inspect.getmembers(recipe, inspect.isfunction) if re.match(r"dynamic|weight|static", name)]
-    return sorted([*published, FP16_RECIPE, INT4_RECIPE])
-
-
-def resolve_recipe(recipe: str) -> tuple[str, Rules]:
-    """Return the full name and the rules of an alias, a recipe name, or a JSON file in AI Edge Quantizer's schema.
-
-    Raises:
-        ToolError: Unknown name (with the near miss), or a file with a wrong rule.
-    """
-    from ai_edge_quantizer import recipe as published
-
-    if recipe.endswith(".json"):
-        return recipe, _read_rules(Path(recipe))
-    name = ALIASES.get(recipe, recipe)
-    names = recipe_names()
-    if name not in names:
-        known = [*ALIASES, *names]
-        near = difflib.get_close_matches(recipe.lower(), known, n=1, cutoff=0.4)
-        remedy = f"did you mean {near[0]}?" if near else "name one of them or a .json file"
-        raise ToolError(f"unknown recipe '{recipe}'", expected="one of " + ", ".join(known), remedy=remedy)
-    if name == FP16_RECIPE:
-        weights = {"num_bits": 16, "symmetric": True, "granularity": "TENSORWISE", "dtype": "FLOAT"}
-        config = {"weight_tensor_config": weights, "compute_precision": "FLOAT", "explicit_dequantize": True}
-        return name, [{"regex": ".*", "operation": "*", "algorithm_key": "float_casting", "op_config": config}]
-    if name == INT4_RECIPE:
-        # The library lets the last rule win that supports the op. Two rules need two regexes, hence the '^'.
-        return name, [*published.dynamic_wi8_afp32(), {**published.dynamic_wi4_afp32()[0], "regex": "^.*"}]
-    rules: Rules = getattr(published, name)()
-    return name, rules
+    def __init__(self, found: Pressed) -> None:
+        super().__init__()
+        self.found = found
 
 
-def _read_rules(path: Path) -> Rules:
-    if not path.is_file():
-        raise ToolError("no such recipe file", where=path)
-    try:
-        rules = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ToolError("the recipe is not valid JSON", where=path, got=error) from None
-    if not isinstance(rules, list) or not rules:
-        raise ToolError(
-            "the recipe is no list of rules", where=path, got=type(rules).__name__, remedy="see AI Edge Quantizer's recipes"
-        )
-    whole_scopes = set()
-    for number, rule in enumerate(rules, start=1):
-        needed = RULE_KEYS.keys() - (
-            {"op_config"} if isinstance(rule, dict) and rule.get("algorithm_key") == "no_quantize" else set()
-        )
-        missing = sorted(needed - rule.keys()) if isinstance(rule, dict) else sorted(needed)
-        if missing:
-            raise ToolError(f"rule {number} lacks {', '.join(missing)}", where=path)
-        wrong = [key for key, kind in RULE_KEYS.items() if key in rule and not isinstance(rule[key], kind)]
-        if wrong:
-            raise ToolError(f"rule {number}: wrong type of {', '.join(wrong)}", where=path)
-        try:
-            re.compile(rule["regex"])
-        except (re.error, RecursionError) as error:
-            raise ToolError(f"rule {number}: bad regex {rule['regex']!r}: {error}", where=path) from None
-        if rule["operation"] == "*" and rule["regex"] in whole_scopes:
-            remedy = "write the same regex differently, e.g. with '^' before it"
-            raise ToolError(
-                f"rule {number} would delete an earlier '*' rule with the regex {rule['regex']!r}", where=path, remedy=remedy
-            )
-        whole_scopes |= {rule["regex"]} if rule["operation"] == "*" else set()
-    return rules
+def _is_bundle(model: Path) -> bool:
+    """Return whether a file is a bundle; raise ToolError where it is neither that nor a TFLite model."""
+    if not model.is_file():
+        raise ToolError("no such model file", where=model, remedy="check the path")
+    if is_bundle(model):
+        return True
+    check_is_tflite(model)
+    return False
 
 
-def _quantize(source: Path, draft: Path, recipe: str, rules: Rules) -> int:
-    """Write the quantized model to `draft`; return the peak memory it took, in bytes."""
-    message = {"source": str(source), "draft": str(draft), "recipe": recipe, "rules": rules}
-    try:
-        with Child("shared.quantizer", QUANTIZE_TIMEOUT_S) as child:
-            child.ask(message)
-            return child.peak_rss_bytes
-    except ChildError as error:
-        raise ToolError(f"AI Edge Quantizer failed with recipe {recipe}", where=source, got=error) from None
+def _press(source: Path, wishes: dict[str, Wish], entries: Sequence[Entry] | None, folder: Path, draft: Path) -> Pressed:
+    """Write the product to `draft`: the pressed model, or the bundle with its models pressed; each model has its own workspace."""
+    inner = [(next(iter(wishes)), source)] if entries is None else [(name, entry.path) for name, entry in models_of(entries)]
+    kept = [] if entries is None else [entry.name for entry in entries if entry.entries is None and not entry.is_model]
+    pressed, replaced = [], {}
+    for name, path in inner:
+        wish = wishes[name]
+        if wish.in_bundle and not wish.base and not wish.rules and wish.search is None:
+            kept.append(name)
+            continue
+        workspace = _workspace(folder, name)
+        workspace.mkdir()
+        target = draft if entries is None else workspace / "product.tflite"
+        pressed.append(Quantizer(name, path, wish, workspace).press(target))
+        replaced[path] = target
+    if entries is not None:
+        idle = set.intersection(*(set(model.unmatched) for model in pressed)) if pressed else set()
+        if idle:
+            raise ToolError(f"no op of any model matches {', '.join(map(repr, sorted(idle)))}", where=source)
+        pack_bundle(entries, draft, replaced)
+    return Pressed(pressed, sorted(kept))
 
 
-def measure_coverage(before: list[OpWeights], after: list[OpWeights], rules: Rules) -> list[OpTypeCoverage]:
-    """Compare the weights of two models op by op, matched by name; one row per op type, largest weights first."""
-    now = {op.name: op for op in after}
-    rows = []
-    for op_type in dict.fromkeys(op.op_type for op in before):
-        ops = [op for op in before if op.op_type == op_type]
-        smaller = [op for op in ops if op.name in now and now[op.name].size_weights < op.size_weights]
-        left = [op for op in ops if op not in smaller]
-        reasons = Counter(_why_left(op, rules) for op in left)
-        rows.append(
-            OpTypeCoverage(
-                op_type=op_type,
-                ops=len(ops),
-                quantized=len(smaller),
-                weight_bytes=sum(op.size_weights for op in ops),
-                quantized_weight_bytes=sum(op.size_weights for op in smaller),
-                bytes_after=sum(now.get(op.name, op).size_weights for op in ops),
-                dtypes=sorted({now.get(op.name, op).dtype for op in ops}),
-                reason="; ".join(f"{count} x {reason}" for reason, count in reasons.most_common()),
-            )
-        )
-    return sorted(rows, key=lambda row: -row.weight_bytes)
+def _workspace(folder: Path, name: str) -> Path:
+    return folder / name.replace("/", "_")
 
 
-def _why_left(op: OpWeights, rules: Rules) -> str:
-    """Return why the quantizer left an op as it was."""
-    if op.dtype not in FLOATS:
-        return f"weights are {op.dtype}, " + ("which the quantizer skips" if op.dtype == "FLOAT16" else "quantized already")
-    if op.code_is_old:
-        return "op code in the schema's old field, which the quantizer does not read"
-    matching = [rule for rule in rules if rule["operation"] in ("*", op.op_type) and re.search(rule["regex"], op.name + ";")]
-    if not matching:
-        return "no rule matches"
-    if matching[-1]["algorithm_key"] == "no_quantize":
-        return "excluded by a rule"
-    supporting = [rule for rule in matching if _supports(rule, op.op_type)]
-    if not supporting:
-        return "no rule supports this op type"
-    is_small = supporting[-1].get("op_config", {}).get("min_weight_elements", 0) > 0
-    return "fewer weights than the rule asks for" if is_small else "skipped by the quantizer"
+def _gated(found: Pressed, coverage: float | None, speedup: float | None) -> Pressed:
+    """Return what was found with the limits checked."""
+    gates = []
+    for model in found.models:
+        if coverage is not None:
+            share = model.coverage or 0.0
+            gates.append(GateKept(model.name, "coverage of weight bytes", share, coverage, share >= coverage))
+        if speedup is not None:
+            measured = model.measured.speedup if isinstance(model.measured, Measured) else None
+            gates.append(GateKept(model.name, "speed-up", measured, speedup, measured is not None and measured >= speedup))
+    return replace(found, gates=gates)
 
 
-def _supports(rule: dict[str, Any], op_type: str) -> bool:
-    """Whether the quantizer's policy knows the rule's configuration for an op type."""
-    from ai_edge_quantizer import algorithm_manager, qtyping
+def _files_beside(output: Path, found: Pressed, names: Sequence[str], folder: Path) -> dict[Path, bytes]:
+    """Return path -> content of what falls beside the product: recipe, calibration statistics, damage for Model Explorer."""
+    by_model = {model.name: model.rules for model in found.models}
+    recipe: Any = by_model if len(names) > 1 or names[0] not in by_model else by_model[names[0]]
+    files = {output.with_name(f"{output.stem}_recipe.json"): (json.dumps(recipe, indent=1) + "\n").encode()}
+    for model in found.models:
+        if model.damage:
+            files[beside(output, model.name, names, "node_data.json")] = (node_data(model.name, model.damage) + "\n").encode()
+        if (statistics := _workspace(folder, model.name) / STATISTICS).is_file():
+            files[beside(output, model.name, names, STATISTICS)] = statistics.read_bytes()
+    return files
 
-    try:
-        config = qtyping.OpQuantizationConfig.from_dict(rule["op_config"])
-        operation = qtyping.TFLOperationName(op_type)
-        algorithm_manager.check_op_quantization_config(rule["algorithm_key"], operation, config)
-    except (ValueError, KeyError, TypeError):
-        return False
-    return True
+
+def _write_page(path: Path, source: Path, found: Pressed, message: str, *, overwrite: bool, refresh: bool) -> Product:
+    """Write what was found as one HTML page."""
+    from shared.pages import STYLE
+    from shared.quantization_page import TEMPLATE, QuantizationPage, write_page
+
+    arguments = {"found": hashlib.sha256(f"{source.name} {to_json(found)}".encode()).hexdigest()}
+    plan = Plan(path, "quantize_tflite", arguments, [TEMPLATE, STYLE], ("jinja2",), overwrite=overwrite, refresh=refresh)
+    product, _ = artifacts.build(plan, QuantizationPage, lambda draft: write_page(draft, source, found, message))
+    return product
+
+
+def _message(result: Pressed, product: Product, size_before: int) -> str:
+    head = "up to date: " if product.up_to_date else ""
+    reduction = 1 - product.size_bytes / size_before
+    change = f"{abs(reduction):.1%} {'smaller' if reduction >= 0 else 'LARGER'}"
+    slow = [model.name for model in result.models if isinstance(model.measured, Measured) and model.measured.is_slower]
+    warning = f"; SLOWER than before: {', '.join(slow)}" if slow else ""
+    size = f"{size_text(size_before)} -> {size_text(product.size_bytes)}, {change}"
+    return f"{head}{product.path}: {size}; {product.seconds:.1f} s{warning}"
 
 
 def quantize_tflite(
-    model: Annotated[Path, typer.Argument(help="Float .tflite model.")],
+    model: Annotated[Path, typer.Argument(help="A .tflite model or a MediaPipe .task bundle.")],
     *,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: <model>_<recipe>.tflite.")] = None,
-    recipe: Annotated[str, typer.Option(help=RECIPE_HELP)] = "int8",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: <model>_<recipe>.")] = None,
+    recipe: Annotated[str | None, typer.Option(help=RECIPE_HELP)] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(help="SELECTOR=RECIPE: an op type, or a regex on op names; in bundles MODEL=RECIPE, MODEL:SELECTOR=RECIPE."),
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Op type or regex on op names that stays as it is.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Op type or regex on op names; the recipe holds there alone.")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Real inputs: folder of images, manifest or .npz; for a bundle a folder with <inner model>.npz; or statistics."
+        ),
+    ] = None,
+    input_range: Annotated[
+        InputRange | None, typer.Option(help="Range of the model's image input; default: as its metadata says.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Inputs of --calibration to take; default: all to calibrate, 16 to compare.")
+    ] = None,
+    io_dtype: Annotated[str, typer.Option(help="Inputs and outputs of static recipes: float32, int8 or int16.")] = "float32",
+    correct_bias: Annotated[
+        bool, typer.Option(help="Take back what quantized weights shift on average; needs --calibration.")
+    ] = True,
+    require_coverage: Annotated[float | None, typer.Option(min=0, max=1, help="Gate: share of weight bytes quantized.")] = None,
+    min_speedup: Annotated[float | None, typer.Option(min=0, help="Gate: latency before over after, of each model.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Measure what each layer alone does to the answers.")] = False,
+    max_drop: Annotated[
+        list[str] | None,
+        typer.Option(help="Search mixed precision within this relative error; [MODEL:][OUTPUT=]X limits one model or output."),
+    ] = None,
+    target: Annotated[Target, typer.Option(help="What the search makes small.")] = "size",
+    dask: Annotated[str | None, typer.Option(help="Measure candidates on the Dask cluster at this address.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write what was found as one HTML page.")] = None,
     overwrite: Overwrite = False,
     refresh: Refresh = False,
 ) -> QuantizedModel:
-    """Quantize a TFLite model with an AI Edge Quantizer recipe, and say what became of every layer.
+    """Quantize a TFLite model or a MediaPipe bundle, and say what became of every layer.
 
-    Inputs and outputs stay float32. The appended metadata is kept.
+    Float16 and sparse weights are unfolded first, exactly. Inputs and outputs stay float32, metadata is kept. The product is run
+    beside the original before it gets its name: latency, and how far the answers moved. The recipe falls beside it.
 
     Raises:
-        ToolError: No TFLite model, unknown or unfit recipe, no op that the recipe changes, or no place to write.
+        ToolError: Damaged or hostile file, unknown or unfit recipe, a rule that matches no op, nothing changed, no place to write.
     """
-    check_is_tflite(model)
-    expansion, rules = resolve_recipe(recipe)
-    output = output or model.with_name(f"{model.stem}_{Path(recipe).stem}.tflite")
-    size = model.stat().st_size
+    bundled = _is_bundle(model)
+    choices = Choices(
+        recipe,
+        rule or [],
+        exclude or [],
+        only or [],
+        max_drop or [],
+        target,
+        calibration,
+        input_range,
+        samples,
+        io_dtype,
+        correct_bias,
+        debug,
+        bundled,
+    )
+    label = "search" if max_drop else Path(recipe or DEFAULT_RECIPE).stem
+    output = output or model.with_name(f"{model.stem}_{label}{'.task' if bundled else '.tflite'}")
+    executor = partial(dask_cluster, dask) if dask else local_processes
 
-    def make(draft: Path) -> Coverage:
-        require_memory(BASE_MEMORY + int(size * MEMORY_PER_BYTE), "quantize this model")
-        require_disk(size, draft.parent, "write the quantized model")
-        before = read_op_weights(model)
-        with step(f"quantize {model.name} with {expansion}"):
-            peak = _quantize(model, draft, recipe, rules)
-        rows = measure_coverage(before, read_op_weights(draft), rules)
-        if not any(row.quantized for row in rows):
-            reasons = "; ".join(sorted({f"{row.op_type} {row.reason}" for row in rows})) or "it has no constant operands"
+    with tempfile.TemporaryDirectory(prefix="edgepress-") as temporary:
+        folder = Path(temporary)
+        entries = unpack_bundle(model, folder / "bundle") if bundled else None
+        names = [model.name] if entries is None else [name for name, _ in models_of(entries)]
+        wishes = {name: choices.wish(name, names, output, executor) for name in names}
+        _require_sense(choices, wishes, model)
+        falling = [output.with_name(f"{output.stem}_recipe.json"), *(beside(output, name, names, STATISTICS) for name in names)]
+        _require_free(output, falling, overwrite=overwrite)
+        if html is not None:
+            artifacts.require_not_anothers(html, overwrite=overwrite)
+        size = model.stat().st_size
+
+        def make(draft: Path) -> Pressed:
+            require_disk(2 * size, draft.parent, "write the quantized model")
+            found = _gated(_press(model, wishes, entries, folder, draft), require_coverage, min_speedup)
+            if not found.ok:
+                raise _LimitBrokenError(found)
+            return found
+
+        arguments = {
+            "models": {name: wish.as_arguments() for name, wish in wishes.items()},
+            "limits": {"coverage": require_coverage, "speedup": min_speedup},
+        }
+        read = [file for wish in wishes.values() for file in wish.files()]
+        plan = Plan(output, "quantize_tflite", arguments, [model, *read], PACKAGES, overwrite=overwrite, refresh=refresh)
+        try:
+            product, found = artifacts.build(plan, Pressed, make)
+        except _LimitBrokenError as error:
+            return QuantizedModel(model, None, error.found, f"FAILED: {error.found.broken()}; nothing was written")
+        for path, content in _files_beside(output, found, names, folder).items():
+            _write_beside(path, content)
+    message = _message(found, product, size)
+    page = None if html is None else _write_page(html, model, found, message, overwrite=overwrite, refresh=refresh)
+    return QuantizedModel(model, product, found, f"{message}{f'; see {page.path}' if page else ''}", page)
+
+
+def _require_sense(choices: Choices, wishes: dict[str, Wish], model: Path) -> None:
+    """Raise ToolError for options that contradict each other, or that lead nowhere."""
+    if not wishes:
+        raise ToolError(
+            "the bundle holds no TFLite model", where=model, remedy="quantize_tflite is for bundles with .tflite models"
+        )
+    if choices.recipe is not None and choices.recipe.endswith(".json") and choices.in_bundle:
+        content = read_recipe_file(Path(choices.recipe))
+        if isinstance(content, dict) and (strange := sorted(content.keys() - wishes.keys())):
+            expected = "some of " + ", ".join(wishes)
             raise ToolError(
-                f"recipe {recipe} changes no op of this model", where=model, got=reasons, remedy="choose another recipe"
+                "the recipe is for models that the bundle lacks", where=choices.recipe, got=", ".join(strange), expected=expected
             )
-        copy_appended_zip(model, draft)
-        _require_loads(draft)
-        return Coverage(recipe, expansion, rows, size, peak)
-
-    arguments = {"recipe": expansion, "rules": rules}
-    plan = Plan(output, "quantize_tflite", arguments, [model], PACKAGES, overwrite=overwrite, refresh=refresh)
-    product, coverage = artifacts.build(plan, Coverage, make)
-    reduction = 1 - product.size_bytes / coverage.size_before_bytes
-    change = f"{size_text(coverage.size_before_bytes)} -> {size_text(product.size_bytes)}, {reduction:.1%} smaller"
-    head = "up to date: " if product.up_to_date else ""
-    message = f"{head}{coverage.recipe} = {coverage.expansion}: {change}; {product.seconds:.1f} s"
-    return QuantizedModel(model, product, coverage, message)
+    if choices.calibration is not None and not any(wish.samples or wish.statistics for wish in wishes.values()):
+        expected = ", ".join(f"{Path(name).stem}.npz" for name in wishes)
+        raise ToolError("no samples for any model of the bundle", where=choices.calibration, expected=expected)
 
 
-def _require_loads(draft: Path) -> None:
-    """Raise ToolError unless the runtime accepts the file; reference kernels, so that nothing is packed."""
-    try:
-        with open_model(ModelSource(draft), kernels="reference"):
-            pass
-    except ChildError as error:
-        raise ToolError("the quantized model does not load; nothing was kept", got=error, remedy="choose another recipe") from None
+def _require_free(output: Path, falling: Sequence[Path], *, overwrite: bool) -> None:
+    """Raise ToolError where a file that falls beside the product would replace one that is not ours."""
+    taken = next((path for path in falling if path.exists()), None)
+    if taken is not None and not overwrite and artifacts.read_provenance(output) is None:
+        raise ToolError(
+            "a file beside the output would be replaced", where=taken, remedy="use --overwrite, or another name with -o"
+        )
+
+
+def _write_beside(path: Path, content: bytes) -> None:
+    """Write a file that belongs to the product, unless it says the same already."""
+    if not path.is_file() or path.read_bytes() != content:
+        with artifacts.draft_beside(path) as draft:
+            draft.write_bytes(content)
+            draft.replace(path)
 
 
 if __name__ == "__main__":

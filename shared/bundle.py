@@ -1,0 +1,154 @@
+"""MediaPipe `.task` bundles: zip files whose entries the runtime maps where they lie, so all are stored and aligned.
+
+Source: https://github.com/google-ai-edge/mediapipe/blob/v0.10.21/mediapipe/tasks/cc/metadata/utils/zip_utils.cc (what the
+    runtime reads) and .../tasks/python/metadata/metadata_writers/model_asset_bundle_utils.py (what the official packer writes).
+    We align to 64 bytes, not 4, by an extra field as Android's zipalign does, not by loose zero bytes: other readers accept it too.
+"""
+
+import mmap
+import shutil
+import struct
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from shared.errors import ToolError, first_line
+from shared.tflite import IDENTIFIER, ZIP_DAMAGE
+
+ALIGNMENT = 64  # bytes; weights inside a model lie at multiples of 16
+EXTRA_ID = 0xD935  # Android's zipalign: alignment, then padding
+MAX_ENTRIES = 256
+MAX_DEPTH = 3  # bundles inside bundles; the deepest published one has one level
+LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # signature, version, flags, method, time, date, crc, sizes, lengths of name and extra
+UNDATED = (1980, 1, 1, 0, 0, 0)
+REMEDY = "download the bundle again"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of a bundle, unpacked.
+
+    Args:
+        name: Its name in the bundle.
+        path: Where its content lies.
+        entries: Its own entries where it is a bundle itself, else None.
+    """
+
+    name: str
+    path: Path
+    entries: "tuple[Entry, ...] | None" = None
+
+    @property
+    def is_model(self) -> bool:
+        """Whether this is a TFLite model."""
+        with self.path.open("rb") as file:
+            return file.read(8)[4:] == IDENTIFIER
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a file looks like a zip file rather than a model with a zip behind it; the official ones don't start with 'PK'."""
+    with path.open("rb") as file:
+        return file.read(8)[4:] != IDENTIFIER and zipfile.is_zipfile(path)
+
+
+def unpack_bundle(path: Path, folder: Path, depth: int = 1) -> tuple[Entry, ...]:
+    """Copy a bundle's entries into a folder, bundles inside it too.
+
+    Raises:
+        ToolError: Anything but a plain zip of stored, checksummed entries that lie one behind the other.
+    """
+    if depth > MAX_DEPTH:
+        raise ToolError(f"bundles lie in each other more than {MAX_DEPTH} deep", where=path, remedy=REMEDY)
+    folder.mkdir()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _require_plain(archive, path)
+            return tuple(_unpack(archive, info, folder / f"{number}", depth) for number, info in enumerate(archive.infolist()))
+    except ZIP_DAMAGE as error:
+        raise ToolError("damaged bundle", where=path, got=first_line(error), remedy=REMEDY) from None
+
+
+def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, place: Path, depth: int) -> Entry:
+    with archive.open(info) as data, place.open("wb") as file:  # checks the CRC at the end
+        shutil.copyfileobj(data, file)
+    entries = unpack_bundle(place, place.with_name(place.name + "_entries"), depth + 1) if is_bundle(place) else None
+    return Entry(info.filename, place, entries)
+
+
+def _require_plain(archive: zipfile.ZipFile, path: Path) -> None:
+    """Raise ToolError unless the bundle is what every reader of zip files sees alike."""
+    infos = archive.infolist()
+    names = [info.filename for info in infos]
+
+    def refuse(what: str, name: str) -> None:
+        raise ToolError(what, where=path, got=f"entry {name!r}", remedy=REMEDY)
+
+    if not infos or len(infos) > MAX_ENTRIES:
+        raise ToolError("not a MediaPipe bundle", where=path, got=f"{len(infos)} entries", expected=f"1 to {MAX_ENTRIES}")
+    for info in infos:
+        name = info.filename
+        if names.count(name) > 1:
+            refuse("two entries of the bundle have the same name", name)
+        if not name.isprintable() or "\\" in name or name.startswith("/") or {"..", "."} & set(PurePosixPath(name).parts):
+            refuse("an entry's name leads out of the bundle", name)
+        if name.endswith("/"):
+            refuse("the bundle holds a folder", name)
+        if info.flag_bits & 0x41:
+            refuse("an entry is encrypted", name)
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            refuse("an entry is compressed; MediaPipe reads stored ones only", name)
+    _require_in_a_row(infos, archive.start_dir, path)
+
+
+def _require_in_a_row(infos: list[zipfile.ZipInfo], end: int, path: Path) -> None:
+    """Raise ToolError unless entries lie one behind the other, local and central headers agree, and gaps hold zeros only."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        reached = 0
+        for info in sorted(infos, key=lambda info: info.header_offset):
+            start = info.header_offset
+            if start < reached or content[reached:start].strip(b"\0"):
+                raise ToolError("something lies between or across the bundle's entries", where=path, remedy=REMEDY)
+            header = LOCAL_HEADER.unpack(content[start : start + LOCAL_HEADER.size])
+            signature, _, flags, method, _, _, crc, packed, size, name_length, extra_length = header
+            behind = start + LOCAL_HEADER.size
+            name = content[behind : behind + name_length]
+            has_descriptor = flags & 0x08  # sizes follow the data; the runtime reads those of the central directory
+            agrees = has_descriptor or (crc, packed, size) == (info.CRC, info.compress_size, info.file_size)
+            if signature != b"PK\3\4" or method != 0 or name.decode("utf-8", "replace") != info.orig_filename or not agrees:
+                raise ToolError("an entry's two headers differ", where=path, got=f"entry {info.filename!r}", remedy=REMEDY)
+            reached = behind + name_length + extra_length + info.file_size + (16 if has_descriptor else 0)
+        if reached > end:
+            raise ToolError("an entry reaches into the bundle's directory", where=path, remedy=REMEDY)
+
+
+def models_of(entries: Sequence[Entry], prefix: str = "") -> Iterator[tuple[str, Entry]]:
+    """Yield the TFLite models of a bundle and of the bundles in it, named such as 'hand_landmarker.task/hand_detector.tflite'."""
+    for entry in entries:
+        if entry.entries is not None:
+            yield from models_of(entry.entries, f"{prefix}{entry.name}/")
+        elif entry.is_model:
+            yield prefix + entry.name, entry
+
+
+def pack_bundle(entries: Sequence[Entry], output: Path, replaced: dict[Path, Path]) -> None:
+    """Write a bundle: entries in their order, stored, undated, data at multiples of 64 bytes; the same content, the same bytes.
+
+    Args:
+        entries: What `unpack_bundle` returned.
+        output: The file to write.
+        replaced: Which entries' contents come from another file, by the entry's own path.
+    """
+    with zipfile.ZipFile(output, "w", zipfile.ZIP_STORED) as archive:
+        for entry in entries:
+            content = replaced.get(entry.path, entry.path)
+            if entry.entries is not None:
+                content = entry.path.with_name(entry.path.name + "_packed")
+                pack_bundle(entry.entries, content, replaced)
+            info = zipfile.ZipInfo(entry.name, date_time=UNDATED)
+            info.create_system, info.external_attr, info.file_size = 3, 0o644 << 16, content.stat().st_size
+            assert archive.fp is not None
+            header = archive.fp.tell() + LOCAL_HEADER.size + len(entry.name.encode()) + 6
+            info.extra = struct.pack("<3H", EXTRA_ID, 2 + -header % ALIGNMENT, ALIGNMENT) + bytes(-header % ALIGNMENT)
+            with content.open("rb") as data, archive.open(info, "w") as file:
+                shutil.copyfileobj(data, file)

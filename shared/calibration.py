@@ -1,0 +1,243 @@
+"""Calibration sets: real inputs for one model, from images or arrays, one sample in memory at a time.
+
+A set is a folder of images, a manifest naming images, or an .npz with one array per model input, first axis the samples. Images
+become what the model takes only when the range of its input is known: from the model's own metadata, or from the user.
+"""
+
+import hashlib
+import itertools
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import ToolError
+from shared.images import image_files, read_pixels, stretch, to_image, to_layout
+from shared.runtime import TensorSpec, describe, image_spec
+from shared.tflite import ZIP_DAMAGE
+
+Sample = dict[str, NDArray[Any]]
+InputRange = Literal["0..1", "-1..1", "0..255"]
+RANGES: dict[str, tuple[float, float]] = {"0..1": (0.0, 1.0), "-1..1": (-1.0, 1.0), "0..255": (0.0, 255.0)}
+IMAGES_KEY = "images"  # the name of the only array in an .npz that need not be the input's
+TOLERANCE = 0.05  # of the range's width: interpolation overshoots, and normalisation constants are rounded
+LEAST_SPAN = 0.1  # of the range's width: below it, all samples together are likelier of another scale
+MANIFEST_KEYS = ("samples", "tiles")
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Where samples come from, and how they become a model's inputs; small enough to be sent to other processes.
+
+    Args:
+        path: A folder of images, a manifest (.json), or an .npz.
+        input_range: Range of the model's image input where it is known.
+        most: Samples to take, spread evenly over the set; all when None.
+    """
+
+    path: Path
+    input_range: InputRange | None = None
+    most: int | None = None
+
+    def files(self) -> list[Path]:
+        """Return the files that the set is made of.
+
+        Raises:
+            ToolError: There is no such set.
+        """
+        if self.path.suffix == ".npz":
+            if not self.path.is_file():
+                raise ToolError("no such calibration set", where=self.path, expected="a folder of images, a manifest or an .npz")
+            return [self.path]
+        manifests = [path for path in (self.path, self.path / "manifest.json") if path.is_file()]
+        return [*manifests, *_listed_images(self.path)]
+
+    def sha256(self) -> str:
+        """Return a hash of everything that decides the samples."""
+        whole = hashlib.sha256(f"{self.input_range} {self.most}".encode())
+        for path in self.files():
+            with path.open("rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+        return whole.hexdigest()
+
+    def samples(self, inputs: list[TensorSpec]) -> Iterator[Sample]:
+        """Yield the samples one by one, each input in its spec's shape and dtype, values as the model takes them.
+
+        Raises:
+            ToolError: The set does not fit the model, is damaged, or holds NaN.
+        """
+        if self.path.suffix == ".npz":
+            yield from _spread(_read_npz(self.path, inputs), _npz_length(self.path), self.most)
+            return
+        files = _listed_images(self.path)
+        for file in _spread(iter(files), len(files), self.most):
+            yield _from_image(file, inputs, self.input_range)
+
+    def check(self, inputs: list[TensorSpec], declared: tuple[float, float] | None) -> int:
+        """Read every sample once, and raise ToolError unless they fit the model; return how many there are.
+
+        Args:
+            inputs: The model's inputs.
+            declared: Range that the model's metadata gives for its image input.
+        """
+        known = RANGES[self.input_range] if self.input_range else declared
+        count, low, high = 0, np.inf, -np.inf
+        for sample in self.samples(inputs):
+            count += 1
+            for spec in inputs:
+                values = sample[spec.name]
+                if not np.isfinite(values).all():
+                    raise ToolError(
+                        "a calibration sample holds NaN or infinity", where=self.path, got=f"sample {count}, {spec.name}"
+                    )
+                low, high = min(low, float(values.min())), max(high, float(values.max()))
+        if count == 0:
+            raise ToolError("the calibration set is empty", where=self.path)
+        if known is not None and len(inputs) == 1:
+            _require_range(self.path, (low, high), known)
+        return count
+
+
+def choose_range(name: str | None, declared: tuple[float, float] | None, where: Path) -> InputRange | None:
+    """Return the range of a model's image input: as the user says, else as its metadata does; None where neither does.
+
+    Raises:
+        ToolError: The two differ.
+    """
+    near = next(
+        (key for key, limits in RANGES.items() if declared and np.allclose(limits, declared, atol=0.02 * np.ptp(limits))), None
+    )
+    if name is not None and near is not None and name != near:
+        raise ToolError("--input-range differs from the model's own metadata", where=where, got=name, expected=near)
+    return name or near  # type: ignore[return-value]
+
+
+def _require_range(path: Path, found: tuple[float, float], known: tuple[float, float]) -> None:
+    width = known[1] - known[0]
+    outside = found[0] < known[0] - TOLERANCE * width or found[1] > known[1] + TOLERANCE * width
+    if outside or found[1] - found[0] < LEAST_SPAN * width:
+        raise ToolError(
+            "the calibration samples are of another range than the model's input",
+            where=path,
+            got=f"values from {found[0]:.4g} to {found[1]:.4g}",
+            expected=f"{known[0]:g} to {known[1]:g}",
+            remedy="scale them as the model takes them, or correct --input-range",
+        )
+
+
+def _spread(items: Iterator[Any], length: int, most: int | None) -> Iterator[Any]:
+    """Yield `most` of the items, evenly spread; all where there are no more."""
+    if most is None or length <= most:
+        yield from items
+        return
+    wanted = {number * length // most for number in range(most)}
+    yield from (item for number, item in enumerate(items) if number in wanted)
+
+
+def _listed_images(path: Path) -> list[Path]:
+    """Return the images in a folder, or those that a manifest names, relative to itself."""
+    if path.is_dir():
+        manifest = path / "manifest.json"
+        return _listed_images(manifest) if manifest.is_file() else image_files(path)
+    if not path.is_file():
+        raise ToolError("no such calibration set", where=path, expected="a folder of images, a manifest or an .npz")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        entries = next(content[key] for key in MANIFEST_KEYS if key in content)
+        names = [entry["file"] for entry in entries]
+        assert all(isinstance(name, str) for name in names)
+    except (ValueError, KeyError, TypeError, StopIteration, AssertionError, RecursionError):
+        expected = 'JSON such as {"samples": [{"file": "tile_0.png"}]}'
+        raise ToolError("no calibration manifest", where=path, expected=expected) from None
+    strange = [name for name in names if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+    if strange or not names:
+        raise ToolError("the manifest names no files beside it", where=path, got=strange[:1] or "none")
+    return [path.parent / name for name in names]
+
+
+def _from_image(file: Path, inputs: list[TensorSpec], input_range: InputRange | None) -> Sample:
+    spec = image_spec(inputs)
+    if spec is None:
+        remedy = "give an .npz with one array per input"
+        raise ToolError("images don't fit this model's inputs", where=file.parent, got=describe(inputs), remedy=remedy)
+    if input_range is None:
+        remedy = "say --input-range 0..1, -1..1 or 0..255"
+        raise ToolError("the model does not tell the range of its input", where=file.parent, remedy=remedy)
+    name, layout, size = spec
+    low, high = RANGES[input_range]
+    image = to_image(stretch(read_pixels(file), size))
+    return {name: to_layout(image * np.float32(high - low) + np.float32(low), layout)}
+
+
+def _npz_arrays(archive: zipfile.ZipFile, path: Path) -> dict[str, tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]]:
+    """Return stream, shape and dtype of each array of an .npz, positioned at its first value."""
+    found = {}
+    for name in archive.namelist():
+        stream = archive.open(name)
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, is_fortran, dtype = read(stream)
+        if is_fortran or dtype.hasobject or not shape:
+            raise ToolError(
+                "an array of the calibration set has no samples along its first axis", where=path, got=f"{name} {shape}"
+            )
+        found[name.removesuffix(".npy")] = stream, shape, dtype
+    return found
+
+
+def _npz_length(path: Path) -> int:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            lengths = {shape[0] for _, shape, _ in _npz_arrays(archive, path).values()}
+    except FileNotFoundError:
+        raise ToolError("no such calibration set", where=path) from None
+    except ZIP_DAMAGE as error:
+        raise ToolError("damaged .npz", where=path, got=error) from None
+    if len(lengths) != 1:
+        raise ToolError("the arrays of the calibration set differ in length", where=path, got=sorted(lengths))
+    return int(lengths.pop())
+
+
+def _read_npz(path: Path, inputs: list[TensorSpec]) -> Iterator[Sample]:
+    """Yield the samples of an .npz; reads as it goes, so that a set may be larger than memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            arrays = _npz_arrays(archive, path)
+            source = {spec.name: spec.name for spec in inputs}
+            if len(inputs) == 1 and len(arrays) == 1 and inputs[0].name not in arrays and IMAGES_KEY in arrays:
+                source = {inputs[0].name: IMAGES_KEY}
+            missing = [spec.name for spec in inputs if source[spec.name] not in arrays]
+            if missing:
+                raise ToolError(
+                    "the calibration set lacks inputs of the model", where=path, got=sorted(arrays), expected=describe(inputs)
+                )
+            for spec in inputs:
+                _require_fits(path, spec, *arrays[source[spec.name]][1:])
+            for _ in range(arrays[source[inputs[0].name]][1][0]):
+                yield {spec.name: _next_sample(spec, *arrays[source[spec.name]]) for spec in inputs}
+    except ZIP_DAMAGE as error:
+        raise ToolError("damaged .npz", where=path, got=error) from None
+
+
+def _require_fits(path: Path, spec: TensorSpec, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Raise ToolError unless an array's samples have an input's shape, with or without its batch axis of one."""
+    inner = tuple(itertools.dropwhile(lambda size: size == 1, shape[1:]))
+    wanted = tuple(itertools.dropwhile(lambda size: size == 1, spec.shape))
+    if inner != wanted or dtype.kind not in "fiu":
+        expected = f"({shape[0]}, {', '.join(map(str, wanted))}) {spec.dtype}"
+        raise ToolError(
+            f"the calibration set does not fit input '{spec.name}'", where=path, got=f"{shape} {dtype}", expected=expected
+        )
+
+
+def _next_sample(spec: TensorSpec, stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    size = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
+    data = stream.read(size)
+    if len(data) < size:
+        raise EOFError("an array ends early")
+    return np.frombuffer(data, dtype).astype(spec.dtype).reshape(spec.shape)

@@ -1,0 +1,261 @@
+"""Quantize one candidate of a model, run it in the real interpreter on real samples, and say how far its answers moved.
+
+Runs wherever an executor puts it: everything it needs comes with the job, and the model and the samples are read from their paths.
+"""
+
+import contextlib
+import functools
+import hashlib
+import mmap
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.bias import Patches, correct_biases, layers, mean_patches
+from shared.calibration import CalibrationSet, Sample
+from shared.errors import ToolError
+from shared.recipes import Rules
+from shared.runtime import TensorSpec, sample_inputs
+from shared.upstream import large_weights_quantized
+
+Array = NDArray[Any]
+Outputs = list[Array]
+TIMED_RUNS = 11
+SEEDED = 4  # made-up samples where there are no others
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that candidates are made of, and what they are run on.
+
+    Args:
+        path: A repaired float .tflite file, readable wherever a job runs.
+        sha256: Its hash, so that another file in its place is noticed.
+        samples: Real inputs; seeded ones when None.
+        corrects_bias: Whether candidates get their biases corrected; only with real inputs.
+        pixel_range: Of seeded pictures.
+    """
+
+    path: Path
+    sha256: str
+    samples: CalibrationSet | None = None
+    corrects_bias: bool = True
+    pixel_range: tuple[float, float] = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One candidate to measure.
+
+    Args:
+        subject: The model.
+        rules: How to quantize it; empty leaves it in float.
+        tensor: Also compare this tensor inside the model.
+        is_timed: Also measure its latency, in turns with the float model.
+    """
+
+    subject: Subject
+    rules: Rules
+    tensor: str | None = None
+    is_timed: bool = False
+
+
+@dataclass(frozen=True)
+class Damage:
+    """How far quantizing moved a tensor, over all samples.
+
+    Args:
+        relative_error: Largest over the samples of the Euclidean norm of the difference, divided by the root mean square over the
+            samples of the norm of the float values. None where a value is no finite number.
+        snr_db: Signal-to-noise ratio, the energy of the float values over that of the difference; None without any difference.
+        cosine: Of the float and the quantized values, smallest over the samples; None where a side is all zeros.
+    """
+
+    relative_error: float | None
+    snr_db: float | None
+    cosine: float | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a candidate showed.
+
+    Args:
+        size_bytes: Size of its file; 0 where the quantizer or the runtime refuses it.
+        outputs: Damage to each output, in the model's order.
+        tensor: Damage to the tensor asked for.
+        slowdown: Its latency over the float model's, one thread each.
+    """
+
+    size_bytes: int
+    outputs: list[Damage]
+    tensor: Damage | None = None
+    slowdown: float | None = None
+
+
+def measure_candidate(job: Job) -> Outcome:
+    """Quantize and run one candidate.
+
+    Raises:
+        ToolError: The model can't be read here, or is another one; or the quantizer or the runtime refuses the candidate.
+    """
+    reference = _reference(job.subject)
+    quantized = _quantized(job.subject, job.rules)
+    candidate = _run(quantized, job.subject, job.tensor)
+    inside = None
+    if job.tensor is not None:
+        inside = measure_damage([o.pop() for o in _run(job.subject.path, job.subject, job.tensor)], [o.pop() for o in candidate])
+    slowdown = _slowdown(quantized, job.subject) if job.is_timed else None
+    pairs = zip(zip(*reference, strict=True), zip(*candidate, strict=True), strict=True)  # by output, then by sample
+    return Outcome(len(quantized), [measure_damage(r, c) for r, c in pairs], inside, slowdown)
+
+
+def measure_damage(reference: Sequence[Array], candidate: Sequence[Array]) -> Damage:
+    """Compare a tensor, sample by sample; any shape, float."""
+    flat = [(r.astype(np.float64).ravel(), c.astype(np.float64).ravel()) for r, c in zip(reference, candidate, strict=True)]
+    if not all(np.isfinite(side).all() for pair in flat for side in pair):
+        return Damage(None, None, None)
+    signal = np.array([r @ r for r, _ in flat])
+    noise = np.array([(r - c) @ (r - c) for r, c in flat])
+    cosines = [float(r @ c / np.sqrt((r @ r) * (c @ c))) for r, c in flat if r.any() and c.any()]
+    cosine = min(cosines, default=None)
+    if noise.max() == 0:
+        return Damage(0.0, None, cosine)
+    if signal.max() == 0:
+        return Damage(None, None, cosine)
+    return Damage(float(np.sqrt(noise.max() / signal.mean())), float(10 * np.log10(signal.sum() / noise.sum())), cosine)
+
+
+def corrected(subject: Subject, quantized: bytearray | mmap.mmap) -> int:
+    """Correct the biases inside a quantized model's bytes from the subject's samples; return of how many layers."""
+    if subject.samples is None or not subject.corrects_bias:
+        return 0
+    with _mapped(subject.path) as content:
+        return correct_biases(content, quantized, _patches(subject))
+
+
+@contextlib.contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    """Yield a file's bytes; the mapping ends when the last view of it does."""
+    with path.open("rb") as file:
+        yield mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+@functools.lru_cache(maxsize=2)
+def _reference(subject: Subject) -> list[Outputs]:
+    """Return the float model's outputs for every sample; kept for the next job of the same process."""
+    try:
+        with subject.path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        remedy = "all workers need the model and the samples at the same paths"
+        raise ToolError("the model is not here", where=subject.path, got=error.strerror, remedy=remedy) from None
+    if sha256 != subject.sha256:
+        raise ToolError("another model is in its place", where=subject.path)
+    return _run(subject.path, subject, None)
+
+
+@functools.lru_cache(maxsize=2)
+def _patches(subject: Subject) -> Patches:
+    """Return what bias correction needs to know of the float model's layers."""
+    interpreter = _interpreter(subject.path, preserve=True)
+    with _mapped(subject.path) as content:
+        wanted = {layer.input for layer in layers(content)}
+    sums: dict[int, Array] = {}
+    inputs = _inputs(interpreter)
+    samples = _samples(subject, inputs)
+    for sample in samples:
+        _feed(interpreter, sample, inputs)
+        interpreter.invoke()
+        for index in wanted:
+            sums[index] = sums.get(index, 0.0) + interpreter.get_tensor(index).astype(np.float64)
+    with _mapped(subject.path) as content:
+        return mean_patches(content, {index: total / len(samples) for index, total in sums.items()})
+
+
+@functools.lru_cache(maxsize=1)
+def _samples(subject: Subject, inputs: tuple[TensorSpec, ...]) -> list[Sample]:
+    if subject.samples is None:
+        return [sample_inputs(list(inputs), seed, subject.pixel_range) for seed in range(SEEDED)]
+    return list(subject.samples.samples(list(inputs)))
+
+
+def _quantized(subject: Subject, rules: Rules) -> bytearray:
+    if not rules:
+        return bytearray(subject.path.read_bytes())
+    os.environ["TQDM_DISABLE"] = "1"
+    from ai_edge_quantizer import quantizer
+
+    try:
+        with large_weights_quantized():
+            job = quantizer.Quantizer(str(subject.path), rules)
+            result = job.quantize(enable_progress_bar=False, enable_progress_report=False)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ToolError("AI Edge Quantizer rejects the recipe or the model", where=subject.path, got=error) from None
+    content = bytearray(result.quantized_model)
+    corrected(subject, content)
+    return content
+
+
+def _interpreter(model: Path | bytearray, *, preserve: bool = False) -> Any:
+    """Return a loaded interpreter with XNNPACK on one thread: so a candidate gives the same answers wherever it runs."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    source = {"model_path": str(model)} if isinstance(model, Path) else {"model_content": bytes(model)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that preserved tensors take memory
+        try:
+            interpreter = Interpreter(**source, num_threads=1, experimental_preserve_all_tensors=preserve)
+            interpreter.allocate_tensors()
+        except (RuntimeError, ValueError) as error:
+            raise ToolError("the runtime does not load the candidate", got=error) from None
+    return interpreter
+
+
+def _inputs(interpreter: Any) -> tuple[TensorSpec, ...]:
+    details = interpreter.get_input_details()
+    return tuple(TensorSpec(d["name"], tuple(map(int, d["shape"])), np.dtype(d["dtype"]).name) for d in details)
+
+
+def _feed(interpreter: Any, sample: Sample, inputs: Sequence[TensorSpec]) -> None:
+    for spec, tensor in zip(inputs, interpreter.get_input_details(), strict=True):
+        interpreter.set_tensor(tensor["index"], sample[spec.name])
+
+
+def _run(model: Path | bytearray, subject: Subject, tensor: str | None) -> list[Outputs]:
+    """Return the outputs for every sample, and behind them the tensor asked for."""
+    interpreter = _interpreter(model, preserve=tensor is not None)
+    inputs = _inputs(interpreter)
+    wanted = [d["index"] for d in interpreter.get_output_details()]
+    if tensor is not None:
+        wanted.append(next(d["index"] for d in interpreter.get_tensor_details() if d["name"] == tensor))
+    outputs = []
+    for sample in _samples(subject, inputs):
+        _feed(interpreter, sample, inputs)
+        interpreter.invoke()
+        outputs.append([interpreter.get_tensor(index) for index in wanted])
+    return outputs
+
+
+def _slowdown(candidate: bytearray, subject: Subject) -> float:
+    """Return the median latency of the candidate over the float model's, run in turns."""
+    sides = [_interpreter(subject.path), _interpreter(candidate)]
+    inputs = _inputs(sides[0])
+    sample = _samples(subject, inputs)[0]
+    times: list[list[float]] = [[], []]
+    for number in range(TIMED_RUNS + 1):
+        for side, of_side in zip(sides, times, strict=True):
+            _feed(side, sample, inputs)
+            start = time.perf_counter()
+            side.invoke()
+            if number:  # the first run allocates
+                of_side.append(time.perf_counter() - start)
+    return statistics.median(times[1]) / statistics.median(times[0])

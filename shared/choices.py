@@ -1,0 +1,156 @@
+"""A user's choices, and which of them are meant for which model of a bundle."""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from shared.calibration import CalibrationSet, InputRange
+from shared.errors import ToolError
+from shared.quantization import SearchWish, Wish
+from shared.recipes import Rules, check_rules, parse_selector, read_recipe_file, resolve_recipe
+from shared.search import Target
+
+DEFAULT_RECIPE = "int8"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The options that decide what is done to which model; each may be meant for one inner model of a bundle."""
+
+    recipe: str | None
+    rules: list[str]
+    exclude: list[str]
+    only: list[str]
+    max_drop: list[str]
+    target: Target
+    calibration: Path | None
+    input_range: InputRange | None
+    samples: int | None
+    io_dtype: str
+    corrects_bias: bool
+    debug: bool
+    in_bundle: bool
+
+    def wish(self, name: str, names: Sequence[str], output: Path, executor: Callable[[], AbstractContextManager[Executor]]) -> Wish:
+        """Return what is wanted of one model.
+
+        Args:
+            name: The model.
+            names: All models; just the one for a .tflite file.
+            output: The product, beside which files fall.
+            executor: Where candidates are measured.
+        """
+        mine = partial(_mine, name=name, names=names)
+        rules = [(text, *_split(text, "--rule SELECTOR=RECIPE")) for text in self.rules]
+        own = [(what, recipe) for _, selector, recipe in rules if (what := mine(selector)) is not None]
+        whole = [recipe for what, recipe in own if what == ""]
+        recipe = whole[-1] if whole else self.recipe or DEFAULT_RECIPE
+        expansion, base = _resolve(recipe, name, in_bundle=self.in_bundle)
+        selectors = {key: [parse_selector(what) for text in texts if (what := mine(text))] for key, texts in self._lists().items()}
+        limits = {} if whole else self._limits(name, names)
+        narrowed = [(parse_selector(what), chosen) for what, chosen in own if what]
+        if limits and (narrowed or selectors["only"]):
+            raise ToolError(
+                "--max-drop decides the recipe of each layer by itself", remedy="leave out --rule and --only, or --max-drop"
+            )
+        if limits and self.recipe is not None and len(names) == 1:
+            raise ToolError("--max-drop finds the recipe by itself", remedy="leave out --recipe, or --max-drop")
+        samples, statistics = self._calibration(name)
+        return Wish(
+            recipe="search" if limits else recipe,
+            expansion=f"mixed precision for {self.target}" if limits else expansion,
+            base=base,
+            only=selectors["only"],
+            rules=narrowed,
+            exclude=selectors["exclude"],
+            samples=samples,
+            input_range=self.input_range,
+            statistics=statistics,
+            io_dtype=self.io_dtype,
+            corrects_bias=self.corrects_bias,
+            search=SearchWish(limits, self.target, beside(output, name, names, "search.jsonl")) if limits else None,
+            debug=self.debug,
+            in_bundle=self.in_bundle,
+            executor=executor,
+        )
+
+    def _lists(self) -> dict[str, list[str]]:
+        return {"only": self.only, "exclude": self.exclude}
+
+    def _calibration(self, name: str) -> tuple[CalibrationSet | None, Path | None]:
+        """Return the samples of a model, or statistics from an earlier run."""
+        path = self.calibration
+        if path is None:
+            return None, None
+        if self.in_bundle:
+            stem = Path(name).stem
+            own = [found for found in (path / f"{stem}.npz", path / stem) if found.exists()]
+            if not own and any(path.glob("*.npz")):
+                return None, None
+            path = own[0] if own else path
+        if path.suffix == ".json" and "model_qsvs" in _json_keys(path):
+            return None, path
+        return CalibrationSet(path, self.input_range, self.samples), None
+
+    def _limits(self, name: str, names: Sequence[str]) -> dict[str, float]:
+        """Return output -> limit for a model; '' for all its other outputs; empty where it is not searched."""
+        limits = {}
+        for text in self.max_drop:
+            what, value = _split(text, "--max-drop [MODEL:][OUTPUT=]X") if "=" in text else ("", text)
+            try:
+                limit = float(value)
+            except ValueError:
+                limit = math.nan
+            if not 0 < limit < math.inf:
+                raise ToolError("--max-drop is no positive number", got=text, expected="such as 0.01, or OUTPUT=0.01")
+            mine = _mine(what, name=name, names=names) if what else ""
+            if mine is not None:
+                limits[mine] = limit
+        return limits
+
+
+def _resolve(recipe: str, name: str, *, in_bundle: bool) -> tuple[str, Rules]:
+    """Return the full name and the rules of a recipe for one model; a file may hold rules by inner model."""
+    if recipe.endswith(".json"):
+        content = read_recipe_file(Path(recipe))
+        if isinstance(content, dict) and in_bundle:
+            return recipe, check_rules(content[name], Path(recipe)) if content.get(name) else []
+    return resolve_recipe(recipe)
+
+
+def _split(text: str, form: str) -> tuple[str, str]:
+    what, equals, value = text.rpartition("=")
+    if not equals or not what or not value:
+        raise ToolError(f"not of the form {form}", got=text)
+    return what, value
+
+
+def _mine(text: str, *, name: str, names: Sequence[str]) -> str | None:
+    """Return what an option says for one model: '' for the whole of it, else a selector; None where it is about another.
+
+    Inner models are named as in the bundle, or by the last part of that name: MODEL, or MODEL:SELECTOR.
+    """
+    for other in sorted(names, key=len, reverse=True):
+        for called in dict.fromkeys((other, other.rpartition("/")[2])):
+            if text == called or text.startswith(f"{called}:"):
+                return text[len(called) + 1 :] if other == name else None
+    return text
+
+
+def _json_keys(path: Path) -> set[str]:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return set(content) if isinstance(content, dict) else set()
+    return set()
+
+
+def beside(output: Path, name: str, names: Sequence[str], what: str) -> Path:
+    """Return the path of a file that falls beside the product, for one model."""
+    inner = f"_{Path(name).stem}" if len(names) > 1 else ""
+    return output.with_name(f"{output.stem}{inner}_{what}")

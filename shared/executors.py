@@ -1,0 +1,54 @@
+"""Where candidates are measured: in processes of this machine, or on a Dask cluster."""
+
+import contextlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+
+from shared.child import die_with_parent
+from shared.errors import ToolError, first_line
+from shared.machine import cpu_count
+
+CONNECT_TIMEOUT_S = 15
+
+
+@contextlib.contextmanager
+def local_processes() -> Iterator[Executor]:
+    """Yield an executor with one process for each CPU; they end with this process, however it ends."""
+    context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks
+    with ProcessPoolExecutor(cpu_count(), mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)) as executor:
+        try:
+            yield executor
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _start_worker(parent: int) -> None:
+    """Tie a worker to its parent, and drop what libraries print: errors come back as exceptions."""
+    die_with_parent(parent)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+@contextlib.contextmanager
+def dask_cluster(address: str) -> Iterator[Executor]:
+    """Yield an executor over the workers of a Dask scheduler, such as tcp://10.0.0.5:8786.
+
+    Workers need this project installed, and the model and the samples at the same paths, such as on a shared disk.
+
+    Raises:
+        ToolError: Nobody answers there, or there are no workers.
+    """
+    from distributed import Client
+
+    try:
+        client = Client(address, timeout=CONNECT_TIMEOUT_S, set_as_default=False)
+    except (OSError, ValueError, TypeError) as error:
+        remedy = "start one with 'dask scheduler' and 'dask worker ADDRESS'"
+        raise ToolError("no Dask scheduler answers", where=address, got=first_line(error), remedy=remedy) from None
+    with client:
+        if not client.scheduler_info()["workers"]:
+            raise ToolError("the Dask scheduler has no workers", where=address, remedy=f"start some with 'dask worker {address}'")
+        yield client.get_executor()

@@ -1,0 +1,172 @@
+"""What quantizing a file found: the object behind the tool's tables, its JSON and its HTML page."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from rich.console import RenderableType
+from rich.table import Column, Table
+
+from shared.cli import size_text
+from shared.damage import LayerDamage
+from shared.measured import Measured
+from shared.quantization import PressedModel
+
+SHOWN = 8  # rows of long tables; the JSON has all
+LONGEST = 60  # characters of a name in a table
+
+
+@dataclass(frozen=True)
+class GateKept:
+    """A limit on one model, and whether it was kept; `value` is None where it could not be measured."""
+
+    model: str
+    name: str
+    value: float | None
+    limit: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Pressed:
+    """What became of a model, or of all models in a bundle.
+
+    Args:
+        models: One entry for each model that was quantized.
+        unchanged: Inner models and other entries of a bundle that were carried over byte for byte.
+        gates: Limits, and whether they were kept.
+    """
+
+    models: list[PressedModel]
+    unchanged: list[str] = field(default_factory=list)
+    gates: list[GateKept] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every limit was kept."""
+        return all(gate.ok for gate in self.gates)
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """Peak memory of the quantizer's processes."""
+        return max((model.peak_rss_bytes for model in self.models), default=0)
+
+    def tables(self) -> Iterator[RenderableType]:
+        """Yield the tables and sentences for a terminal."""
+        for model in self.models:
+            yield from _model_tables(model)
+        if self.unchanged:
+            yield f"carried over byte for byte: {', '.join(self.unchanged)}"
+        gates = Table("model", "gate", "value", "limit", "")
+        for gate in self.gates:
+            value = "not measured" if gate.value is None else f"{gate.value:.4g}"
+            gates.add_row(gate.model, gate.name, value, f"{gate.limit:g}", "ok" if gate.ok else "FAILED")
+        if gates.row_count:
+            yield gates
+
+    def broken(self) -> str:
+        """Return the broken limits in one line."""
+        return "; ".join(
+            f"{gate.model} {gate.name} {'not measured' if gate.value is None else format(gate.value, '.4g')}, limit {gate.limit:g}"
+            for gate in self.gates
+            if not gate.ok
+        )
+
+
+def _model_tables(model: PressedModel) -> Iterator[RenderableType]:
+    title = (
+        f"{model.name}: {model.recipe} = {model.expansion}" if model.recipe != model.expansion else f"{model.name}: {model.recipe}"
+    )
+    table = Table("op type", "quantized", "weights before", "after", "now", Column("why not all", overflow="fold"), title=title)
+    for row in model.op_types:
+        counts = f"{row.quantized} of {row.ops}"
+        before, after = size_text(row.weight_bytes), size_text(row.bytes_after)
+        table.add_row(row.op_type, counts, before, after, ", ".join(row.dtypes), row.reason)
+    yield table
+    if len(model.matches) > 1:
+        rules = Table(Column("rule", overflow="fold"), "op type", "precision", "ops matched", "decided")
+        for rule in model.matches[:SHOWN]:
+            rules.add_row(short_name(rule.regex), rule.operation, rule.precision, str(rule.matched), str(rule.decided))
+        yield rules
+    if model.left:
+        left = Table(Column("left as it was", overflow="fold"), "op type", "weights", Column("why", overflow="fold"))
+        for op in model.left[:SHOWN]:
+            left.add_row(short_name(op.name), op.op_type, size_text(op.weight_bytes), op.reason)
+        yield left
+        if len(model.left) > SHOWN:
+            yield f"and {len(model.left) - SHOWN} smaller ones; --json has all"
+    if model.damage:
+        yield _damage_table(model)
+    yield from sentences(model)
+
+
+def _damage_table(model: PressedModel) -> Table:
+    table = Table(
+        Column("layer, worst first", overflow="fold"),
+        "op type",
+        "weights",
+        "error at the layer",
+        "SNR",
+        "error at the output",
+        "cosine",
+        title="what each layer does alone",
+    )
+    for layer in model.damage[:SHOWN]:
+        table.add_row(*layer_cells(layer))
+    return table
+
+
+def layer_cells(layer: LayerDamage) -> Iterator[str]:
+    """Yield the cells of a layer's row."""
+    yield short_name(layer.name)
+    yield layer.op_type
+    yield size_text(layer.weight_bytes)
+    yield number_text(layer.layer.relative_error, ".2%")
+    yield number_text(layer.layer.snr_db, ".1f", " dB")
+    yield number_text(layer.output.relative_error, ".3%")
+    yield number_text(layer.output.cosine, ".6f")
+
+
+def short_name(name: str) -> str:
+    """Return a long name with its middle left out; converters join the names of all ops they fuse."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST // 2 - 2]}...{name[-LONGEST // 2 + 1 :]}"
+
+
+def number_text(value: float | None, form: str, unit: str = "") -> str:
+    """Return a number, or a dash where there is none."""
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def sentences(model: PressedModel) -> Iterator[str]:
+    """Yield in sentences what a table would not hold."""
+    change = 1 - model.size_after_bytes / model.size_before_bytes
+    size = f"{size_text(model.size_before_bytes)} -> {size_text(model.size_after_bytes)}"
+    kept = "" if model.coverage is None else f"; {model.coverage:.1%} of the weight bytes quantized"
+    yield f"{model.name}: {size}, {abs(change):.1%} {'smaller' if change >= 0 else 'LARGER'}{kept}"
+    if model.repairs:
+        yield f"repaired first: {model.repairs}"
+    if model.corrected_biases:
+        yield f"biases of {model.corrected_biases} layers corrected"
+    if model.searched is not None:
+        found = model.searched
+        used = ", ".join(f"{count} {recipe}" for recipe, count in found.precisions.items())
+        resumed = f", {found.resumed} known from an earlier run" if found.resumed else ""
+        yield f"searched {found.layers} layers, {found.measured} candidates measured{resumed}: {used}"
+        yield f"largest error takes {found.drop:.1%} of its limit"
+        yield from (f"not searched: {reason}" for reason in found.left_out)
+    if isinstance(model.measured, Measured):
+        yield model.measured.sentence()
+        yield answers_text(model.measured)
+    elif model.measured is not None:
+        yield f"NOT MEASURED: {model.measured}"
+
+
+def answers_text(measured: Measured) -> str:
+    """Say how far the answers moved."""
+    if not measured.answers:
+        return "answers not compared: inputs or outputs differ in type from the original's"
+    what = "seeded samples" if measured.are_seeded else "samples"
+    moved = ", ".join(
+        f"{answer.output} {number_text(answer.damage.relative_error, '.3%')} (cosine {number_text(answer.damage.cosine, '.6f')})"
+        for answer in measured.answers
+    )
+    return f"relative error of the worst of {measured.samples} {what}: {moved}"

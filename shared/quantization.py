@@ -1,0 +1,434 @@
+"""Quantize one TFLite model from the wild: repair it, quantize it, and measure what came out before anyone gets it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shared.calibration import RANGES, CalibrationSet, InputRange, Sample, choose_range
+from shared.candidates import Subject
+from shared.child import Child, ChildError
+from shared.cli import step
+from shared.coverage import OpLeft, OpTypeCoverage, RuleMatches, count_matches, measure_coverage, unmatched
+from shared.damage import LayerDamage, measure_layers
+from shared.errors import ToolError
+from shared.executors import local_processes
+from shared.machine import MIB, cpu_count, require_memory
+from shared.measured import Measured, measure_pair
+from shared.recipes import (
+    INPUT_OUTPUT,
+    NO_QUANTIZE,
+    Rules,
+    Selector,
+    assign,
+    build_rules,
+    concatenate,
+    needs_calibration,
+    resolve_recipe,
+)
+from shared.repair import Repairs, cut_before_custom_ops, needed_repairs
+from shared.runtime import ModelSource, TensorSpec, open_model
+from shared.search import Ledger, Search, Target
+from shared.tflite import Op, check_is_tflite, copy_appended_zip, custom_ops, declared_range, read_ops
+
+# Measured at 33.4 M and 773.7 M parameters: libraries, and the weights already quantized.
+BASE_MEMORY = 300 * MIB
+MEMORY_PER_BYTE = 0.3
+QUANTIZE_TIMEOUT_S = 3600.0
+FLOAT16_GROWS = 2  # folded weights take twice their bytes
+COMPARED = 16  # samples, unless the user says how many, for bias correction, searches, layers' damage and the product's answers
+
+STATISTICS = "calibration.json"  # in the workspace, where samples were calibrated with
+IO_DTYPES = ("float32", "int8", "int16")
+
+
+@dataclass(frozen=True)
+class SearchWish:
+    """What a search must keep, and where it works.
+
+    Args:
+        limits: Output name -> largest relative error allowed; '' is for all others.
+        target: What to make small.
+        ledger: Where its measurements are kept.
+    """
+
+    limits: dict[str, float]
+    target: Target
+    ledger: Path
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is wanted of one model.
+
+    Args:
+        recipe: As the user named it.
+        expansion: Its full name.
+        base: Its rules.
+        only: Where the base holds; everywhere when empty.
+        rules: Selectors with a recipe of their own.
+        exclude: What stays as it is.
+        samples: Real inputs, where there are any.
+        input_range: Range of the model's image input, as the user says.
+        statistics: A file of calibration statistics from an earlier run.
+        io_dtype: Type of inputs and outputs of a statically quantized model.
+        corrects_bias: Whether biases are corrected where there are samples.
+        search: Find the precisions by a search.
+        debug: Measure the damage of each layer.
+        in_bundle: Whether selectors may be meant for other models of the same bundle.
+        executor: Makes the executor that measures candidates and layers.
+    """
+
+    recipe: str
+    expansion: str
+    base: Rules
+    only: Sequence[Selector] = ()
+    rules: Sequence[tuple[Selector, str]] = ()
+    exclude: Sequence[Selector] = ()
+    samples: CalibrationSet | None = None
+    input_range: InputRange | None = None
+    statistics: Path | None = None
+    io_dtype: str = "float32"
+    corrects_bias: bool = True
+    search: SearchWish | None = None
+    debug: bool = False
+    in_bundle: bool = False
+    executor: Callable[[], AbstractContextManager[Executor]] = local_processes
+
+    def as_arguments(self) -> dict[str, object]:
+        """Return what decides the product, JSON values only."""
+        search = self.search
+        return {
+            "expansion": self.expansion,
+            "base": self.base,
+            "only": [selector.text for selector in self.only],
+            "rules": [[selector.text, recipe, resolve_recipe(recipe)[1]] for selector, recipe in self.rules],
+            "exclude": [selector.text for selector in self.exclude],
+            "samples": [str(self.samples.path), self.samples.most] if self.samples else None,
+            "input_range": self.input_range,
+            "io_dtype": self.io_dtype,
+            "corrects_bias": self.corrects_bias,
+            "search": [search.limits, search.target] if search else None,
+            "debug": self.debug,
+        }
+
+    def files(self) -> list[Path]:
+        """Return the files it reads beside the model."""
+        return [*(self.samples.files() if self.samples else []), *([self.statistics] if self.statistics else [])]
+
+
+@dataclass(frozen=True)
+class Searched:
+    """How a search went; see `shared.search.Found`."""
+
+    target: str
+    drop: float
+    layers: int
+    measured: int
+    resumed: int
+    left_out: list[str]
+    precisions: dict[str, int]
+
+
+@dataclass(frozen=True)
+class PressedModel:
+    """What became of one model.
+
+    Args:
+        name: Its name in its bundle, or its file name.
+        recipe: Recipe as named by the user.
+        expansion: Its full name.
+        size_before_bytes: Size of the file that was given.
+        size_after_bytes: Size of the product.
+        repairs: What had to be rewritten first, in words; empty where nothing had.
+        rules: The recipe's rules, as AI Edge Quantizer takes them.
+        matches: How many ops each rule matches and decides.
+        op_types: Coverage per op type.
+        left: Ops with weights that stayed as they were, largest first.
+        unmatched: Selectors that match no op here, though maybe in another model of the bundle.
+        coverage: Share of the weight bytes that are quantized; None for a model without weights.
+        corrected_biases: Layers whose bias was corrected.
+        samples: Calibration samples there are, 0 without; a search and bias correction take the first few, spread evenly.
+        measured: Speed and answers beside the original; a sentence where they could not be measured.
+        searched: How the search went.
+        damage: Layers by the damage they do, worst first.
+        peak_rss_bytes: Peak memory of the quantizer.
+    """
+
+    name: str
+    recipe: str
+    expansion: str
+    size_before_bytes: int
+    size_after_bytes: int
+    repairs: str = ""
+    rules: Rules = field(default_factory=list)
+    matches: list[RuleMatches] = field(default_factory=list)
+    op_types: list[OpTypeCoverage] = field(default_factory=list)
+    left: list[OpLeft] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
+    coverage: float | None = None
+    corrected_biases: int = 0
+    samples: int = 0
+    measured: Measured | str | None = None
+    searched: Searched | None = None
+    damage: list[LayerDamage] = field(default_factory=list)
+    peak_rss_bytes: int = 0
+
+
+class Quantizer:
+    """The way of one model through the tool; `press` goes it.
+
+    Args:
+        name: What to call the model.
+        source: The file.
+        wish: What is wanted.
+        workspace: A folder for what is needed on the way.
+    """
+
+    def __init__(self, name: str, source: Path, wish: Wish, workspace: Path) -> None:
+        check_is_tflite(source)
+        self._name, self._source, self._wish, self._workspace = name, source, wish, workspace
+        self._peak = 0
+
+    def press(self, draft: Path) -> PressedModel:
+        """Write the product to `draft` and return what became of the model.
+
+        Raises:
+            ToolError: Damaged model, rules that match nothing or do nothing, samples that don't fit, or a product that fails.
+        """
+        wish = self._wish
+        size = self._source.stat().st_size
+        if not wish.base and not wish.rules and wish.search is None:
+            raise ToolError(f"recipe {wish.recipe} changes nothing", where=self._name, remedy="choose another recipe")
+        self._require_runs(self._source, "the model does not load")
+        needed = needed_repairs(self._source)
+        require_memory(BASE_MEMORY + int(size * (FLOAT16_GROWS if str(needed) else MEMORY_PER_BYTE)), "quantize this model")
+        is_static = needs_calibration([*wish.base, *(rule for _, recipe in wish.rules for rule in resolve_recipe(recipe)[1])])
+        source = self._repaired(needed, is_static=is_static)
+        ops = read_ops(source)
+        missing = self._unmatched(ops)
+        samples, count = self._checked_samples(source)
+        pixels = declared_range(self._source) or RANGES[wish.input_range or "0..1"]
+        subject = Subject(source, _sha256(source), self._few(samples), wish.corrects_bias, pixels)
+        searched, rules = self._rules(ops, subject)
+        matches = count_matches(ops, rules)
+        if wish.search is None and not wish.in_bundle:
+            self._require_matched(matches)
+        statistics = self._calibrated(source, rules, samples) if needs_calibration(rules) else None
+        with step(f"quantize {self._name} with {wish.expansion}"):
+            corrected = self._quantized(source, draft, rules, statistics, subject)
+        rows, left = measure_coverage(ops, read_ops(draft), rules)
+        if not any(row.quantized for row in rows):
+            reasons = "; ".join(sorted({f"{row.op_type} {row.reason}" for row in rows})) or "it has no constant operands"
+            raise ToolError(
+                f"recipe {wish.recipe} changes no op of this model", where=self._name, got=reasons, remedy="choose another recipe"
+            )
+        copy_appended_zip(self._source, draft)
+        self._require_runs(draft, "the quantized model does not load; nothing was kept")
+        total = sum(row.weight_bytes for row in rows)
+        return PressedModel(
+            name=self._name,
+            recipe=wish.recipe,
+            expansion=wish.expansion,
+            size_before_bytes=size,
+            size_after_bytes=draft.stat().st_size,
+            repairs=str(needed),
+            rules=rules,
+            matches=matches,
+            op_types=rows,
+            left=left,
+            unmatched=missing,
+            coverage=sum(row.quantized_weight_bytes for row in rows) / total if total else None,
+            corrected_biases=corrected,
+            samples=count,
+            measured=self._measured(draft, subject),
+            searched=searched,
+            damage=self._damage(ops, rules, subject) if wish.debug else [],
+            peak_rss_bytes=self._peak,
+        )
+
+    def _work(self, what: str, **arguments: Any) -> dict[str, Any]:
+        """Let a process of its own do a piece of `shared.quantizer`'s work."""
+        try:
+            with Child("shared.quantizer", QUANTIZE_TIMEOUT_S) as child:
+                reply, _ = child.ask({"do": what, **arguments})
+                self._peak = max(self._peak, child.peak_rss_bytes)
+                return reply
+        except ChildError as error:
+            raise ToolError(f"AI Edge Quantizer failed with recipe {self._wish.recipe}", where=self._name, got=error) from None
+
+    def _repaired(self, needed: Repairs, *, is_static: bool) -> Path:
+        """Return the model the quantizer can read: itself, or a repaired copy."""
+        if not str(needed) and not is_static:
+            return self._source
+        target = self._workspace / f"{len(list(self._workspace.iterdir()))}_float.tflite"
+        with step(f"repair {self._name}"):
+            self._work("repair", source=str(self._source), target=str(target), add_signature=is_static)
+        return target
+
+    def _unmatched(self, ops: list[Op]) -> list[str]:
+        """Return the selectors that match no op; outside a bundle that is an error."""
+        wish = self._wish
+        missing = unmatched(ops, [*wish.only, *(selector for selector, _ in wish.rules), *wish.exclude])
+        if missing and not wish.in_bundle:
+            kinds = ", ".join(dict.fromkeys(op.op_type for op in ops))
+            remedy = f"op types here: {kinds}; op names are in the --json report of a run without rules"
+            raise ToolError(f"no op matches {', '.join(repr(text) for text in missing)}", where=self._name, remedy=remedy)
+        return missing
+
+    def _require_matched(self, matches: list[RuleMatches]) -> None:
+        idle = [rule for rule in matches if not rule.matched and rule.operation not in INPUT_OUTPUT]
+        if idle and len(idle) < len(matches):  # where no rule does anything, the reasons say more
+            told = ", ".join(f"{rule.operation} {rule.regex!r} ({rule.precision})" for rule in idle)
+            raise ToolError(f"rules that match no op: {told}", where=self._name, remedy="correct or remove them")
+
+    def _checked_samples(self, source: Path) -> tuple[CalibrationSet | None, int]:
+        """Return the samples with the range of the model's input settled, and how many there are."""
+        given = self._wish.samples
+        if given is None:
+            return None, 0
+        self._require_no_custom_ops("samples can't be run through it")
+        declared = declared_range(self._source)
+        settled = CalibrationSet(given.path, choose_range(self._wish.input_range, declared, given.path), given.most)
+        with step(f"check the samples of {self._name}"):
+            count = settled.check(self._inputs(source), RANGES[settled.input_range] if settled.input_range else declared)
+        return settled, count
+
+    def _inputs(self, path: Path) -> list[TensorSpec]:
+        with open_model(ModelSource(path), kernels="reference") as model:
+            return model.inputs
+
+    def _few(self, samples: CalibrationSet | None) -> CalibrationSet | None:
+        if samples is None:
+            return None
+        return CalibrationSet(samples.path, samples.input_range, samples.most or COMPARED)
+
+    def _rules(self, ops: list[Op], subject: Subject) -> tuple[Searched | None, Rules]:
+        """Return the rules to quantize with, found by a search where one is asked for."""
+        wish = self._wish
+        if wish.search is None:
+            rules = build_rules(wish.base, wish.only, wish.rules, wish.exclude)
+            if needs_calibration(rules) and wish.io_dtype == "float32":
+                rules = concatenate([*rules, *map(_float_end, INPUT_OUTPUT)])
+            return None, rules
+        self._require_no_custom_ops("a search can't run it")
+        if subject.samples is None:
+            remedy = "give --calibration FOLDER of images, .npz or manifest"
+            raise ToolError("a search needs real inputs to measure on", where=self._name, remedy=remedy)
+        outputs = self._outputs(subject.path)
+        unknown = sorted(wish.search.limits.keys() - set(outputs) - {""})
+        if unknown:
+            raise ToolError("no such output", where=self._name, got=", ".join(unknown), expected="one of " + ", ".join(outputs))
+        limits = [wish.search.limits.get(name, wish.search.limits.get("", 0.0)) for name in outputs]
+        if not all(limits):
+            lacking = [name for name, limit in zip(outputs, limits, strict=True) if not limit]
+            raise ToolError(
+                "an output has no limit", where=self._name, got=", ".join(lacking), remedy="give it one with --max-drop"
+            )
+        excluded = [
+            op for op in ops if any(selector.applies(None, op.scope) or selector.text == op.op_type for selector in wish.exclude)
+        ]
+        searched = [op for op in ops if op not in excluded]
+        ledger = Ledger(
+            wish.search.ledger, {"model": subject.sha256, "samples": subject.samples.sha256() if subject.samples else "seeded"}
+        )
+        try:
+            with wish.executor() as executor:
+                found = Search(subject, searched, limits, wish.search.target, executor, ledger).run()
+        finally:
+            ledger.close()
+        used: dict[str, int] = {}
+        for recipe in found.precisions.values():
+            used[recipe] = used.get(recipe, 0) + 1
+        summary = Searched(
+            wish.search.target, found.drop, found.layers, found.measured, found.resumed, found.left_out, dict(sorted(used.items()))
+        )
+        return summary, assign(found.precisions)
+
+    def _outputs(self, path: Path) -> list[str]:
+        with open_model(ModelSource(path), kernels="reference") as model:
+            return [spec.name for spec in model.outputs]
+
+    def _calibrated(self, source: Path, rules: Rules, samples: CalibrationSet | None) -> Path:
+        """Return calibration statistics: the file that was given, or a new one from the samples."""
+        if (given := self._wish.statistics) is not None:
+            known = json.loads(given.read_text(encoding="utf-8")).get("metadata", {}).get("model_sha256")
+            if known is not None and known != _sha256(self._source):
+                raise ToolError("the calibration statistics are of another model", where=given, remedy="calibrate again")
+            return given
+        if samples is None:
+            remedy = "give --calibration FOLDER of images, .npz or manifest; int8 needs no samples"
+            raise ToolError(f"recipe {self._wish.recipe} needs a calibration set", where=self._name, remedy=remedy)
+        statistics = self._workspace / STATISTICS
+        sent = {"path": str(samples.path), "input_range": samples.input_range, "most": samples.most}
+        with step(f"calibrate {self._name}"):
+            self._work(
+                "calibrate",
+                source=str(source),
+                statistics=str(statistics),
+                rules=rules,
+                samples=sent,
+                threads=cpu_count(),
+                model_sha256=_sha256(self._source),
+            )
+        return statistics
+
+    def _quantized(self, source: Path, draft: Path, rules: Rules, statistics: Path | None, subject: Subject) -> int:
+        few = subject.samples
+        correct = few is not None and subject.corrects_bias and statistics is None
+        sent = {"path": str(few.path), "input_range": few.input_range, "most": few.most} if few and correct else None
+        given = str(statistics) if statistics else None
+        reply = self._work("quantize", source=str(source), draft=str(draft), rules=rules, statistics=given, samples=sent)
+        return int(reply["corrected"])
+
+    def _require_runs(self, path: Path, failure: str) -> None:
+        """Raise ToolError unless the runtime accepts the file; of a model with custom ops, the part before them."""
+        try:
+            custom = custom_ops(path)
+            if custom:
+                part = self._workspace / "part.tflite"
+                if not cut_before_custom_ops(path, part):
+                    return
+                path = part
+            with open_model(ModelSource(path), kernels="reference"):  # so that nothing is packed
+                pass
+        except ChildError as error:
+            raise ToolError(failure, where=self._name, got=error, remedy="choose another recipe or model") from None
+
+    def _require_no_custom_ops(self, consequence: str) -> None:
+        if custom := custom_ops(self._source):
+            raise ToolError(
+                f"the runtime here lacks ops of this model: {consequence}",
+                where=self._name,
+                got=", ".join(custom),
+                remedy="leave out --calibration, --max-drop and --debug for it",
+            )
+
+    def _measured(self, draft: Path, subject: Subject) -> Measured | str:
+        with step(f"run {self._name} before and after"):
+            given: list[Sample] = list(subject.samples.samples(self._inputs(self._source))) if subject.samples else []
+            try:
+                return measure_pair(self._source, draft, given, subject.pixel_range)
+            except ChildError as error:
+                raise ToolError("the quantized model does not run; nothing was kept", where=self._name, got=error) from None
+
+    def _damage(self, ops: list[Op], rules: Rules, subject: Subject) -> list[LayerDamage]:
+        """Return what each quantized layer does alone, worst at the output first."""
+        self._require_no_custom_ops("its layers can't be measured")
+        if needs_calibration(rules):
+            raise ToolError("--debug measures layers of recipes without calibration", where=self._name, remedy="leave out --debug")
+        with self._wish.executor() as executor:
+            return measure_layers(ops, rules, subject, executor)
+
+
+def _float_end(operation: str) -> dict[str, Any]:
+    return {"regex": ".*", "operation": operation, "algorithm_key": NO_QUANTIZE, "op_config": {}}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
