@@ -4,6 +4,7 @@ nox -s demo                                         # everything on a small trai
 nox -s chunkyseal_int8                              # rehearsal with seeded weights, or your checkpoint if it is found
 nox -s chunkyseal_int8 -- --checkpoint FILE         # from your checkpoint
 nox -s chunkyseal_int8 -- --download                # from the published one
+nox -s face_landmarker_int8 -- --bundle FILE        # a MediaPipe bundle
 nox -s verify -- model.tflite                       # one tool
 """
 
@@ -24,10 +25,22 @@ nox.options.default_venv_backend = "virtualenv"  # pip finds a CPU build of torc
 nox.options.reuse_venv = "yes"  # the environments are large; constraints.txt pins what is in them
 
 MODELS = Path("models")
+FACE_LANDMARKER = (
+    "https://storage.googleapis.com/mediapipe-models/face_landmarker/face_landmarker/float16/latest/face_landmarker.task"
+)
+# Relative errors of the inner models' answers. Identity: the landmarks; Identity_1: whether it is a face, as a logit; Identity_2: a
+# score that the face landmarker does not use.
+FACE_LANDMARKER_LIMITS = (
+    "face_detector.tflite=0.001",
+    "face_landmarks_detector.tflite:Identity=0.006",
+    "face_landmarks_detector.tflite:Identity_1=0.1",
+    "face_landmarks_detector.tflite:Identity_2=5",
+    "face_blendshapes.tflite=0.05",
+)
 TOOLS = {
     "extract_weights": "Take one component's weights out of a full training checkpoint.",
     "convert_detector": "Convert a watermark detector to TFLite, checked against torch.",
-    "quantize_tflite": "Quantize a TFLite model, and say what became of every layer.",
+    "quantize_tflite": "Quantize a TFLite model or a MediaPipe bundle, and say what became of every layer.",
     "verify": "Check that a TFLite model loads, runs, repeats itself and stays in range.",
     "compare": "Compare quantized models with their reference: size, speed, answers.",
 }
@@ -144,6 +157,39 @@ def videoseal_fp16(session: nox.Session) -> None:
 def pixelseal_int8(session: nox.Session) -> None:
     """PixelSeal's detector as verified INT8 TFLite."""
     press_detector(session, "pixelseal", "int8")
+
+
+@nox.session(default=False, tags=["recipe"])
+def face_landmarker_int8(session: nox.Session) -> None:
+    """MediaPipe's face landmarker with INT8 weights, layer by layer as far as a search finds it harmless, checked in MediaPipe."""
+    parser = argparse.ArgumentParser(prog=f"nox -s {session.name} --", epilog=f"The official bundle: {FACE_LANDMARKER}")
+    parser.add_argument("--bundle", type=Path, default=MODELS / "face_landmarker.task", help="the face landmarker, .task")
+    parser.add_argument("--photos", type=Path, help="folder of photos with faces; default: the one that scikit-image carries")
+    options = parser.parse_args(session.posargs)
+    if not options.bundle.is_file():
+        session.error(f"no bundle at {options.bundle}; download {FACE_LANDMARKER} there, or name yours with -- --bundle FILE")
+    install(session, "face-landmarker")
+    photos = [options.photos] if options.photos else []
+    samples, product = MODELS / "face_landmarker_samples", MODELS / "face_landmarker_int8.task"
+    session.run("python", "-m", "models.face_landmarker.make_samples", options.bundle, *photos, "-o", samples, "--overwrite")
+    limits = [f"--max-drop={limit}" for limit in FACE_LANDMARKER_LIMITS]
+    page = product.with_suffix(".html")
+    tool(
+        session,
+        "quantize_tflite",
+        options.bundle,
+        "-o",
+        product,
+        "--calibration",
+        samples,
+        *limits,
+        "--short-names",
+        "--html",
+        page,
+        "--refresh",
+    )
+    checked = product.with_name(f"{product.stem}_check.json")
+    session.run("python", "-m", "models.face_landmarker.check", options.bundle, product, *photos, "-o", checked, "--refresh")
 
 
 def tool_session(name: str, summary: str) -> Callable[[nox.Session], None]:

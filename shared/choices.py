@@ -35,6 +35,7 @@ class Choices:
     io_dtype: str
     corrects_bias: bool
     debug: bool
+    short_names: bool
     in_bundle: bool
 
     def wish(self, name: str, names: Sequence[str], output: Path, executor: Callable[[], AbstractContextManager[Executor]]) -> Wish:
@@ -76,6 +77,7 @@ class Choices:
             corrects_bias=self.corrects_bias,
             search=SearchWish(limits, self.target, beside(output, name, names, "search.jsonl")) if limits else None,
             debug=self.debug,
+            short_names=self.short_names,
             in_bundle=self.in_bundle,
             executor=executor,
         )

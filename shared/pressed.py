@@ -146,6 +146,8 @@ def sentences(model: PressedModel) -> Iterator[str]:
         yield f"repaired first: {model.repairs}"
     if model.corrected_biases:
         yield f"biases of {model.corrected_biases} layers corrected"
+    if model.saved_name_bytes:
+        yield f"names of inner tensors shortened by {size_text(model.saved_name_bytes)}"
     if model.searched is not None:
         found = model.searched
         used = ", ".join(f"{count} {recipe}" for recipe, count in found.precisions.items())

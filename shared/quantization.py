@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
@@ -79,6 +80,7 @@ class Wish:
         corrects_bias: Whether biases are corrected where there are samples.
         search: Find the precisions by a search.
         debug: Measure the damage of each layer.
+        short_names: Give inner tensors short names at the end.
         in_bundle: Whether selectors may be meant for other models of the same bundle.
         executor: Makes the executor that measures candidates and layers.
     """
@@ -96,6 +98,7 @@ class Wish:
     corrects_bias: bool = True
     search: SearchWish | None = None
     debug: bool = False
+    short_names: bool = False
     in_bundle: bool = False
     executor: Callable[[], AbstractContextManager[Executor]] = local_processes
 
@@ -114,6 +117,7 @@ class Wish:
             "corrects_bias": self.corrects_bias,
             "search": [search.limits, search.target] if search else None,
             "debug": self.debug,
+            "short_names": self.short_names,
         }
 
     def files(self) -> list[Path]:
@@ -152,6 +156,7 @@ class PressedModel:
         unmatched: Selectors that match no op here, though maybe in another model of the bundle.
         coverage: Share of the weight bytes that are quantized; None for a model without weights.
         corrected_biases: Layers whose bias was corrected.
+        saved_name_bytes: Bytes saved by short names.
         samples: Calibration samples there are, 0 without; a search and bias correction take the first few, spread evenly.
         measured: Speed and answers beside the original; a sentence where they could not be measured.
         searched: How the search went.
@@ -172,6 +177,7 @@ class PressedModel:
     unmatched: list[str] = field(default_factory=list)
     coverage: float | None = None
     corrected_biases: int = 0
+    saved_name_bytes: int = 0
     samples: int = 0
     measured: Measured | str | None = None
     searched: Searched | None = None
@@ -213,7 +219,8 @@ class Quantizer:
         missing = self._unmatched(ops)
         samples, count = self._checked_samples(source)
         pixels = declared_range(self._source) or RANGES[wish.input_range or "0..1"]
-        subject = Subject(source, _sha256(source), self._few(samples), wish.corrects_bias, pixels)
+        is_run = wish.samples is not None or wish.debug  # a hash of gigabytes that nobody needs takes seconds
+        subject = Subject(source, _sha256(source) if is_run else "", self._few(samples), wish.corrects_bias, pixels)
         searched, rules = self._rules(ops, subject)
         matches = count_matches(ops, rules)
         if wish.search is None and not wish.in_bundle:
@@ -227,6 +234,7 @@ class Quantizer:
             raise ToolError(
                 f"recipe {wish.recipe} changes no op of this model", where=self._name, got=reasons, remedy="choose another recipe"
             )
+        saved = self._shortened(draft) if wish.short_names else 0
         copy_appended_zip(self._source, draft)
         self._require_runs(draft, "the quantized model does not load; nothing was kept")
         total = sum(row.weight_bytes for row in rows)
@@ -244,6 +252,7 @@ class Quantizer:
             unmatched=missing,
             coverage=sum(row.quantized_weight_bytes for row in rows) / total if total else None,
             corrected_biases=corrected,
+            saved_name_bytes=saved,
             samples=count,
             measured=self._measured(draft, subject),
             searched=searched,
@@ -384,6 +393,13 @@ class Quantizer:
         given = str(statistics) if statistics else None
         reply = self._work("quantize", source=str(source), draft=str(draft), rules=rules, statistics=given, samples=sent)
         return int(reply["corrected"])
+
+    def _shortened(self, draft: Path) -> int:
+        """Give the draft's inner tensors short names; return how many bytes that saves."""
+        short = self._workspace / "short.tflite"
+        saved = int(self._work("shorten", source=str(draft), target=str(short))["saved"])
+        shutil.copyfile(short, draft)
+        return saved
 
     def _require_runs(self, path: Path, failure: str) -> None:
         """Raise ToolError unless the runtime accepts the file; of a model with custom ops, the part before them."""

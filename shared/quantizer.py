@@ -11,7 +11,7 @@ from shared.calibration import CalibrationSet
 from shared.candidates import Subject, corrected
 from shared.child import Arrays, Message, serve
 from shared.errors import ToolError
-from shared.repair import repair
+from shared.repair import repair, shorten_names
 from shared.runtime import TensorSpec
 from shared.upstream import large_weights_quantized
 
@@ -75,7 +75,17 @@ def _set(samples: dict[str, Any]) -> CalibrationSet:
     return CalibrationSet(Path(samples["path"]), samples["input_range"], samples["most"])
 
 
-WORK: dict[str, Callable[..., dict[str, int]]] = {"repair": repair_model, "calibrate": calibrate, "quantize": quantize}
+def shorten(source: str, target: str) -> dict[str, int]:
+    """Write the model with short names for its inner tensors."""
+    return {"saved": shorten_names(Path(source), Path(target))}
+
+
+WORK: dict[str, Callable[..., dict[str, int]]] = {
+    "repair": repair_model,
+    "calibrate": calibrate,
+    "quantize": quantize,
+    "shorten": shorten,
+}
 
 
 def handle(message: Message, _: Arrays) -> tuple[Message, Arrays]:

@@ -126,6 +126,28 @@ def cut_before_custom_ops(source: Path, target: Path) -> bool:
     return bool(graph.outputs)
 
 
+def shorten_names(source: Path, target: Path) -> int:
+    """Write a model whose inner tensors are called t0, t1, ...; return how many bytes of names that saves.
+
+    Inputs and outputs keep their names. Converters join the names of all ops they fuse, several hundred bytes for each tensor.
+    """
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    model = flatbuffer_utils.read_model(str(source))
+    saved, number = 0, 0
+    taken = {graph.tensors[t].name for graph in model.subgraphs for t in (*graph.inputs, *graph.outputs)}
+    for graph in model.subgraphs:
+        ends = {*graph.inputs, *graph.outputs}
+        for tensor in (tensor for t, tensor in enumerate(graph.tensors) if t not in ends):
+            while (name := b"t%d" % number) in taken:
+                number += 1
+            number += 1
+            saved += len(tensor.name or b"") - len(name)
+            tensor.name = name
+    write_model(model, target)
+    return saved
+
+
 def write_model(model: Any, target: Path) -> None:
     """Write a model's objects as a flatbuffer; weights behind it where the whole is large, as the quantizer writes its own."""
     from ai_edge_quantizer.model_modifier import ModelModifier

@@ -11,15 +11,17 @@ from shared.tflite import (
     append_metadata,
     check_is_tflite,
     copy_appended_zip,
+    custom_ops,
+    declared_range,
     read_dequantized_types,
     read_metadata,
-    read_op_weights,
+    read_ops,
 )
 from tests.conftest import REALDATA
 
 
 def test_the_weights_of_every_op_are_counted(float_model: Path) -> None:
-    ops = read_op_weights(float_model)
+    ops = [op for op in read_ops(float_model) if op.size_weights]
     counts = {kind: sum(op.op_type == kind for op in ops) for kind in ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")}
     assert counts == {"CONV_2D": 5, "DEPTHWISE_CONV_2D": 5, "FULLY_CONNECTED": 11}
     largest = max(ops, key=lambda op: op.size_weights)
@@ -78,13 +80,13 @@ def test_a_damaged_flatbuffer_is_an_error_not_a_traceback(float_model: Path, tmp
         damaged = tmp_path / "a.tflite"
         damaged.write_bytes(content[:kept].ljust(200, b"\xff"))
         with pytest.raises(ToolError, match="damaged TFLite model"):
-            read_op_weights(damaged)
+            read_ops(damaged)
 
 
 @pytest.mark.realdata
 def test_old_files_tell_their_op_types_too() -> None:
     """Files from before schema 3a keep the op in a deprecated field and leave the new one 0, which means ADD."""
-    ops = read_op_weights(REALDATA / "mediapipe" / "selfie_segmenter.tflite")
+    ops = read_ops(REALDATA / "mediapipe" / "selfie_segmenter.tflite")
     assert sum(op.op_type == "CONV_2D" for op in ops) > 10
     assert {op.dtype for op in ops if op.op_type == "CONV_2D"} == {"FLOAT16"}
 
@@ -125,3 +127,23 @@ def test_metadata_of_absurd_size_is_not_read(tmp_path: Path) -> None:
     path.write_bytes(b"model")
     append_metadata(path, {"a": "x" * 2**17})
     assert read_metadata(path) == {}
+
+
+@pytest.mark.realdata
+def test_the_range_of_an_input_is_read_from_the_metadata() -> None:
+    known = {
+        "tflite/mobilenet_v1_0.25_224_float_metadata.tflite": (-1.0, 1.0),
+        "mediapipe/selfie_segmenter.tflite": (0.0, 1.0),
+        "tflite/mlperf_tiny_resnet_float.tflite": None,
+    }
+    assert {name: declared_range(REALDATA / name) for name in known} == known
+
+
+def test_our_own_detectors_take_pixels_from_0_to_1(float_model: Path) -> None:
+    assert declared_range(float_model) == (0.0, 1.0)
+
+
+@pytest.mark.realdata
+def test_custom_ops_are_named() -> None:
+    assert custom_ops(REALDATA / "mediapipe" / "selfie_segmenter.tflite") == ["Convolution2DTransposeBias"]
+    assert custom_ops(REALDATA / "tflite" / "mlperf_tiny_resnet_float.tflite") == []

@@ -187,6 +187,9 @@ def quantize_tflite(
     ] = None,
     target: Annotated[Target, typer.Option(help="What the search makes small.")] = "size",
     dask: Annotated[str | None, typer.Option(help="Measure candidates on the Dask cluster at this address.")] = None,
+    short_names: Annotated[
+        bool, typer.Option("--short-names", help="Rename inner tensors t0, t1, ...: names can be 5 % of a file.")
+    ] = False,
     html: Annotated[Path | None, typer.Option(help="Also write what was found as one HTML page.")] = None,
     overwrite: Overwrite = False,
     refresh: Refresh = False,
@@ -213,6 +216,7 @@ def quantize_tflite(
         io_dtype,
         correct_bias,
         debug,
+        short_names,
         bundled,
     )
     label = "search" if max_drop else Path(recipe or DEFAULT_RECIPE).stem

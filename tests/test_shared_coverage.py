@@ -1,0 +1,55 @@
+"""Every op is accounted for, every rule counted."""
+
+from shared.coverage import count_matches, measure_coverage, unmatched
+from shared.recipes import parse_selector, resolve_recipe
+from shared.tflite import Op
+
+SKIP_HEAD = {"regex": "head", "operation": "*", "algorithm_key": "no_quantize", "op_config": {}}
+BEFORE = [
+    Op("CONV_2D", "b;", "INT8", 10, 10),
+    Op("FULLY_CONNECTED", "head;", "FLOAT32", 44, 40),
+    Op("FULLY_CONNECTED", "body;", "FLOAT32", 44, 40),
+    Op("PRELU", "slope;", "FLOAT32", 8, 8),
+    Op("ADD", "sum;", "FLOAT32", 4, 4),
+    Op("RELU", "cut;"),
+]
+AFTER = [*BEFORE[:2], Op("FULLY_CONNECTED", "body;", "INT8", 14, 10), *BEFORE[3:]]
+
+
+def test_why_an_op_was_left_is_told() -> None:
+    rows, left = measure_coverage(BEFORE, AFTER, [*resolve_recipe("int8")[1], SKIP_HEAD])
+    reasons = {op.name: op.reason for op in left}
+    assert reasons == {
+        "b": "weights are INT8, quantized already",
+        "head": "excluded by a rule",
+        "slope": "AI Edge Quantizer does not know this op",
+        "sum": "no rule supports this op type",
+    }
+    fully = next(row for row in rows if row.op_type == "FULLY_CONNECTED")
+    assert (fully.quantized, fully.ops, fully.weight_bytes, fully.quantized_weight_bytes, fully.bytes_after) == (1, 2, 80, 40, 50)
+    assert fully.reason == "1 x excluded by a rule"
+    assert [row.op_type for row in rows] == ["FULLY_CONNECTED", "CONV_2D", "PRELU", "ADD"]  # RELU has no weights
+
+
+def test_ops_without_weights_count_where_their_outputs_became_integers() -> None:
+    after = [*AFTER[:5], Op("RELU", "cut;", output_dtype="INT8")]
+    rows, left = measure_coverage(BEFORE, after, resolve_recipe("int8-static")[1])
+    relu = next(row for row in rows if row.op_type == "RELU")
+    assert (relu.ops, relu.quantized, relu.weight_bytes) == (1, 1, 0)
+    assert "cut" not in {op.name for op in left}
+
+
+def test_each_rule_counts_what_it_matches_and_what_it_decides() -> None:
+    found = count_matches(BEFORE, [*resolve_recipe("int8")[1], SKIP_HEAD])
+    assert [(rule.matched, rule.decided) for rule in found] == [(3, 2), (1, 1)]
+    assert [rule.precision for rule in found] == ["int8 weights, activations quantized at run time", "left as it is"]
+
+
+def test_a_rule_for_an_op_type_it_does_not_support_matches_nothing() -> None:
+    int4 = resolve_recipe("dynamic_wi4_afp32")[1]
+    assert count_matches([Op("DEPTHWISE_CONV_2D", "d;", "FLOAT32", 4, 4)], int4)[0].matched == 0
+
+
+def test_selectors_that_select_nothing_are_named() -> None:
+    selectors = [parse_selector(text) for text in ("FULLY_CONNECTED", "bo.y", "nobody", "CONV_2D", "TRANSPOSE_CONV", "INPUT")]
+    assert unmatched(BEFORE, selectors) == ["nobody", "TRANSPOSE_CONV"]
