@@ -12,7 +12,7 @@ from pathlib import Path
 
 from shared.calibration import CalibrationSet, InputRange
 from shared.errors import ToolError
-from shared.quantization import SearchWish, Wish
+from shared.quantization import IoDtype, SearchWish, Wish
 from shared.recipes import Rules, check_rules, parse_selector, read_recipe_file, resolve_recipe
 from shared.search import Target
 
@@ -32,7 +32,7 @@ class Choices:
     calibration: Path | None
     input_range: InputRange | None
     samples: int | None
-    io_dtype: str
+    io_dtype: IoDtype
     corrects_bias: bool
     debug: bool
     short_names: bool

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shared.recipes import NO_QUANTIZE, Rules, Selector, operation_of, supports
@@ -67,18 +67,39 @@ class OpLeft:
     reason: str
 
 
-def measure_coverage(before: Sequence[Op], after: Sequence[Op], rules: Rules) -> tuple[list[OpTypeCoverage], list[OpLeft]]:
-    """Compare two models op by op, matched by name: one row per op type, largest weights first, and each op that was left."""
+def measure_coverage(
+    before: Sequence[Op], after: Sequence[Op], rules: Rules, stored: Mapping[str, str] | None = None
+) -> tuple[list[OpTypeCoverage], list[OpLeft]]:
+    """Compare two models op by op, matched by name: one row per op type, largest weights first, and each op that was left.
+
+    Args:
+        before: Ops of the repaired model.
+        after: Ops of the product.
+        rules: What was asked for.
+        stored: Scope -> type of the weights in the file that was given; the same type again is no quantization.
+    """
     now = {op.scope: op for op in after}
+    stored = stored or {}
     rows, left = [], []
     for op_type in dict.fromkeys(op.op_type for op in before):
         of_type = [op for op in before if op.op_type == op_type]
         integer = [op for op in of_type if not op.size_weights and op.scope in now and _became_integer(op, now[op.scope])]
         ops = of_type if integer else [op for op in of_type if op.size_weights]
-        smaller = [op for op in ops if op.size_weights and op.scope in now and now[op.scope].size_weights < op.size_weights]
+        smaller = [
+            op
+            for op in ops
+            if op.scope in now
+            and now[op.scope].size_weights < op.size_weights
+            and now[op.scope].dtype != stored.get(op.scope, op.dtype)
+        ]
         done = {op.scope for op in (*integer, *smaller)}
         kept = [op for op in ops if op.scope not in done]
-        why = {op.scope: _why_left(op, rules) for op in kept}
+        why = {
+            op.scope: f"weights were {now[op.scope].dtype} already"
+            if op.scope in now and now[op.scope].size_weights < op.size_weights
+            else _why_left(op, rules)
+            for op in kept
+        }
         left += [OpLeft(op.op_type, op.name, op.size_weights, why[op.scope]) for op in kept if op.size_weights]
         if not ops:
             continue

@@ -12,13 +12,16 @@ from shared.coverage import matching_rules
 from shared.recipes import NO_QUANTIZE, Rules
 from shared.tflite import Op
 
+WORST_SHOWN = 1000.0  # instead of infinity, which JSON does not know
+
 
 @dataclass(frozen=True)
 class LayerDamage:
-    """What quantizing one layer alone does: at its own output, and at the worst of the model's outputs."""
+    """What quantizing one layer alone does: at its own output `tensor`, and at the worst of the model's outputs."""
 
     op_type: str
     name: str
+    tensor: str
     weight_bytes: int
     layer: Damage
     output: Damage
@@ -31,7 +34,7 @@ def measure_layers(ops: Sequence[Op], rules: Rules, subject: Subject, executor: 
         deciding = matching_rules(op, rules)
         if op.size_weights and op.dtype == "FLOAT32" and deciding and rules[deciding[-1]]["algorithm_key"] != NO_QUANTIZE:
             alone = [{**rules[deciding[-1]], "regex": f"^(?:{re.escape(op.scope)})$"}]
-            jobs[executor.submit(measure_candidate, Job(subject, alone, tensor=op.name.partition(";")[0]))] = op
+            jobs[executor.submit(measure_candidate, Job(subject, alone, tensor=op.output))] = op
     found = []
     with step_progress("measure each layer alone", len(jobs)) as advance:
         for future in as_completed(jobs):
@@ -45,14 +48,14 @@ def node_data(name: str, layers: Sequence[LayerDamage]) -> str:
 
     Source: https://github.com/google-ai-edge/model-explorer/wiki/2.-User-Guide (custom node data)
     """
-    results = {layer.name.partition(";")[0]: {"value": _error(layer.output)} for layer in layers}
+    results = {layer.tensor: {"value": min(_error(layer.output), WORST_SHOWN)} for layer in layers}
     gradient = [{"stop": 0, "bgColor": "#e8f5e9"}, {"stop": 0.5, "bgColor": "#fff59d"}, {"stop": 1, "bgColor": "#e57373"}]
     return json.dumps({name: {"results": results, "gradient": gradient}}, indent=1)
 
 
 def _layer(op: Op, outcome: Outcome) -> LayerDamage:
     assert outcome.tensor is not None
-    return LayerDamage(op.op_type, op.name, op.size_weights, outcome.tensor, max(outcome.outputs, key=_error))
+    return LayerDamage(op.op_type, op.name, op.output, op.size_weights, outcome.tensor, max(outcome.outputs, key=_error))
 
 
 def _error(damage: Damage) -> float:

@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shared.calibration import RANGES, CalibrationSet, InputRange, Sample, choose_range
 from shared.candidates import Subject
@@ -44,7 +44,8 @@ FLOAT16_GROWS = 2  # folded weights take twice their bytes
 COMPARED = 16  # samples, unless the user says how many, for bias correction, searches, layers' damage and the product's answers
 
 STATISTICS = "calibration.json"  # in the workspace, where samples were calibrated with
-IO_DTYPES = ("float32", "int8", "int16")
+
+IoDtype = Literal["float32", "int8", "int16"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Wish:
     samples: CalibrationSet | None = None
     input_range: InputRange | None = None
     statistics: Path | None = None
-    io_dtype: str = "float32"
+    io_dtype: IoDtype = "float32"
     corrects_bias: bool = True
     search: SearchWish | None = None
     debug: bool = False
@@ -185,6 +186,10 @@ class PressedModel:
     peak_rss_bytes: int = 0
 
 
+class UnchangedError(ToolError):
+    """The recipe changes nothing in this model; in a bundle it is carried over as it is."""
+
+
 class Quantizer:
     """The way of one model through the tool; `press` goes it.
 
@@ -228,12 +233,12 @@ class Quantizer:
         statistics = self._calibrated(source, rules, samples) if needs_calibration(rules) else None
         with step(f"quantize {self._name} with {wish.expansion}"):
             corrected = self._quantized(source, draft, rules, statistics, subject)
-        rows, left = measure_coverage(ops, read_ops(draft), rules)
+        stored = {op.scope: op.dtype for op in read_ops(self._source)}
+        rows, left = measure_coverage(ops, read_ops(draft), rules, stored)
         if not any(row.quantized for row in rows):
             reasons = "; ".join(sorted({f"{row.op_type} {row.reason}" for row in rows})) or "it has no constant operands"
-            raise ToolError(
-                f"recipe {wish.recipe} changes no op of this model", where=self._name, got=reasons, remedy="choose another recipe"
-            )
+            what = f"recipe {wish.recipe} changes no op of this model"
+            raise UnchangedError(what, where=self._name, got=reasons, remedy="choose another recipe")
         saved = self._shortened(draft) if wish.short_names else 0
         copy_appended_zip(self._source, draft)
         self._require_runs(draft, "the quantized model does not load; nothing was kept")
@@ -323,6 +328,8 @@ class Quantizer:
             rules = build_rules(wish.base, wish.only, wish.rules, wish.exclude)
             if needs_calibration(rules) and wish.io_dtype == "float32":
                 rules = concatenate([*rules, *map(_float_end, INPUT_OUTPUT)])
+            elif wish.io_dtype != "float32":
+                self._require_ends(rules)
             return None, rules
         self._require_no_custom_ops("a search can't run it")
         if subject.samples is None:
@@ -357,6 +364,13 @@ class Quantizer:
             wish.search.target, found.drop, found.layers, found.measured, found.resumed, found.left_out, dict(sorted(used.items()))
         )
         return summary, assign(found.precisions)
+
+    def _require_ends(self, rules: Rules) -> None:
+        """Raise ToolError unless the rules make inputs and outputs of the type asked for."""
+        bits = {config["num_bits"] for rule in rules if (config := rule.get("op_config", {}).get("activation_tensor_config"))}
+        if {f"int{number}" for number in bits} != {self._wish.io_dtype}:
+            made = ", ".join(f"int{number}" for number in sorted(bits)) or "float32: the recipe is not static"
+            raise ToolError(f"--io-dtype {self._wish.io_dtype} does not fit the recipe", where=self._name, got=made)
 
     def _outputs(self, path: Path) -> list[str]:
         with open_model(ModelSource(path), kernels="reference") as model:

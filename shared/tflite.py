@@ -44,6 +44,7 @@ class Op:
         size_bytes: Bytes of all constant operands.
         size_weights: Bytes of the largest constant operand.
         output_dtype: Type of the first output.
+        output: Name of the first output.
     """
 
     op_type: str
@@ -52,6 +53,7 @@ class Op:
     size_bytes: int = 0
     size_weights: int = 0
     output_dtype: str = "FLOAT32"
+    output: str = ""
 
     @property
     def name(self) -> str:
@@ -135,7 +137,8 @@ def read_ops(path: Path) -> list[Op]:
                 scope = "".join(f"{(tensor.Name() or b'').decode()};" for tensor in outputs)
                 _, weights, dtype = max(sizes, default=(0, 0, ""))
                 total = sum(size for _, size, _ in sizes)
-                found.append(Op(op_type, scope, dtype, total, weights, enum_names("TensorType")[outputs[0].Type()]))
+                output = (outputs[0].Name() or b"").decode()
+                found.append(Op(op_type, scope, dtype, total, weights, enum_names("TensorType")[outputs[0].Type()], output))
     return found
 
 

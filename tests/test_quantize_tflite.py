@@ -186,6 +186,12 @@ def test_what_is_quantized_already_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_float16_weights_stay_what_they_are_and_that_is_an_error(model: Path) -> None:
+    half = quantize_tflite(model, recipe="fp16").product.path  # type: ignore[union-attr]
+    with pytest.raises(ToolError, match=r"changes no op of this model; got .*weights were FLOAT16 already"):
+        quantize_tflite(half, output=model.with_name("again.tflite"), recipe="fp16")
+
+
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", sorted(path.name for path in (REALDATA / "corrupt").glob("*")))
 def test_corrupt_files_are_one_line_exit_2_and_nothing_written(name: str, tmp_path: Path, run_tool: Run) -> None:
@@ -294,6 +300,12 @@ def test_static_int8_ends_are_integers_where_asked_for(model: Path, tiles: Path)
         assert {spec.dtype for spec in (*opened.inputs, *opened.outputs)} == {"int8"}
 
 
+@pytest.mark.parametrize(("recipe", "io_dtype"), [("int8-static", "int16"), ("int16x8", "int8"), ("int8", "int8")])
+def test_ends_that_do_not_fit_the_recipe_are_refused(model: Path, tiles: Path, recipe: str, io_dtype: str) -> None:
+    with pytest.raises(ToolError, match=f"--io-dtype {io_dtype} does not fit the recipe"):
+        quantize_tflite(model, recipe=recipe, calibration=tiles, io_dtype=io_dtype)  # type: ignore[arg-type]
+
+
 def test_statistics_of_another_model_are_refused(model: Path, tiles: Path, miniseal: Miniseal) -> None:
     quantize_tflite(model, recipe="int8-static", calibration=tiles)
     statistics = model.with_name("model_int8-static_calibration.json")
@@ -400,6 +412,17 @@ def test_a_selector_that_no_model_of_a_bundle_knows_is_an_error(bundle: Path, tm
     with pytest.raises(ToolError, match="no op of any model matches 'nobody'"):
         quantize_tflite(bundle, output=tmp_path / "out.task", exclude=["nobody"])
     assert not (tmp_path / "out.task").exists()
+
+
+def test_a_model_that_the_recipe_leaves_alone_is_carried_over_and_told(bundle: Path, tmp_path: Path) -> None:
+    half = quantize_tflite(bundle, output=tmp_path / "half.task", rule=["first.tflite=fp16", "second.tflite=none"]).product
+    assert half is not None
+    again = quantize_tflite(half.path, output=tmp_path / "again.task", recipe="fp16")
+    assert [model.name for model in again.found.models] == ["inner.task/second.tflite"]
+    assert any(entry.startswith("first.tflite (") and "FLOAT16 already" in entry for entry in again.found.unchanged)
+    assert entries(half.path)["first.tflite"] == entries(tmp_path / "again.task")["first.tflite"]
+    with pytest.raises(ToolError, match="the recipe changes no model of the bundle"):
+        quantize_tflite(tmp_path / "again.task", output=tmp_path / "third.task", recipe="fp16")
 
 
 @pytest.mark.realdata

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 
 SESSIONS = nox.registry.get()
 RECIPES = [name for name, session in SESSIONS.items() if "recipe" in session.tags]
-PRESSING = [name for name in RECIPES if name != "demo"]  # of somebody's checkpoint, to one precision
+PRESSING = [name for name in RECIPES if name not in {"demo", "face_landmarker_int8"}]  # a checkpoint to one precision
 
 
 class FakeSession:
@@ -34,6 +34,9 @@ class FakeSession:
     def warn(self, message: str) -> None:
         self.warnings.append(message)
 
+    def error(self, message: str) -> None:
+        raise SystemExit(message)
+
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -45,8 +48,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_promised_sessions_are_there() -> None:
-    recipes = {"demo", "chunkyseal_int8", "chunkyseal_fp16", "videoseal_int8", "videoseal_fp16", "pixelseal_int8"}
-    assert set(RECIPES) == recipes
+    detectors = {"demo", "chunkyseal_int8", "chunkyseal_fp16", "videoseal_int8", "videoseal_fp16", "pixelseal_int8"}
+    assert set(RECIPES) == {*detectors, "face_landmarker_int8"}
     assert {"tests", "lint", "typecheck", "bench", "bench_demo", "train_miniseal", *noxfile.TOOLS} <= SESSIONS.keys()
 
 
@@ -147,3 +150,25 @@ def test_a_tool_session_passes_its_arguments_on() -> None:
     session = FakeSession("model.tflite", "--json")
     SESSIONS["verify"].func(session)  # type: ignore[arg-type]
     assert session.commands == [["python", "-m", "tools.verify", "model.tflite", "--json"]]
+
+
+def test_the_face_landmarker_is_searched_on_photos_and_checked_in_mediapipe(project: Path) -> None:
+    (project / "mine.task").touch()
+    session = FakeSession("--bundle", "mine.task", "--photos", "photos")
+    SESSIONS["face_landmarker_int8"].func(session)  # type: ignore[arg-type]
+    samples, quantize, check = session.commands
+    assert [command[2] for command in session.commands] == [
+        "models.face_landmarker.make_samples",
+        "tools.quantize_tflite",
+        "models.face_landmarker.check",
+    ]
+    folder = samples[samples.index("-o") + 1]
+    assert quantize[quantize.index("--calibration") + 1] == folder
+    assert any(argument.startswith("--max-drop=") for argument in quantize)
+    assert not any(argument.startswith(("--rule", "--exclude", "--only")) for argument in quantize)
+    assert check[3:6] == ["mine.task", quantize[quantize.index("-o") + 1], "photos"]
+
+
+def test_without_a_bundle_it_is_said_where_to_get_one(project: Path) -> None:
+    with pytest.raises(SystemExit, match=r"no bundle at models/face_landmarker\.task; download https://\S+face_landmarker\.task"):
+        SESSIONS["face_landmarker_int8"].func(FakeSession())  # type: ignore[arg-type]

@@ -53,3 +53,10 @@ def test_a_rule_for_an_op_type_it_does_not_support_matches_nothing() -> None:
 def test_selectors_that_select_nothing_are_named() -> None:
     selectors = [parse_selector(text) for text in ("FULLY_CONNECTED", "bo.y", "nobody", "CONV_2D", "TRANSPOSE_CONV", "INPUT")]
     assert unmatched(BEFORE, selectors) == ["nobody", "TRANSPOSE_CONV"]
+
+
+def test_the_type_that_the_file_had_already_is_no_quantization() -> None:
+    before, after = [Op("CONV_2D", "a;", "FLOAT32", 40, 40)], [Op("CONV_2D", "a;", "FLOAT16", 20, 20)]
+    rows, left = measure_coverage(before, after, resolve_recipe("fp16")[1], {"a;": "FLOAT16"})
+    assert (rows[0].quantized, left[0].reason) == (0, "weights were FLOAT16 already")
+    assert measure_coverage(before, after, resolve_recipe("fp16")[1])[0][0].quantized == 1

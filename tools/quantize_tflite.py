@@ -31,7 +31,7 @@ from shared.executors import dask_cluster, local_processes
 from shared.machine import require_disk
 from shared.measured import Measured
 from shared.pressed import GateKept, Pressed
-from shared.quantization import STATISTICS, Quantizer, Wish
+from shared.quantization import STATISTICS, IoDtype, Quantizer, UnchangedError, Wish
 from shared.recipes import ALIASES, read_recipe_file
 from shared.search import Target
 from shared.tflite import check_is_tflite
@@ -90,12 +90,20 @@ def _press(source: Path, wishes: dict[str, Wish], entries: Sequence[Entry] | Non
         workspace = _workspace(folder, name)
         workspace.mkdir()
         target = draft if entries is None else workspace / "product.tflite"
-        pressed.append(Quantizer(name, path, wish, workspace).press(target))
-        replaced[path] = target
+        try:
+            pressed.append(Quantizer(name, path, wish, workspace).press(target))
+        except UnchangedError as error:
+            if not wish.in_bundle:
+                raise
+            kept.append(f"{name} ({error})")
+        else:
+            replaced[path] = target
     if entries is not None:
         idle = set.intersection(*(set(model.unmatched) for model in pressed)) if pressed else set()
         if idle:
             raise ToolError(f"no op of any model matches {', '.join(map(repr, sorted(idle)))}", where=source)
+        if not pressed and any(wish.base or wish.rules or wish.search for wish in wishes.values()):
+            raise ToolError("the recipe changes no model of the bundle", where=source, got="; ".join(kept))
         pack_bundle(entries, draft, replaced)
     return Pressed(pressed, sorted(kept))
 
@@ -174,7 +182,7 @@ def quantize_tflite(
     samples: Annotated[
         int | None, typer.Option(min=1, help="Inputs of --calibration to take; default: all to calibrate, 16 to compare.")
     ] = None,
-    io_dtype: Annotated[str, typer.Option(help="Inputs and outputs of static recipes: float32, int8 or int16.")] = "float32",
+    io_dtype: Annotated[IoDtype, typer.Option(help="Type of the inputs and outputs of static recipes.")] = "float32",
     correct_bias: Annotated[
         bool, typer.Option(help="Take back what quantized weights shift on average; needs --calibration.")
     ] = True,

@@ -40,7 +40,7 @@ BLENDSHAPE_LANDMARKS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Face:
     """What MediaPipe says of one face.
 
@@ -58,7 +58,7 @@ class Face:
         return float(np.linalg.norm(self.landmarks[CHEEKS[0], :2] - self.landmarks[CHEEKS[1], :2]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Box:
     """Where the detector sees a face.
 

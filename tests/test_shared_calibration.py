@@ -1,0 +1,461 @@
+"""Calibration samples are what the model takes, or an error: never a guess, never code, never a set's whole size in memory."""
+
+import gc
+import io
+import json
+import struct
+import tracemalloc
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from shared.calibration import RANGES, CalibrationSet, InputRange, choose_range
+from shared.errors import ToolError
+from shared.runtime import TensorSpec
+from tests.conftest import REALDATA
+
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # as long as a refused .npz stays open, see below
+
+IMAGE = [TensorSpec("image", (1, 4, 4, 3), "float32")]
+CHANNELS_FIRST = [TensorSpec("image", (1, 3, 4, 4), "float32")]
+POINTS = [TensorSpec("points", (1, 146, 2), "float32")]
+TWO = [TensorSpec("image", (1, 4, 4, 3), "float32"), TensorSpec("scale", (1, 1), "float32")]
+SHAPE = (6, 4, 4, 3)
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """Let what a test left open be closed before the next begins."""
+    yield
+    gc.collect()
+
+
+def values(shape: tuple[int, ...] = SHAPE) -> NDArray[np.float32]:
+    return np.random.default_rng(0).random(shape, np.float32)
+
+
+def npz(folder: Path, **arrays: object) -> Path:
+    np.savez(folder / "set.npz", **arrays)  # type: ignore[arg-type]
+    return folder / "set.npz"
+
+
+def npz_with_header(folder: Path, header: str, version: int = 1, data: bytes = bytes(192)) -> Path:
+    """Write an .npz of one array 'image' whose header says what it is told to."""
+    text = header.encode()
+    length = struct.pack("<H" if version == 1 else "<L", len(text))
+    with zipfile.ZipFile(folder / "set.npz", "w") as archive:
+        archive.writestr("image.npy", b"\x93NUMPY" + bytes([version, 0]) + length + text + data)
+    return folder / "set.npz"
+
+
+def pictures(folder: Path, count: int = 6) -> Path:
+    """Write pictures of one grey each: 0, 10, 20, ..."""
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        Image.new("RGB", (8, 8), (number * 10,) * 3).save(folder / f"{number}.png")
+    return folder
+
+
+def greys(samples: CalibrationSet) -> list[int]:
+    return [round(float(sample["image"].mean())) for sample in samples.samples(IMAGE)]
+
+
+def test_a_folder_of_images_is_read_sorted_and_stretched_to_the_models_size(tmp_path: Path) -> None:
+    (sample, *rest) = CalibrationSet(pictures(tmp_path), "0..255").samples(IMAGE)
+    assert (sample["image"].shape, sample["image"].dtype, len(rest)) == ((1, 4, 4, 3), np.float32, 5)
+    assert greys(CalibrationSet(tmp_path, "0..255")) == [0, 10, 20, 30, 40, 50]
+
+
+@pytest.mark.parametrize(("name", "expected"), [("0..1", [0, 0.2, 1]), ("-1..1", [-1, -0.6, 1]), ("0..255", [0, 51, 255])])
+@pytest.mark.parametrize(("inputs", "axis"), [(IMAGE, 3), (CHANNELS_FIRST, 1)])
+def test_pixels_become_the_inputs_range_in_its_layout(
+    tmp_path: Path, name: InputRange, expected: list[float], inputs: list[TensorSpec], axis: int
+) -> None:
+    Image.new("RGB", (9, 5), (0, 51, 255)).save(tmp_path / "a.png")
+    (sample,) = CalibrationSet(tmp_path, name).samples(inputs)
+    assert sample["image"].shape == inputs[0].shape
+    np.testing.assert_allclose(np.moveaxis(sample["image"], axis, -1)[0, 1, 2], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("key", ["samples", "tiles"])
+def test_a_manifest_names_the_images_beside_it_and_their_order(tmp_path: Path, key: str) -> None:
+    pictures(tmp_path / "sub")
+    entries = [{"file": f"sub/{number}.png", "message": "ab"} for number in (4, 1)]
+    for name in ("mine.json", "manifest.json"):
+        (tmp_path / name).write_text(json.dumps({"title": "t", key: entries}))
+    assert greys(CalibrationSet(tmp_path / "mine.json", "0..255")) == [40, 10]
+    assert greys(CalibrationSet(tmp_path, "0..255")) == [40, 10]  # manifest.json comes before what lies around
+    files = [tmp_path / "mine.json", tmp_path / "sub/4.png", tmp_path / "sub/1.png"]
+    assert CalibrationSet(tmp_path / "mine.json").files() == files
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"samples": [{"file": "../0.png"}]}, r"names no files beside it.*\.\./0\.png"),
+        ({"samples": [{"file": "0.png"}, {"file": "a/../../0.png"}]}, "names no files beside it"),
+        ({"samples": [{"file": "/etc/hostname"}]}, "names no files beside it.*/etc/hostname"),
+        ({"samples": []}, "names no files beside it; got none"),
+        ({"samples": [{"file": "absent.png"}]}, r"absent\.png: unreadable image"),
+        ({"samples": [{"file": "a\0b.png"}]}, "unreadable image"),
+        ({"samples": [{"file": "."}]}, "unreadable image"),
+        ({"samples": [{"file": 3}]}, "no calibration manifest"),
+        ({"samples": [{"path": "0.png"}]}, "no calibration manifest"),
+        ({"samples": ["0.png"]}, "no calibration manifest"),
+        ({"samples": {"file": "0.png"}}, "no calibration manifest"),
+        ({"samples": None}, "no calibration manifest"),
+        ({"images": []}, "no calibration manifest"),
+        ([], "no calibration manifest"),
+        ("samples", "no calibration manifest"),
+        (3, "no calibration manifest"),
+        (None, "no calibration manifest"),
+    ],
+)
+def test_a_manifest_that_leads_elsewhere_or_nowhere_is_refused_in_one_line(tmp_path: Path, content: object, says: str) -> None:
+    pictures(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ToolError, match=says) as caught:
+        CalibrationSet(tmp_path, "0..255").check(IMAGE, None)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\xff"])
+def test_a_manifest_that_is_no_json_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "set.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ToolError, match=r"set\.json: no calibration manifest"):
+        CalibrationSet(tmp_path / "set.json", "0..1").check(IMAGE, None)
+
+
+@pytest.mark.parametrize("name", ["absent", "absent.npz", "absent.json", "folder.npz"])
+def test_no_set_at_all_is_an_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(ToolError, match=rf"{name}: no such calibration set"):
+        CalibrationSet(tmp_path / name).files()
+    with pytest.raises(ToolError, match=name):
+        CalibrationSet(tmp_path / name).check(IMAGE, None)
+
+
+def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match="no images in this folder"):
+        CalibrationSet(tmp_path, "0..1").check(IMAGE, None)
+
+
+@pytest.mark.parametrize("inputs", [POINTS, TWO, [TensorSpec("image", (1, 4, 4, 3), "uint8")], []])
+def test_images_are_no_samples_for_a_model_that_takes_something_else(tmp_path: Path, inputs: list[TensorSpec]) -> None:
+    with pytest.raises(ToolError, match=r"images don't fit.*give an \.npz"):
+        CalibrationSet(pictures(tmp_path), "0..1").check(inputs, None)
+
+
+def test_images_need_the_range_of_the_input(tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match=r"say --input-range 0\.\.1, -1\.\.1 or 0\.\.255"):
+        CalibrationSet(pictures(tmp_path)).check(IMAGE, None)
+
+
+@pytest.mark.parametrize("key", ["image", "images"])
+@pytest.mark.parametrize("shape", [(6, 4, 4, 3), (6, 1, 4, 4, 3)])
+def test_an_npz_gives_one_sample_for_each_row_with_or_without_batch_axis(tmp_path: Path, key: str, shape: tuple[int, ...]) -> None:
+    array = values().reshape(shape)
+    samples = list(CalibrationSet(npz(tmp_path, **{key: array})).samples(IMAGE))
+    assert {(sample["image"].shape, sample["image"].dtype) for sample in samples} == {((1, 4, 4, 3), np.dtype(np.float32))}
+    np.testing.assert_array_equal(np.concatenate([sample["image"] for sample in samples]), values())
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "float16", "float64", ">f4", ">i2"])
+def test_other_types_of_numbers_are_cast(tmp_path: Path, dtype: str) -> None:
+    array = (values() * 255).astype(dtype)
+    samples = list(CalibrationSet(npz(tmp_path, image=array)).samples(IMAGE))
+    assert {sample["image"].dtype for sample in samples} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(np.concatenate([sample["image"] for sample in samples]), array.astype(np.float32))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_several_inputs_are_read_row_by_row_each_by_its_name(tmp_path: Path, save: object) -> None:
+    assert callable(save)
+    save(tmp_path / "set.npz", scale=np.arange(6.0), image=values(), unused=np.zeros((6, 2)))
+    samples = list(CalibrationSet(tmp_path / "set.npz").samples(TWO))
+    assert [sample["scale"].item() for sample in samples] == [0, 1, 2, 3, 4, 5]
+    assert all(sample.keys() == {"image", "scale"} and sample["scale"].shape == (1, 1) for sample in samples)
+    np.testing.assert_array_equal(np.concatenate([sample["image"] for sample in samples]), values())
+
+
+@pytest.mark.parametrize(
+    ("most", "taken"),
+    [(None, [0, 10, 20, 30, 40, 50]), (6, [0, 10, 20, 30, 40, 50]), (99, [0, 10, 20, 30, 40, 50]), (3, [0, 20, 40]), (1, [0])],
+)
+def test_a_part_of_a_set_is_spread_evenly_over_it(tmp_path: Path, most: int | None, taken: list[int]) -> None:
+    assert greys(CalibrationSet(pictures(tmp_path), "0..255", most)) == taken
+    array = np.stack([np.full((4, 4, 3), number * 10.0) for number in range(6)])
+    path = npz(tmp_path, image=array)
+    assert greys(CalibrationSet(path, None, most)) == taken
+    assert CalibrationSet(path, None, most).check(IMAGE, None) == len(taken)
+
+
+def test_a_part_is_as_large_as_asked_for_whatever_the_lengths(tmp_path: Path) -> None:
+    path = npz(tmp_path, image=np.arange(23.0).repeat(48).reshape(23, 4, 4, 3))
+    for most in range(1, 24):
+        taken = greys(CalibrationSet(path, None, most))
+        assert len(taken) == most
+        assert set(np.diff(taken)) <= {23 // most, -(-23 // most)}
+
+
+@pytest.mark.parametrize(
+    ("name", "declared", "chosen"),
+    [
+        (None, None, None),
+        ("0..1", None, "0..1"),
+        ("-1..1", (-1.0, 1.0), "-1..1"),
+        (None, (-1.0, 1.0), "-1..1"),
+        (None, (-0.9922, 1.0), "-1..1"),  # mean 127.5 and std 128
+        (None, (0.0, 255.0), "0..255"),
+        (None, (0.0, 0.996), "0..1"),
+        (None, (-2.1, 2.6), None),
+        ("0..1", (-2.1, 2.6), "0..1"),
+    ],
+)
+def test_the_range_is_the_users_or_else_the_metadatas(
+    name: InputRange | None, declared: tuple[float, float] | None, chosen: str | None
+) -> None:
+    assert choose_range(name, declared, Path("m.tflite")) == chosen
+
+
+@pytest.mark.parametrize(("name", "declared"), [("0..1", (-1.0, 1.0)), ("-1..1", (0.0, 255.0)), ("0..255", (0.0, 1.0))])
+def test_a_range_that_the_metadata_denies_is_refused(name: str, declared: tuple[float, float]) -> None:
+    with pytest.raises(ToolError, match=rf"m\.tflite: --input-range differs.*got {name}"):
+        choose_range(name, declared, Path("m.tflite"))
+
+
+@pytest.mark.parametrize("known", RANGES)
+@pytest.mark.parametrize("found", RANGES)
+def test_samples_of_another_range_are_refused(tmp_path: Path, found: str, known: InputRange) -> None:
+    low, high = RANGES[found]
+    path = npz(tmp_path, image=values() * (high - low) + low)
+    for samples, declared in ((CalibrationSet(path, known), None), (CalibrationSet(path), RANGES[known])):
+        if found == known:
+            assert samples.check(IMAGE, declared) == 6
+        elif (found, known) == ("0..1", "-1..1"):
+            pass  # half of a range is no proof of another
+        else:
+            with pytest.raises(ToolError, match=r"of another range than the model's input.*correct --input-range"):
+                samples.check(IMAGE, declared)
+
+
+def test_what_images_become_passes_the_check_of_the_range_they_were_brought_to(tmp_path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / "a.png")
+    for name, limits in RANGES.items():
+        assert CalibrationSet(tmp_path, name).check(IMAGE, limits) == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "inputs", "says"),
+    [
+        ({"image": np.full(SHAPE, np.nan, np.float32)}, IMAGE, "NaN or infinity; got sample 1, image"),
+        (
+            {"image": np.where(np.arange(6).reshape(6, 1, 1, 1) == 4, np.inf, values())},
+            IMAGE,
+            "NaN or infinity; got sample 5, image",
+        ),
+        ({"image": values((6, 4, 5, 3))}, IMAGE, r"does not fit input 'image'; got \(6, 4, 5, 3\) float32"),
+        ({"image": values((6, 3, 4, 4))}, IMAGE, "does not fit input 'image'"),
+        ({"image": values((4, 4, 3))}, IMAGE, "does not fit input 'image'"),
+        ({"image": values((6, 48))}, IMAGE, "does not fit input 'image'"),
+        ({"image": values((6, 2, 4, 4, 3))}, IMAGE, "does not fit input 'image'"),
+        ({"image": np.zeros(SHAPE, np.complex64)}, IMAGE, "does not fit input 'image'; got .* complex64"),
+        ({"image": np.zeros(SHAPE, "U3")}, IMAGE, "does not fit input 'image'"),
+        ({"image": np.zeros(SHAPE, [("a", "f4")])}, IMAGE, "does not fit input 'image'"),
+        ({"image": np.zeros(SHAPE, "M8[s]")}, IMAGE, "does not fit input 'image'"),
+        ({"picture": values()}, IMAGE, r"lacks inputs of the model; got \['picture'\]; expected image float32"),
+        ({"image": values()}, TWO, r"lacks inputs of the model.*expected .*scale"),
+        ({"images": values()}, TWO, "lacks inputs of the model"),
+        ({"images": values(), "labels": np.zeros((6, 1))}, IMAGE, "lacks inputs of the model"),
+        ({"image": values((0, 4, 4, 3))}, IMAGE, "the calibration set is empty"),
+        ({}, IMAGE, "set.npz"),
+        ({"image": np.float32(1)}, IMAGE, "no samples along its first axis"),
+        ({"image": np.asfortranarray(values())}, IMAGE, "no samples along its first axis"),
+        ({"image": values(), "scale": np.zeros(5)}, TWO, r"differ in length; got \[5, 6\]"),
+        ({"image": values(), "scale": np.zeros((6, 2))}, TWO, "does not fit input 'scale'"),
+    ],
+)
+def test_a_set_that_does_not_fit_is_refused_in_one_line(
+    tmp_path: Path, arrays: dict[str, object], inputs: list[TensorSpec], says: str
+) -> None:
+    with pytest.raises(ToolError, match=says) as caught:
+        CalibrationSet(npz(tmp_path, **arrays)).check(inputs, None)
+    assert str(caught.value).isprintable()
+    assert "set.npz" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, 300.0, -1.0])
+@pytest.mark.xfail(reason="reported: values are cast before they are looked at")
+def test_values_that_an_integer_input_cannot_hold_are_refused(tmp_path: Path, value: float) -> None:
+    with np.errstate(invalid="ignore"), pytest.raises(ToolError):
+        CalibrationSet(npz(tmp_path, image=np.full(SHAPE, value))).check([TensorSpec("image", (1, 4, 4, 3), "uint8")], None)
+
+
+class Hostile:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("names", [["image"], ["image", "extra"]])
+def test_no_pickle_is_ever_loaded(tmp_path: Path, names: list[str]) -> None:
+    touched = tmp_path / "touched"
+    hostile = np.empty(6, object)
+    hostile[:] = [Hostile(touched)] * 6
+    path = npz(tmp_path, **{**dict.fromkeys(names, values()), names[-1]: hostile})
+    with pytest.raises(ToolError, match=r"set\.npz: "):
+        CalibrationSet(path).check(IMAGE, None)
+    CalibrationSet(path).sha256()
+    assert not touched.exists()
+    np.load(path, allow_pickle=True)[names[-1]]  # what it would have done
+    assert touched.exists()
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, -30, -1])
+def test_a_truncated_npz_is_refused(tmp_path: Path, save: object, keep: float) -> None:
+    assert callable(save)
+    save(tmp_path / "set.npz", image=values((50, 4, 4, 3)))
+    content = (tmp_path / "set.npz").read_bytes()
+    (tmp_path / "set.npz").write_bytes(content[: int(len(content) * keep) if keep == 0.5 else int(keep)])
+    with pytest.raises(ToolError, match=r"set\.npz: damaged \.npz"):
+        CalibrationSet(tmp_path / "set.npz").check(IMAGE, None)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_flipped_byte_is_noticed_although_only_a_part_is_taken(tmp_path: Path, save: object) -> None:
+    assert callable(save)
+    save(tmp_path / "set.npz", image=values((50, 4, 4, 3)))
+    content = bytearray((tmp_path / "set.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "set.npz").write_bytes(content)
+    with pytest.raises(ToolError, match=r"set\.npz: damaged \.npz"):
+        CalibrationSet(tmp_path / "set.npz", None, 2).check(IMAGE, None)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+@pytest.mark.xfail(reason="reported: the arrays' streams hold the file open until the error is forgotten")
+def test_a_refused_npz_is_closed(tmp_path: Path) -> None:
+    path = npz(tmp_path, picture=values())
+    with pytest.raises(ToolError, match="lacks inputs") as caught:
+        CalibrationSet(path).check(IMAGE, None)
+    assert caught.tb is not None
+    assert path not in [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+
+
+LATER = pytest.mark.xfail(reason="reported: not all that numpy's parsers raise becomes an error line")
+
+
+@pytest.mark.parametrize(
+    ("header", "version"),
+    [
+        ("", 1),
+        ("{}", 1),
+        ("[" * 150 + "]" * 150, 1),
+        ("__import__('os').abort()", 1),
+        ("{'descr': '<f4', 'fortran_order': False, 'shape': (1, 4, 4, 3)}", 2),  # too few bytes are no fault of the header
+        ("{'descr': '<f4', 'fortran_order': False, 'shape': (9, 4, 4, 3)}", 1),
+        ("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 4, 4, 3)}", 1),
+        ("{'descr': '<f4', 'fortran_order': False, 'shape': (10000000000000000000000, 4, 4, 3)}", 1),
+        ("{'descr': '<f3', 'fortran_order': False, 'shape': (1, 4, 4, 3)}", 1),
+        ("{'descr': ('<f4', (2,)), 'fortran_order': False, 'shape': (1, 4, 4, 3)}", 1),
+        ("{'descr': '<f4', 'fortran_order': False, 'shape': (1, 4, -4, -3)}", 1),
+        ("{'descr': '<f4', 'fortran_order': False, 'shape': (1, 4, 4, 3)" + " " * 20_000 + "}", 1),
+        pytest.param("{'descr': '<f4', ", 1, marks=LATER),
+        pytest.param("if 1:\n    a\n  b\n", 1, marks=LATER),
+        pytest.param("{'descr': 'f4,(', 'fortran_order': False, 'shape': (1, 4, 4, 3)}", 1, marks=LATER),
+    ],
+)
+def test_a_hostile_header_is_refused_in_one_line(tmp_path: Path, header: str, version: int) -> None:
+    path = npz_with_header(tmp_path, header, version, bytes(191))
+    with pytest.raises(ToolError, match=r"set\.npz: ") as caught:
+        CalibrationSet(path).check(IMAGE, None)
+    assert str(caught.value).isprintable()
+
+
+def test_a_header_of_the_second_version_is_read(tmp_path: Path) -> None:
+    path = npz_with_header(tmp_path, "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 4, 4, 3)}", 2)
+    assert CalibrationSet(path).check(IMAGE, None) == 1
+
+
+def test_an_npz_that_is_another_zip_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
+        archive.writestr("image.npy", "no array")
+    with pytest.raises(ToolError, match=r"damaged \.npz"):
+        CalibrationSet(tmp_path / "set.npz").check(IMAGE, None)
+
+
+def test_the_hash_changes_with_whatever_decides_the_samples(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "pictures")
+    hashes = [CalibrationSet(folder, name, most).sha256() for name in (None, "0..1", "-1..1") for most in (None, 2)]  # type: ignore[arg-type]
+    assert CalibrationSet(folder).sha256() == hashes[0]
+    Image.new("RGB", (8, 8), (255,) * 3).save(folder / "3.png")
+    hashes.append(CalibrationSet(folder).sha256())
+    (folder / "5.png").unlink()
+    hashes.append(CalibrationSet(folder).sha256())
+    for names in (["1.png", "2.png"], ["2.png", "1.png"]):
+        (folder / "manifest.json").write_text(json.dumps({"samples": [{"file": name} for name in names]}))
+        hashes.append(CalibrationSet(folder).sha256())
+    hashes += [CalibrationSet(npz(tmp_path, image=values() + seed)).sha256() for seed in (0, 1)]
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_what_lies_beside_the_images_does_not_change_the_hash(tmp_path: Path) -> None:
+    before = CalibrationSet(pictures(tmp_path)).sha256()
+    (tmp_path / "notes.txt").write_text("sunny")
+    assert CalibrationSet(tmp_path).sha256() == before
+
+
+def peak_bytes(path: Path, inputs: list[TensorSpec]) -> tuple[int, int]:
+    """Return samples and the largest amount of memory while they are checked."""
+    tracemalloc.start()
+    try:
+        return CalibrationSet(path).check(inputs, None), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_one_sample_at_a_time_is_in_memory(tmp_path: Path, save: object) -> None:
+    assert callable(save)
+    inputs = [TensorSpec("image", (1, 224, 224, 3), "float32")]
+    array = np.zeros((340, 224, 224, 3), np.float32)
+    save(tmp_path / "set.npz", image=array)
+    assert array.nbytes > 200_000_000
+    count, peak = peak_bytes(tmp_path / "set.npz", inputs)
+    assert count == len(array)
+    assert 224 * 224 * 3 * 4 < peak < 16_000_000
+
+
+@pytest.mark.xfail(reason="reported: numpy reads a header whole before it refuses it")
+def test_a_header_of_a_hundred_megabytes_is_not_read(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("image.npy", b"\x93NUMPY\2\0" + struct.pack("<L", 100_000_000) + b" " * 100_000_000)
+    (tmp_path / "set.npz").write_bytes(file.getvalue())
+    tracemalloc.start()
+    try:
+        with pytest.raises(ToolError, match=r"damaged \.npz"):
+            CalibrationSet(tmp_path / "set.npz").check(IMAGE, None)
+        assert tracemalloc.get_traced_memory()[1] < 16_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.realdata
+def test_real_photographs_are_samples(tmp_path: Path) -> None:
+    inputs = [TensorSpec("image", (1, 192, 192, 3), "float32")]
+    samples = CalibrationSet(REALDATA / "images", "-1..1", 5)
+    assert samples.check(inputs, (-1, 1)) == 5
+    np.savez(tmp_path / "set.npz", images=np.concatenate([sample["image"] for sample in samples.samples(inputs)]))
+    for one, other in zip(samples.samples(inputs), CalibrationSet(tmp_path / "set.npz").samples(inputs), strict=True):
+        np.testing.assert_array_equal(one["image"], other["image"])
