@@ -120,7 +120,7 @@ def _mean_patch(layer: Layer, mean: Array) -> Array:
     strides = layer.options.StrideH(), layer.options.StrideW()
     dilations = layer.options.DilationHFactor(), layer.options.DilationWFactor()
     is_same = layer.options.Padding() == 0
-    image = mean[0]
+    image = mean.mean(axis=0)
     places = []
     for axis in range(2):
         size, reach = image.shape[axis], (kernel[axis] - 1) * dilations[axis] + 1
@@ -164,4 +164,6 @@ def _shift(kind: str, change: Array, patch: Array) -> Array:
     if kind == "DEPTHWISE_CONV_2D":
         per_channel: Array = change[0] * np.repeat(patch, change.shape[3] // patch.shape[2], axis=2)
         return np.asarray(per_channel.sum(axis=(0, 1)))
-    return np.asarray(np.tensordot(change, patch, axes=3))
+    groups = patch.shape[2] // change.shape[3]
+    parts = zip(np.split(change, groups), np.split(patch, groups, axis=2), strict=True)
+    return np.concatenate([np.tensordot(of_group, part, axes=3) for of_group, part in parts])

@@ -11,7 +11,7 @@ import struct
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from shared.errors import ToolError, first_line
 from shared.tflite import IDENTIFIER, ZIP_DAMAGE
@@ -19,6 +19,7 @@ from shared.tflite import IDENTIFIER, ZIP_DAMAGE
 ALIGNMENT = 64  # bytes; weights inside a model lie at multiples of 16
 EXTRA_ID = 0xD935  # Android's zipalign: alignment, then padding
 MAX_ENTRIES = 256
+LARGEST_ENTRY = 1_900_000_000  # bytes; above, zipfile writes headers of another length
 MAX_DEPTH = 3  # bundles inside bundles; the deepest published one has one level
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # signature, version, flags, method, time, date, crc, sizes, lengths of name and extra
 UNDATED = (1980, 1, 1, 0, 0, 0)
@@ -49,77 +50,97 @@ class Entry:
 def is_bundle(path: Path) -> bool:
     """Whether a file looks like a zip file rather than a model with a zip behind it; the official ones don't start with 'PK'."""
     with path.open("rb") as file:
-        return file.read(8)[4:] != IDENTIFIER and zipfile.is_zipfile(path)
+        if file.read(8)[4:] == IDENTIFIER:
+            return False
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # Python 3.11 on some damaged directories
+        return False
 
 
-def unpack_bundle(path: Path, folder: Path, depth: int = 1) -> tuple[Entry, ...]:
+def unpack_bundle(path: Path, folder: Path, name: str | None = None, depth: int = 1) -> tuple[Entry, ...]:
     """Copy a bundle's entries into a folder, bundles inside it too.
+
+    Args:
+        path: The bundle.
+        folder: A folder to make.
+        name: What errors call the bundle; default: its path.
+        depth: How deep it lies in others.
 
     Raises:
         ToolError: Anything but a plain zip of stored, checksummed entries that lie one behind the other.
     """
+    name = name or str(path)
     if depth > MAX_DEPTH:
-        raise ToolError(f"bundles lie in each other more than {MAX_DEPTH} deep", where=path, remedy=REMEDY)
+        raise ToolError(f"bundles lie in each other more than {MAX_DEPTH} deep", where=name, remedy=REMEDY)
     folder.mkdir()
     try:
         with zipfile.ZipFile(path) as archive:
-            _require_plain(archive, path)
-            return tuple(_unpack(archive, info, folder / f"{number}", depth) for number, info in enumerate(archive.infolist()))
+            _require_plain(archive, path, name)
+            places = [(info, folder / f"{number}") for number, info in enumerate(archive.infolist())]
+            return tuple(_unpack(archive, info, place, f"{name}/{info.filename}", depth) for info, place in places)
     except ZIP_DAMAGE as error:
-        raise ToolError("damaged bundle", where=path, got=first_line(error), remedy=REMEDY) from None
+        raise ToolError("damaged bundle", where=name, got=first_line(error), remedy=REMEDY) from None
 
 
-def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, place: Path, depth: int) -> Entry:
+def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, place: Path, name: str, depth: int) -> Entry:
     with archive.open(info) as data, place.open("wb") as file:  # checks the CRC at the end
         shutil.copyfileobj(data, file)
-    entries = unpack_bundle(place, place.with_name(place.name + "_entries"), depth + 1) if is_bundle(place) else None
+    inside = place.with_name(place.name + "_entries")
+    entries = unpack_bundle(place, inside, name, depth + 1) if info.filename.endswith(".task") else None
     return Entry(info.filename, place, entries)
 
 
-def _require_plain(archive: zipfile.ZipFile, path: Path) -> None:
+def _require_plain(archive: zipfile.ZipFile, path: Path, where: str) -> None:
     """Raise ToolError unless the bundle is what every reader of zip files sees alike."""
     infos = archive.infolist()
     names = [info.filename for info in infos]
 
     def refuse(what: str, name: str) -> None:
-        raise ToolError(what, where=path, got=f"entry {name!r}", remedy=REMEDY)
+        raise ToolError(what, where=where, got=f"entry {name!r}", remedy=REMEDY)
 
     if not infos or len(infos) > MAX_ENTRIES:
-        raise ToolError("not a MediaPipe bundle", where=path, got=f"{len(infos)} entries", expected=f"1 to {MAX_ENTRIES}")
+        raise ToolError("not a MediaPipe bundle", where=where, got=f"{len(infos)} entries", expected=f"1 to {MAX_ENTRIES}")
     for info in infos:
         name = info.filename
         if names.count(name) > 1:
             refuse("two entries of the bundle have the same name", name)
-        if not name.isprintable() or "\\" in name or name.startswith("/") or {"..", "."} & set(PurePosixPath(name).parts):
-            refuse("an entry's name leads out of the bundle", name)
         if name.endswith("/"):
             refuse("the bundle holds a folder", name)
+        written = info.orig_filename  # zipfile cuts a name off at a NUL
+        if not written.isprintable() or "\\" in written or {"", ".", ".."} & set(written.split("/")):
+            refuse("an entry's name is no plain name", written)
         if info.flag_bits & 0x41:
             refuse("an entry is encrypted", name)
+        if info.file_size > LARGEST_ENTRY:
+            refuse(f"an entry is larger than {LARGEST_ENTRY} bytes", name)
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             refuse("an entry is compressed; MediaPipe reads stored ones only", name)
-    _require_in_a_row(infos, archive.start_dir, path)
+    _require_in_a_row(infos, archive.start_dir, path, where)
 
 
-def _require_in_a_row(infos: list[zipfile.ZipInfo], end: int, path: Path) -> None:
+def _require_in_a_row(infos: list[zipfile.ZipInfo], end: int, path: Path, where: str) -> None:
     """Raise ToolError unless entries lie one behind the other, local and central headers agree, and gaps hold zeros only."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         reached = 0
         for info in sorted(infos, key=lambda info: info.header_offset):
             start = info.header_offset
-            if start < reached or content[reached:start].strip(b"\0"):
-                raise ToolError("something lies between or across the bundle's entries", where=path, remedy=REMEDY)
+            if start < reached or start + LOCAL_HEADER.size > end or content[reached:start].strip(b"\0"):
+                raise ToolError("something lies between or across the bundle's entries", where=where, remedy=REMEDY)
             header = LOCAL_HEADER.unpack(content[start : start + LOCAL_HEADER.size])
             signature, _, flags, method, _, _, crc, packed, size, name_length, extra_length = header
             behind = start + LOCAL_HEADER.size
             name = content[behind : behind + name_length]
             has_descriptor = flags & 0x08  # sizes follow the data; the runtime reads those of the central directory
             agrees = has_descriptor or (crc, packed, size) == (info.CRC, info.compress_size, info.file_size)
+            agrees = agrees and flags == info.flag_bits
             if signature != b"PK\3\4" or method != 0 or name.decode("utf-8", "replace") != info.orig_filename or not agrees:
-                raise ToolError("an entry's two headers differ", where=path, got=f"entry {info.filename!r}", remedy=REMEDY)
+                raise ToolError("an entry's two headers differ", where=where, got=f"entry {info.filename!r}", remedy=REMEDY)
             reached = behind + name_length + extra_length + info.file_size + (16 if has_descriptor else 0)
-        if reached > end:
-            raise ToolError("an entry reaches into the bundle's directory", where=path, remedy=REMEDY)
+            if reached > end:
+                raise ToolError("an entry reaches into the bundle's directory", where=where, remedy=REMEDY)
+        if content[reached:end].strip(b"\0"):
+            raise ToolError("something lies between the bundle's entries and its directory", where=where, remedy=REMEDY)
 
 
 def models_of(entries: Sequence[Entry], prefix: str = "") -> Iterator[tuple[str, Entry]]:

@@ -4,9 +4,14 @@ A set is a folder of images, a manifest naming images, or an .npz with one array
 become what the model takes only when the range of its input is known: from the model's own metadata, or from the user.
 """
 
+import contextlib
 import hashlib
+import io
 import itertools
 import json
+import struct
+import tokenize
+import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,11 +27,13 @@ from shared.runtime import TensorSpec, describe, image_spec
 from shared.tflite import ZIP_DAMAGE
 
 Sample = dict[str, NDArray[Any]]
+_Array = tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]
 InputRange = Literal["0..1", "-1..1", "0..255"]
 RANGES: dict[str, tuple[float, float]] = {"0..1": (0.0, 1.0), "-1..1": (-1.0, 1.0), "0..255": (0.0, 255.0)}
 IMAGES_KEY = "images"  # the name of the only array in an .npz that need not be the input's
 TOLERANCE = 0.05  # of the range's width: interpolation overshoots, and normalisation constants are rounded
 LEAST_SPAN = 0.1  # of the range's width: below it, all samples together are likelier of another scale
+MAX_HEADER_BYTES = 10_000  # of an array in an .npz; numpy writes about 100
 MANIFEST_KEYS = ("samples", "tiles")
 
 
@@ -154,10 +161,13 @@ def _listed_images(path: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, StopIteration, AssertionError, RecursionError):
         expected = 'JSON such as {"samples": [{"file": "tile_0.png"}]}'
         raise ToolError("no calibration manifest", where=path, expected=expected) from None
-    strange = [name for name in names if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+    strange = [name for name in names if not name.isprintable() or name.startswith("/") or ".." in PurePosixPath(name).parts]
     if strange or not names:
         raise ToolError("the manifest names no files beside it", where=path, got=strange[:1] or "none")
-    return [path.parent / name for name in names]
+    files = [path.parent / name for name in names]
+    if missing := [file for file in files if not file.is_file()]:
+        raise ToolError("the manifest names files that are not there", where=path, got=f"{len(missing)}, the first {missing[0]}")
+    return files
 
 
 def _from_image(file: Path, inputs: list[TensorSpec], input_range: InputRange | None) -> Sample:
@@ -174,30 +184,51 @@ def _from_image(file: Path, inputs: list[TensorSpec], input_range: InputRange | 
     return {name: to_layout(image * np.float32(high - low) + np.float32(low), layout)}
 
 
-def _npz_arrays(archive: zipfile.ZipFile, path: Path) -> dict[str, tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]]:
+def _npz_arrays(archive: zipfile.ZipFile, path: Path, streams: contextlib.ExitStack) -> dict[str, _Array]:
     """Return stream, shape and dtype of each array of an .npz, positioned at its first value."""
     found = {}
     for name in archive.namelist():
-        stream = archive.open(name)
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, is_fortran, dtype = read(stream)
-        if is_fortran or dtype.hasobject or not shape:
+        stream = streams.enter_context(archive.open(name))
+        shape, is_fortran, dtype = _npy_header(stream)
+        if dtype.hasobject:
+            raise ToolError("the calibration set holds Python objects, which are never loaded", where=path, got=name)
+        if is_fortran or not shape:
+            remedy = "save numpy.ascontiguousarray of samples along the first axis"
             raise ToolError(
-                "an array of the calibration set has no samples along its first axis", where=path, got=f"{name} {shape}"
+                "an array of the calibration set is no list of samples", where=path, got=f"{name} {shape}", remedy=remedy
             )
         found[name.removesuffix(".npy")] = stream, shape, dtype
     return found
 
 
+def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return shape, order and dtype of a .npy stream; its header is read only if it is as short as real ones are."""
+    version = np.lib.format.read_magic(stream)
+    form = "<H" if version == (1, 0) else "<I"
+    length = stream.read(struct.calcsize(form))
+    if len(length) < struct.calcsize(form) or struct.unpack(form, length)[0] > MAX_HEADER_BYTES:
+        raise ValueError("no header of an array")
+    header = io.BytesIO(length + stream.read(struct.unpack(form, length)[0]))
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about headers as Python 2 wrote them
+            shape, is_fortran, dtype = read(header)
+    except (SyntaxError, tokenize.TokenError, MemoryError, TypeError) as error:
+        raise ValueError(f"no header of an array: {error}") from None
+    return shape, is_fortran, dtype
+
+
 def _npz_length(path: Path) -> int:
     try:
-        with zipfile.ZipFile(path) as archive:
-            lengths = {shape[0] for _, shape, _ in _npz_arrays(archive, path).values()}
+        with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as streams:
+            lengths = {shape[0] for _, shape, _ in _npz_arrays(archive, path, streams).values()}
     except FileNotFoundError:
         raise ToolError("no such calibration set", where=path) from None
     except ZIP_DAMAGE as error:
         raise ToolError("damaged .npz", where=path, got=error) from None
+    if not lengths:
+        raise ToolError("the calibration set is empty", where=path)
     if len(lengths) != 1:
         raise ToolError("the arrays of the calibration set differ in length", where=path, got=sorted(lengths))
     return int(lengths.pop())
@@ -206,8 +237,8 @@ def _npz_length(path: Path) -> int:
 def _read_npz(path: Path, inputs: list[TensorSpec]) -> Iterator[Sample]:
     """Yield the samples of an .npz; reads as it goes, so that a set may be larger than memory."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            arrays = _npz_arrays(archive, path)
+        with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as streams:
+            arrays = _npz_arrays(archive, path, streams)
             source = {spec.name: spec.name for spec in inputs}
             if len(inputs) == 1 and len(arrays) == 1 and inputs[0].name not in arrays and IMAGES_KEY in arrays:
                 source = {inputs[0].name: IMAGES_KEY}
@@ -219,7 +250,7 @@ def _read_npz(path: Path, inputs: list[TensorSpec]) -> Iterator[Sample]:
             for spec in inputs:
                 _require_fits(path, spec, *arrays[source[spec.name]][1:])
             for _ in range(arrays[source[inputs[0].name]][1][0]):
-                yield {spec.name: _next_sample(spec, *arrays[source[spec.name]]) for spec in inputs}
+                yield {spec.name: _next_sample(path, spec, *arrays[source[spec.name]]) for spec in inputs}
     except ZIP_DAMAGE as error:
         raise ToolError("damaged .npz", where=path, got=error) from None
 
@@ -235,9 +266,15 @@ def _require_fits(path: Path, spec: TensorSpec, shape: tuple[int, ...], dtype: n
         )
 
 
-def _next_sample(spec: TensorSpec, stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+def _next_sample(path: Path, spec: TensorSpec, stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     size = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
     data = stream.read(size)
     if len(data) < size:
         raise EOFError("an array ends early")
-    return np.frombuffer(data, dtype).astype(spec.dtype).reshape(spec.shape)
+    values = np.frombuffer(data, dtype)
+    with np.errstate(invalid="ignore", over="ignore"):  # what that leaves is told below
+        sample = values.astype(spec.dtype)
+        is_same = sample.dtype.kind == "f" or bool(np.array_equal(sample, values))
+    if not is_same:
+        raise ToolError(f"a calibration sample does not fit the {spec.dtype} of input '{spec.name}'", where=path)
+    return sample.reshape(spec.shape)

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 
 from shared.bias import Patches, correct_biases, layers, mean_patches
 from shared.calibration import CalibrationSet, Sample
-from shared.errors import ToolError
+from shared.errors import ToolError, first_line
 from shared.recipes import Rules
 from shared.runtime import TensorSpec, sample_inputs
 from shared.upstream import large_weights_quantized
+from shared.worker import signature_names
 
 Array = NDArray[Any]
 Outputs = list[Array]
@@ -76,7 +77,8 @@ class Damage:
         relative_error: Largest over the samples of the Euclidean norm of the difference, divided by the root mean square over the
             samples of the norm of the float values. None where a value is no finite number.
         snr_db: Signal-to-noise ratio, the energy of the float values over that of the difference; None without any difference.
-        cosine: Of the float and the quantized values, smallest over the samples; None where a side is all zeros.
+        cosine: Of the float and the quantized values, smallest over the samples; 0 where one side
+            is all zeros, None where both are in every sample.
     """
 
     relative_error: float | None
@@ -101,11 +103,16 @@ class Outcome:
     slowdown: float | None = None
 
 
+class RefusedError(ToolError):
+    """The quantizer or the runtime refuses a candidate; others may do."""
+
+
 def measure_candidate(job: Job) -> Outcome:
     """Quantize and run one candidate.
 
     Raises:
-        ToolError: The model can't be read here, or is another one; or the quantizer or the runtime refuses the candidate.
+        RefusedError: The quantizer or the runtime refuses the candidate.
+        ToolError: The model or the samples can't be read here, or are others.
     """
     reference = _reference(job.subject)
     quantized = _quantized(job.subject, job.rules)
@@ -125,7 +132,7 @@ def measure_damage(reference: Sequence[Array], candidate: Sequence[Array]) -> Da
         return Damage(None, None, None)
     signal = np.array([r @ r for r, _ in flat])
     noise = np.array([(r - c) @ (r - c) for r, c in flat])
-    cosines = [float(r @ c / np.sqrt((r @ r) * (c @ c))) for r, c in flat if r.any() and c.any()]
+    cosines = [float(r @ c / (np.sqrt((r @ r) * (c @ c)) or 1.0)) for r, c in flat if r.any() or c.any()]
     cosine = min(cosines, default=None)
     if noise.max() == 0:
         return Damage(0.0, None, cosine)
@@ -199,7 +206,7 @@ def _quantized(subject: Subject, rules: Rules) -> bytearray:
             job = quantizer.Quantizer(str(subject.path), rules)
             result = job.quantize(enable_progress_bar=False, enable_progress_report=False)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ToolError("AI Edge Quantizer rejects the recipe or the model", where=subject.path, got=error) from None
+        raise RefusedError("AI Edge Quantizer rejects the recipe or the model", where=subject.path, got=error) from None
     content = bytearray(result.quantized_model)
     corrected(subject, content)
     return content
@@ -216,13 +223,16 @@ def _interpreter(model: Path | bytearray, *, preserve: bool = False) -> Any:
             interpreter = Interpreter(**source, num_threads=1, experimental_preserve_all_tensors=preserve)
             interpreter.allocate_tensors()
         except (RuntimeError, ValueError) as error:
-            raise ToolError("the runtime does not load the candidate", got=error) from None
+            raise RefusedError("the runtime does not load the candidate", got=first_line(error)) from None
     return interpreter
 
 
 def _inputs(interpreter: Any) -> tuple[TensorSpec, ...]:
-    details = interpreter.get_input_details()
-    return tuple(TensorSpec(d["name"], tuple(map(int, d["shape"])), np.dtype(d["dtype"]).name) for d in details)
+    """Return a model's inputs under the names that `shared.runtime` gives them."""
+    names, details = signature_names(interpreter), interpreter.get_input_details()
+    return tuple(
+        TensorSpec(names.get(d["name"], d["name"]), tuple(map(int, d["shape"])), np.dtype(d["dtype"]).name) for d in details
+    )
 
 
 def _feed(interpreter: Any, sample: Sample, inputs: Sequence[TensorSpec]) -> None:
@@ -236,7 +246,10 @@ def _run(model: Path | bytearray, subject: Subject, tensor: str | None) -> list[
     inputs = _inputs(interpreter)
     wanted = [d["index"] for d in interpreter.get_output_details()]
     if tensor is not None:
-        wanted.append(next(d["index"] for d in interpreter.get_tensor_details() if d["name"] == tensor))
+        places = [d["index"] for d in interpreter.get_tensor_details() if d["name"] == tensor]
+        if not places:
+            raise ToolError("no tensor of this name", where=subject.path, got=tensor)
+        wanted.append(places[0])
     outputs = []
     for sample in _samples(subject, inputs):
         _feed(interpreter, sample, inputs)

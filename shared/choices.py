@@ -13,7 +13,7 @@ from pathlib import Path
 from shared.calibration import CalibrationSet, InputRange
 from shared.errors import ToolError
 from shared.quantization import IoDtype, SearchWish, Wish
-from shared.recipes import Rules, check_rules, parse_selector, read_recipe_file, resolve_recipe
+from shared.recipes import NONE, Rules, check_rules, parse_selector, read_recipe_file, resolve_recipe
 from shared.search import Target
 
 DEFAULT_RECIPE = "int8"
@@ -48,28 +48,27 @@ class Choices:
             executor: Where candidates are measured.
         """
         mine = partial(_mine, name=name, names=names)
-        rules = [(text, *_split(text, "--rule SELECTOR=RECIPE")) for text in self.rules]
-        own = [(what, recipe) for _, selector, recipe in rules if (what := mine(selector)) is not None]
+        rules = [_split(text, "--rule SELECTOR=RECIPE") for text in self.rules]
+        own = [(what, recipe) for selector, recipe in rules if (what := mine(selector)) is not None]
         whole = [recipe for what, recipe in own if what == ""]
-        recipe = whole[-1] if whole else self.recipe or DEFAULT_RECIPE
+        only, exclude = ([what for text in texts if (what := mine(text)) is not None] for texts in (self.only, self.exclude))
+        is_left_out = "" in exclude or (self.only and not only)
+        recipe = NONE if is_left_out else whole[-1] if whole else self.recipe or DEFAULT_RECIPE
         expansion, base = _resolve(recipe, name, in_bundle=self.in_bundle)
-        selectors = {key: [parse_selector(what) for text in texts if (what := mine(text))] for key, texts in self._lists().items()}
-        limits = {} if whole else self._limits(name, names)
-        narrowed = [(parse_selector(what), chosen) for what, chosen in own if what]
-        if limits and (narrowed or selectors["only"]):
-            raise ToolError(
-                "--max-drop decides the recipe of each layer by itself", remedy="leave out --rule and --only, or --max-drop"
-            )
-        if limits and self.recipe is not None and len(names) == 1:
+        limits = {} if whole or is_left_out else self._limits(name, names)
+        narrowed = [(parse_selector(what), chosen) for what, chosen in own if what and not is_left_out]
+        if limits and (narrowed or any(only)):
+            raise ToolError("--max-drop decides each layer's recipe by itself", remedy="leave out --rule and --only, or --max-drop")
+        if limits and self.recipe is not None and not self.in_bundle:
             raise ToolError("--max-drop finds the recipe by itself", remedy="leave out --recipe, or --max-drop")
-        samples, statistics = self._calibration(name)
+        samples, statistics = self._calibration(name, names)
         return Wish(
             recipe="search" if limits else recipe,
             expansion=f"mixed precision for {self.target}" if limits else expansion,
             base=base,
-            only=selectors["only"],
+            only=[] if "" in only else [parse_selector(what) for what in only],
             rules=narrowed,
-            exclude=selectors["exclude"],
+            exclude=[parse_selector(what) for what in exclude if what],
             samples=samples,
             input_range=self.input_range,
             statistics=statistics,
@@ -82,16 +81,13 @@ class Choices:
             executor=executor,
         )
 
-    def _lists(self) -> dict[str, list[str]]:
-        return {"only": self.only, "exclude": self.exclude}
-
-    def _calibration(self, name: str) -> tuple[CalibrationSet | None, Path | None]:
+    def _calibration(self, name: str, names: Sequence[str]) -> tuple[CalibrationSet | None, Path | None]:
         """Return the samples of a model, or statistics from an earlier run."""
         path = self.calibration
         if path is None:
             return None, None
         if self.in_bundle:
-            stem = Path(name).stem
+            stem = _file_stem(name, names)
             own = [found for found in (path / f"{stem}.npz", path / stem) if found.exists()]
             if not own and any(path.glob("*.npz")):
                 return None, None
@@ -104,7 +100,7 @@ class Choices:
         """Return output -> limit for a model; '' for all its other outputs; empty where it is not searched."""
         limits = {}
         for text in self.max_drop:
-            what, value = _split(text, "--max-drop [MODEL:][OUTPUT=]X") if "=" in text else ("", text)
+            what, value = _split(text, "--max-drop X, OUTPUT=X, MODEL=X or MODEL:OUTPUT=X") if "=" in text else ("", text)
             try:
                 limit = float(value)
             except ValueError:
@@ -138,10 +134,15 @@ def _mine(text: str, *, name: str, names: Sequence[str]) -> str | None:
 
     Inner models are named as in the bundle, or by the last part of that name: MODEL, or MODEL:SELECTOR.
     """
-    for other in sorted(names, key=len, reverse=True):
-        for called in dict.fromkeys((other, other.rpartition("/")[2])):
-            if text == called or text.startswith(f"{called}:"):
-                return text[len(called) + 1 :] if other == name else None
+    lasts = [other.rpartition("/")[2] for other in names]
+    called = [(other, other) for other in sorted(names, key=len, reverse=True)]
+    called += sorted(zip(lasts, names, strict=True), key=lambda pair: -len(pair[0]))
+    for short, other in called:
+        if text == short or text.startswith(f"{short}:"):
+            if short != other and lasts.count(short) > 1:
+                full = ", ".join(full for full, last in zip(names, lasts, strict=True) if last == short)
+                raise ToolError("several inner models have this name", got=text, expected=f"one of {full}")
+            return text[len(short) + 1 :] if other == name else None
     return text
 
 
@@ -154,5 +155,12 @@ def _json_keys(path: Path) -> set[str]:
 
 def beside(output: Path, name: str, names: Sequence[str], what: str) -> Path:
     """Return the path of a file that falls beside the product, for one model."""
-    inner = f"_{Path(name).stem}" if len(names) > 1 else ""
+    inner = f"_{_file_stem(name, names)}" if len(names) > 1 else ""
     return output.with_name(f"{output.stem}{inner}_{what}")
+
+
+def _file_stem(name: str, names: Sequence[str]) -> str:
+    """Return what files about one model are called: its own name without suffix, with the bundle's where another has the same."""
+    stems = [Path(other).stem for other in names]
+    stem = Path(name).stem
+    return stem if stems.count(stem) < 2 else name.removesuffix(Path(name).suffix).replace("/", "_")

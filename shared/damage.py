@@ -3,12 +3,13 @@
 import json
 import re
 from collections.abc import Sequence
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from shared.candidates import Damage, Job, Outcome, Subject, measure_candidate
 from shared.cli import step_progress
 from shared.coverage import matching_rules
+from shared.executors import finished
 from shared.recipes import NO_QUANTIZE, Rules
 from shared.tflite import Op
 
@@ -37,8 +38,8 @@ def measure_layers(ops: Sequence[Op], rules: Rules, subject: Subject, executor: 
             jobs[executor.submit(measure_candidate, Job(subject, alone, tensor=op.output))] = op
     found = []
     with step_progress("measure each layer alone", len(jobs)) as advance:
-        for future in as_completed(jobs):
-            found.append(_layer(jobs[future], future.result()))
+        for op, outcome in finished(jobs):
+            found.append(_layer(op, outcome))
             advance("")
     return sorted(found, key=lambda layer: (-_error(layer.output), layer.name))
 

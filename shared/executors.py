@@ -4,14 +4,35 @@ import contextlib
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, as_completed
+from typing import TypeVar
 
 from shared.child import die_with_parent
 from shared.errors import ToolError, first_line
 from shared.machine import cpu_count
 
 CONNECT_TIMEOUT_S = 15
+
+Key = TypeVar("Key")
+Result = TypeVar("Result")
+
+
+def finished(jobs: Mapping["Future[Result]", Key]) -> Iterator[tuple[Key, Result]]:
+    """Yield what each job was for, and its result, as they come.
+
+    Raises:
+        ToolError: Raised by a job; or the process or the cluster that a job ran on is gone.
+    """
+    try:
+        for future in as_completed(jobs):
+            yield jobs[future], future.result()
+    except (BrokenExecutor, CancelledError) as error:
+        raise ToolError("the processes that measure are gone", got=first_line(error), remedy="start again to go on") from None
+    except Exception as error:
+        if not type(error).__module__.startswith("distributed"):
+            raise
+        raise ToolError("the Dask cluster failed", got=first_line(error), remedy="start again to go on") from None
 
 
 @contextlib.contextmanager

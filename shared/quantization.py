@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from shared.coverage import OpLeft, OpTypeCoverage, RuleMatches, count_matches, 
 from shared.damage import LayerDamage, measure_layers
 from shared.errors import ToolError
 from shared.executors import local_processes
-from shared.machine import MIB, cpu_count, require_memory
+from shared.machine import MIB, cpu_count, cpu_name, require_memory
 from shared.measured import Measured, measure_pair
 from shared.recipes import (
     INPUT_OUTPUT,
@@ -29,6 +30,7 @@ from shared.recipes import (
     build_rules,
     concatenate,
     needs_calibration,
+    operation_of,
     resolve_recipe,
 )
 from shared.repair import Repairs, cut_before_custom_ops, needed_repairs
@@ -345,13 +347,8 @@ class Quantizer:
             raise ToolError(
                 "an output has no limit", where=self._name, got=", ".join(lacking), remedy="give it one with --max-drop"
             )
-        excluded = [
-            op for op in ops if any(selector.applies(None, op.scope) or selector.text == op.op_type for selector in wish.exclude)
-        ]
-        searched = [op for op in ops if op not in excluded]
-        ledger = Ledger(
-            wish.search.ledger, {"model": subject.sha256, "samples": subject.samples.sha256() if subject.samples else "seeded"}
-        )
+        searched = [op for op in ops if not any(s.applies(operation_of(op.op_type), op.scope) for s in wish.exclude)]
+        ledger = Ledger(wish.search.ledger, _identity(subject, subject.samples, wish.search.target))
         try:
             with wish.executor() as executor:
                 found = Search(subject, searched, limits, wish.search.target, executor, ledger).run()
@@ -453,6 +450,19 @@ class Quantizer:
             raise ToolError("--debug measures layers of recipes without calibration", where=self._name, remedy="leave out --debug")
         with self._wish.executor() as executor:
             return measure_layers(ops, rules, subject, executor)
+
+
+def _identity(subject: Subject, samples: CalibrationSet, target: Target) -> dict[str, str]:
+    """Return what the measurements of a search depend on; of latencies, the machine too."""
+    versions = {name: metadata.version(name) for name in ("ai-edge-litert", "ai-edge-quantizer", "numpy")}
+    cpu = {"cpu": cpu_name()} if target == "latency" else {}
+    return {
+        "model": subject.sha256,
+        "samples": samples.sha256(),
+        "corrects_bias": str(subject.corrects_bias),
+        **versions,
+        **cpu,
+    }
 
 
 def _float_end(operation: str) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import ToolError
-from shared.tflite import DAMAGE, enum_names, open_flatbuffer
+from shared.errors import ToolError, first_line
+from shared.tflite import DAMAGE, constant_span, enum_names, open_flatbuffer
 
 SIGNATURE = "serving_default"
 
@@ -62,9 +62,14 @@ def needed_repairs(path: Path) -> Repairs:
         for graph in (model.Subgraphs(g) for g in range(model.SubgraphsLength())):
             tensors = [graph.Tensors(t) for t in range(graph.TensorsLength())]
             names.update(tensor.Name() or b"" for tensor in tensors)
+            dense: set[int] = set()  # tensors that DENSIFY makes of constants
             for op in (graph.Operators(i) for i in range(graph.OperatorsLength())):
                 kind = kinds[op.OpcodeIndex()]
-                if kind == "DENSIFY" or (kind == "DEQUANTIZE" and tensors[op.Inputs(0)].Type() == _float16()):
+                if kind == "DENSIFY":
+                    dense.add(op.Outputs(0))
+                    folded[kind] += 1
+                is_cast = kind == "DEQUANTIZE" and tensors[op.Inputs(0)].Type() == _float16()
+                if is_cast and (op.Inputs(0) in dense or constant_span(model, tensors[op.Inputs(0)])):
                     folded[kind] += 1
         old = sum(code.BuiltinCode() == 0 != code.DeprecatedBuiltinCode() for code in codes)
         shared = sum(count - (name != b"") for name, count in names.items())
@@ -90,15 +95,17 @@ def repair(source: Path, target: Path, *, add_signature: bool = False) -> Repair
         for code in model.operatorCodes:
             code.builtinCode = max(code.builtinCode, code.deprecatedBuiltinCode)
         folded = _fold_constants(model)
-        taken: set[bytes] = set()
-        for graph in model.subgraphs:
-            _name_apart(graph, taken)
+        _name_apart(model)
         if add_signature and not model.signatureDefs:
             model.signatureDefs = [_signature(model.subgraphs[0])]
         write_model(model, target)
     except DAMAGE as error:
-        raise ToolError("damaged TFLite model", where=source, got=error, remedy="convert or download it again") from None
+        raise _damaged(source, error) from None
     return Repairs(folded["DEQUANTIZE"], folded["DENSIFY"], needed.op_codes, needed.names)
+
+
+def _damaged(source: Path, error: BaseException) -> ToolError:
+    return ToolError("damaged TFLite model", where=source, got=first_line(error), remedy="convert or download it again")
 
 
 def cut_before_custom_ops(source: Path, target: Path) -> bool:
@@ -108,21 +115,26 @@ def cut_before_custom_ops(source: Path, target: Path) -> bool:
     """
     from ai_edge_litert.tools import flatbuffer_utils
 
-    model = flatbuffer_utils.read_model(str(source))
-    graph = model.subgraphs[0]
-    custom = {number for number, code in enumerate(model.operatorCodes) if code.customCode}
-    beyond: set[int] = set()  # tensors that a custom op makes, or that depend on one
-    kept = []
-    for op in graph.operators:
-        if op.opcodeIndex in custom or beyond & set(op.inputs):
-            beyond |= set(op.outputs)
-        else:
+    try:
+        model = flatbuffer_utils.read_model(str(source))
+        graph = model.subgraphs[0]
+        custom = {number for number, code in enumerate(model.operatorCodes) if code.customCode}
+        beyond: set[int] = set()  # tensors that a custom op makes, or that depend on one
+        fed = set(graph.inputs)  # tensors that depend on an input: constants are no results
+        kept = []
+        for op in graph.operators:
+            if op.opcodeIndex in custom or beyond & set(op.inputs):
+                beyond |= set(op.outputs)
+                continue
             kept.append(op)
-    made = [t for op in kept for t in op.outputs]
-    needed = {t for op in graph.operators if not any(op is other for other in kept) for t in op.inputs} | set(graph.outputs)
-    graph.operators, graph.outputs = kept, [t for t in made if t in needed]
-    model.signatureDefs, model.subgraphs = [], [graph]
-    write_model(model, target)
+            fed |= set(op.outputs) if fed & set(op.inputs) else set()
+        inside = {id(op) for op in kept}
+        needed = {t for op in graph.operators if id(op) not in inside for t in op.inputs} | set(graph.outputs)
+        graph.operators, graph.outputs = kept, [t for op in kept for t in op.outputs if t in needed & fed]
+        model.signatureDefs, model.subgraphs = [], [graph]
+        write_model(model, target)
+    except DAMAGE as error:
+        raise _damaged(source, error) from None
     return bool(graph.outputs)
 
 
@@ -212,7 +224,7 @@ def _evaluate(model: Any, graph: Any, ops: list[Any]) -> dict[int, NDArray[Any]]
         interpreter.invoke()
         return {index: interpreter.get_tensor(index) for index in wanted}
     except (RuntimeError, ValueError) as error:
-        raise ToolError("the model's stored constants can't be evaluated", got=error) from None
+        raise ValueError(f"its stored constants can't be evaluated: {first_line(error)}") from None
 
 
 def _set_constant(model: Any, tensor: Any, value: NDArray[Any]) -> None:
@@ -243,17 +255,21 @@ def _drop_unused_tensors(model: Any, graph: Any) -> None:
         model.buffers[buffer].data = None
 
 
-def _name_apart(graph: Any, taken: set[bytes]) -> None:
-    """Give each tensor a name that no other has; inputs and outputs keep theirs first."""
-    ends = [*graph.inputs, *graph.outputs]
-    for tensor in [graph.tensors[t] for t in dict.fromkeys([*ends, *range(len(graph.tensors))])]:
+def _name_apart(model: Any) -> None:
+    """Give each tensor a name that no other has; inputs and outputs choose first."""
+    ends = [graph.tensors[t] for graph in model.subgraphs for t in (*graph.inputs, *graph.outputs)]
+    tensors = [*ends, *(tensor for graph in model.subgraphs for tensor in graph.tensors)]
+    given = {tensor.name for tensor in tensors}
+    taken: set[bytes] = set()
+    for tensor in {id(tensor): tensor for tensor in tensors}.values():
         base = name = tensor.name or b"tensor"
         number = 1
-        while name in taken:
+        while name in taken or (number > 1 and name in given) or (not tensor.name and name in given):
             number += 1
             name = base + b"_%d" % number
         tensor.name = name
         taken.add(name)
+        given.add(name)
 
 
 def _signature(graph: Any) -> Any:

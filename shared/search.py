@@ -19,8 +19,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -28,9 +27,11 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from shared.candidates import Job, Outcome, Subject, measure_candidate
+from shared.artifacts import draft_beside
+from shared.candidates import Job, Outcome, RefusedError, Subject, measure_candidate
 from shared.cli import step_progress
 from shared.errors import ToolError
+from shared.executors import finished
 from shared.recipes import NONE, assign, operation_of, resolve_recipe, supports
 from shared.tflite import Op
 
@@ -105,10 +106,11 @@ class Ledger:
             if lines[0] == head:
                 self._read(lines[1:])
         self.resumed = len(self._known)
-        self._file = path.open("w", encoding="utf-8")  # what was read is written again: the last line may have been cut off
-        self._write(head)
-        for key, outcome in self._known.items():
-            self._write(self._line(key, outcome))
+        with draft_beside(path) as draft:  # what was read is written again: the last line may have been cut off
+            lines = [head, *(self._line(key, outcome) for key, outcome in self._known.items())]
+            draft.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            draft.replace(path)
+        self._file = path.open("a", encoding="utf-8")
 
     def _read(self, lines: list[str]) -> None:
         for line in lines:
@@ -278,13 +280,10 @@ class Search:
                 self._executor.submit(measure_safely, Job(self._subject, assign(c), is_timed=timed)): key
                 for key, c in missing.items()
             }
-            try:
-                for future in as_completed(jobs):
-                    self._ledger.put(jobs[future], future.result())
-                    self._measured += 1
-                    advance("")
-            except BrokenProcessPool:
-                raise ToolError("a process measuring a candidate died; start again to go on", where=self._subject.path) from None
+            for key, outcome in finished(jobs):
+                self._ledger.put(key, outcome)
+                self._measured += 1
+                advance("")
         return [known for key in keys if (known := self._ledger.get(key)) is not None]
 
 
@@ -292,9 +291,7 @@ def measure_safely(job: Job) -> Outcome:
     """Measure a candidate; one that the quantizer or the runtime refuses is told by a size of 0."""
     try:
         return measure_candidate(job)
-    except ToolError:
-        if not job.subject.path.is_file():
-            raise
+    except RefusedError:
         return Outcome(0, [])
 
 
@@ -341,7 +338,7 @@ def _next_steps(steps: Sequence[Step], precisions: Precisions) -> Iterator[Step]
         of_layer.setdefault(step.scope, []).append(step.recipe)
     for step in steps:
         ahead = of_layer[step.scope]
-        taken = ahead.index(precisions[step.scope]) + 1 if precisions[step.scope] in ahead else 0
+        taken = ahead.index(precisions[step.scope]) + 1 if precisions.get(step.scope) in ahead else 0
         if ahead[taken:] and ahead[taken] == step.recipe:
             yield step
 

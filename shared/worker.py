@@ -63,7 +63,7 @@ def ops_outside_delegate(interpreter: Any) -> dict[str, int]:
 
 def _specs(interpreter: Any, tensors: list[dict[str, Any]]) -> Specs:
     """Return name, shape and dtype of tensors; a name that comes twice gets its place behind it."""
-    of_signature = _signature_names(interpreter)
+    of_signature = signature_names(interpreter)
     specs: Specs = []
     for place, tensor in enumerate(tensors):
         name, dtype = of_signature.get(tensor["name"], tensor["name"]), np.dtype(tensor["dtype"])
@@ -74,7 +74,7 @@ def _specs(interpreter: Any, tensors: list[dict[str, Any]]) -> Specs:
     return specs
 
 
-def _signature_names(interpreter: Any) -> dict[str, str]:
+def signature_names(interpreter: Any) -> dict[str, str]:
     """Return tensor name -> name in the model's only signature; empty where it has none or several."""
     signatures = interpreter.get_signature_list()
     if len(signatures) != 1:

@@ -461,6 +461,11 @@ def test_a_search_keeps_the_limit_writes_its_recipe_and_the_page(model: Path, ti
     assert "Error at the output, each layer quantized alone" in page.read_text()
 
 
+def test_a_search_of_every_model_of_a_bundle_needs_no_recipe(bundle: Path, tiles: Path, tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match="leave out --recipe, or --max-drop"):
+        quantize_tflite(bundle, output=tmp_path / "o.task", recipe="fp16", max_drop=["0.01"], calibration=tiles.parent)
+
+
 def test_a_search_needs_real_inputs(model: Path) -> None:
     with pytest.raises(ToolError, match="a search needs real inputs"):
         quantize_tflite(model, max_drop=["0.01"])

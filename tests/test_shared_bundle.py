@@ -180,9 +180,9 @@ def test_a_replaced_model_gets_in_at_every_depth_and_the_rest_stays(tmp_path: Pa
 
 def test_models_are_named_by_the_way_to_them_and_known_by_their_content(tmp_path: Path) -> None:
     inner = official({"detector.tflite": MODEL, "card.txt": b"TFL3"})
-    entries = unpack(official({"weights": MODEL, "fake.tflite": b"no model", "hand.task": inner, "pose.zip": inner}), tmp_path)
+    entries = unpack(official({"weights": MODEL, "fake.tflite": b"no model", "hand.task": inner, "pose.task": inner}), tmp_path)
     models = dict(models_of(entries))
-    assert list(models) == ["weights", "hand.task/detector.tflite", "pose.zip/detector.tflite"]
+    assert list(models) == ["weights", "hand.task/detector.tflite", "pose.task/detector.tflite"]
     assert all(entry.path.read_bytes() == MODEL for entry in models.values())
 
 
@@ -198,13 +198,7 @@ def test_models_are_named_by_the_way_to_them_and_known_by_their_content(tmp_path
         (b"", False),
         (b"PK\3\4", False),
         (b"<!DOCTYPE html><html></html>", False),
-        pytest.param(
-            zipped(Part())[: -END.size] + struct.pack("<4sLQL", b"PK\6\7", 0, 0, 2) + zipped(Part())[-END.size :],
-            False,
-            marks=pytest.mark.xfail(
-                raises=zipfile.BadZipFile, reason="is_zipfile of Python 3.11 raises for an archive of many disks"
-            ),
-        ),
+        (zipped(Part())[: -END.size] + struct.pack("<4sLQL", b"PK\6\7", 0, 0, 2) + zipped(Part())[-END.size :], False),
     ],
 )
 def test_a_bundle_is_a_zip_and_no_model_with_a_zip_behind_it(tmp_path: Path, content: bytes, is_one: bool) -> None:
@@ -237,11 +231,11 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "encrypted": (zipped(A, Part(b"b", flags=0x01)), "encrypted.*entry 'b'"),
     "strongly encrypted": (zipped(A, Part(b"b", flags=0x41)), "encrypted"),
     "one name twice": (zipped(A, B, A), "same name.*entry 'a'"),
-    "above": (zipped(Part(b"../x")), "leads out of the bundle.*'../x'"),
-    "above, further in": (zipped(Part(b"a/../../x")), "leads out of the bundle"),
-    "absolute": (zipped(Part(b"/x")), "leads out of the bundle"),
-    "backslash": (zipped(Part(b"..\\x")), "leads out of the bundle"),
-    "unprintable": (zipped(Part(b"a\x1b[2Jb\nc")), "leads out of the bundle"),
+    "above": (zipped(Part(b"../x")), "no plain name.*'../x'"),
+    "above, further in": (zipped(Part(b"a/../../x")), "no plain name"),
+    "absolute": (zipped(Part(b"/x")), "no plain name"),
+    "backslash": (zipped(Part(b"..\\x")), "no plain name"),
+    "unprintable": (zipped(Part(b"a\x1b[2Jb\nc")), "no plain name"),
     "a folder": (zipped(Part(b"models/", b""), A), "holds a folder"),
     "another name inside": (zipped(A, Part(b"b", local={"name": b"c"})), "two headers differ.*entry 'b'"),
     "another size inside": (zipped(A, Part(b"b", local=LONGER)), "two headers differ"),
@@ -263,24 +257,20 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "a smaller directory": (zipped(A, B, directory_size=-10), "damaged bundle"),
     "a larger directory": (zipped(A, B, directory_size=10), "damaged bundle"),
     "an offset behind the end": (zipped(A, Part(b"b", central={"offset": 10**6})), "between or across"),
-}
-MISSED: dict[str, tuple[bytes, str]] = {
     "two entries behind the end": (zipped(Part(b"a", local=FAR, central=FAR), Part(b"b", central={"offset": 2 * 10**6})), "bundle"),
-    "something before the directory": (zipped(A, B, behind=b"hidden"), "between or across"),
-    "an unlisted entry before the directory": (zipped(A, B, behind=HIDDEN), "between or across"),
+    "something before the directory": (zipped(A, B, behind=b"hidden"), "between the bundle's entries and its directory"),
+    "an unlisted entry before the directory": (zipped(A, B, behind=HIDDEN), "between the bundle's entries and its directory"),
     "encrypted inside": (zipped(A, Part(b"b", local={"flags": 0x01})), "two headers differ"),
-    "no name": (zipped(A, Part(b"")), "leads out of the bundle"),
-    "here": (zipped(Part(b"."), A), "leads out of the bundle"),
-    "here, further in": (zipped(Part(b"./a"), A), "leads out of the bundle"),
-    "a zero byte in its name": (zipped(A, Part(b"b\0c")), "leads out of the bundle"),
+    "no name": (zipped(A, Part(b"")), "no plain name"),
+    "here": (zipped(Part(b"."), A), "no plain name"),
+    "here, further in": (zipped(Part(b"./a"), A), "no plain name"),
+    "a zero byte in its name": (zipped(A, Part(b"b\0c")), "no plain name"),
 }
 
 
-@pytest.mark.parametrize(
-    "fault", [*FAULTS, *(pytest.param(name, marks=pytest.mark.xfail(reason="reported, not yet refused")) for name in MISSED)]
-)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_hostile_bundle_is_refused_in_one_line(tmp_path: Path, fault: str) -> None:
-    content, says = {**FAULTS, **MISSED}[fault]
+    content, says = FAULTS[fault]
     with pytest.raises(ToolError, match=says) as caught:
         unpack(content, tmp_path)
     assert str(caught.value).isprintable()

@@ -1,12 +1,10 @@
 """Calibration samples are what the model takes, or an error: never a guess, never code, never a set's whole size in memory."""
 
-import gc
 import io
 import json
 import struct
 import tracemalloc
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +17,11 @@ from shared.errors import ToolError
 from shared.runtime import TensorSpec
 from tests.conftest import REALDATA
 
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # as long as a refused .npz stays open, see below
-
 IMAGE = [TensorSpec("image", (1, 4, 4, 3), "float32")]
 CHANNELS_FIRST = [TensorSpec("image", (1, 3, 4, 4), "float32")]
 POINTS = [TensorSpec("points", (1, 146, 2), "float32")]
 TWO = [TensorSpec("image", (1, 4, 4, 3), "float32"), TensorSpec("scale", (1, 1), "float32")]
 SHAPE = (6, 4, 4, 3)
-
-
-@pytest.fixture(autouse=True)
-def collected() -> Iterator[None]:
-    """Let what a test left open be closed before the next begins."""
-    yield
-    gc.collect()
 
 
 def values(shape: tuple[int, ...] = SHAPE) -> NDArray[np.float32]:
@@ -101,9 +90,9 @@ def test_a_manifest_names_the_images_beside_it_and_their_order(tmp_path: Path, k
         ({"samples": [{"file": "0.png"}, {"file": "a/../../0.png"}]}, "names no files beside it"),
         ({"samples": [{"file": "/etc/hostname"}]}, "names no files beside it.*/etc/hostname"),
         ({"samples": []}, "names no files beside it; got none"),
-        ({"samples": [{"file": "absent.png"}]}, r"absent\.png: unreadable image"),
-        ({"samples": [{"file": "a\0b.png"}]}, "unreadable image"),
-        ({"samples": [{"file": "."}]}, "unreadable image"),
+        ({"samples": [{"file": "absent.png"}]}, "names files that are not there"),
+        ({"samples": [{"file": "a\0b.png"}]}, "names no files beside it"),
+        ({"samples": [{"file": "."}]}, "names files that are not there"),
         ({"samples": [{"file": 3}]}, "no calibration manifest"),
         ({"samples": [{"path": "0.png"}]}, "no calibration manifest"),
         ({"samples": ["0.png"]}, "no calibration manifest"),
@@ -274,8 +263,8 @@ def test_what_images_become_passes_the_check_of_the_range_they_were_brought_to(t
         ({"images": values(), "labels": np.zeros((6, 1))}, IMAGE, "lacks inputs of the model"),
         ({"image": values((0, 4, 4, 3))}, IMAGE, "the calibration set is empty"),
         ({}, IMAGE, "set.npz"),
-        ({"image": np.float32(1)}, IMAGE, "no samples along its first axis"),
-        ({"image": np.asfortranarray(values())}, IMAGE, "no samples along its first axis"),
+        ({"image": np.float32(1)}, IMAGE, "no list of samples"),
+        ({"image": np.asfortranarray(values())}, IMAGE, "no list of samples"),
         ({"image": values(), "scale": np.zeros(5)}, TWO, r"differ in length; got \[5, 6\]"),
         ({"image": values(), "scale": np.zeros((6, 2))}, TWO, "does not fit input 'scale'"),
     ],
@@ -290,7 +279,6 @@ def test_a_set_that_does_not_fit_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("value", [np.nan, 300.0, -1.0])
-@pytest.mark.xfail(reason="reported: values are cast before they are looked at")
 def test_values_that_an_integer_input_cannot_hold_are_refused(tmp_path: Path, value: float) -> None:
     with np.errstate(invalid="ignore"), pytest.raises(ToolError):
         CalibrationSet(npz(tmp_path, image=np.full(SHAPE, value))).check([TensorSpec("image", (1, 4, 4, 3), "uint8")], None)
@@ -343,16 +331,12 @@ def test_a_flipped_byte_is_noticed_although_only_a_part_is_taken(tmp_path: Path,
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
-@pytest.mark.xfail(reason="reported: the arrays' streams hold the file open until the error is forgotten")
 def test_a_refused_npz_is_closed(tmp_path: Path) -> None:
     path = npz(tmp_path, picture=values())
     with pytest.raises(ToolError, match="lacks inputs") as caught:
         CalibrationSet(path).check(IMAGE, None)
     assert caught.tb is not None
     assert path not in [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-
-
-LATER = pytest.mark.xfail(reason="reported: not all that numpy's parsers raise becomes an error line")
 
 
 @pytest.mark.parametrize(
@@ -370,9 +354,9 @@ LATER = pytest.mark.xfail(reason="reported: not all that numpy's parsers raise b
         ("{'descr': ('<f4', (2,)), 'fortran_order': False, 'shape': (1, 4, 4, 3)}", 1),
         ("{'descr': '<f4', 'fortran_order': False, 'shape': (1, 4, -4, -3)}", 1),
         ("{'descr': '<f4', 'fortran_order': False, 'shape': (1, 4, 4, 3)" + " " * 20_000 + "}", 1),
-        pytest.param("{'descr': '<f4', ", 1, marks=LATER),
-        pytest.param("if 1:\n    a\n  b\n", 1, marks=LATER),
-        pytest.param("{'descr': 'f4,(', 'fortran_order': False, 'shape': (1, 4, 4, 3)}", 1, marks=LATER),
+        ("{'descr': '<f4', ", 1),
+        ("if 1:\n    a\n  b\n", 1),
+        ("{'descr': 'f4,(', 'fortran_order': False, 'shape': (1, 4, 4, 3)}", 1),
     ],
 )
 def test_a_hostile_header_is_refused_in_one_line(tmp_path: Path, header: str, version: int) -> None:
@@ -436,7 +420,6 @@ def test_one_sample_at_a_time_is_in_memory(tmp_path: Path, save: object) -> None
     assert 224 * 224 * 3 * 4 < peak < 16_000_000
 
 
-@pytest.mark.xfail(reason="reported: numpy reads a header whole before it refuses it")
 def test_a_header_of_a_hundred_megabytes_is_not_read(tmp_path: Path) -> None:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:

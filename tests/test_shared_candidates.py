@@ -75,7 +75,7 @@ def test_what_is_no_number_has_no_damage_in_numbers(value: float, side: str) -> 
 
 def test_a_reference_of_zeros_has_no_relative_error() -> None:
     zeros = [np.zeros(3)]
-    assert measure_damage(zeros, [np.array([0.0, 0.1, 0.0])]) == Damage(None, None, None)
+    assert measure_damage(zeros, [np.array([0.0, 0.1, 0.0])]) == Damage(None, None, 0.0)
     assert measure_damage(zeros, zeros) == Damage(0.0, None, None)
 
 
@@ -83,7 +83,7 @@ def test_a_candidate_of_zeros_lost_everything() -> None:
     damage = measure_damage([np.array([3.0, 4.0])], [np.zeros(2)])
     assert damage.relative_error == pytest.approx(1)
     assert damage.snr_db == pytest.approx(0)
-    assert damage.cosine is None
+    assert damage.cosine == 0
 
 
 def test_integers_are_compared_as_numbers() -> None:
@@ -184,14 +184,12 @@ def test_rules_that_the_quantizer_rejects_are_an_error(subject: Subject) -> None
         measure_candidate(Job(subject, [rule]))
 
 
-@pytest.mark.xfail(raises=ToolError, reason="the interpreter's details give tensor names, which a set checked by signature lacks")
 def test_samples_named_as_the_signature_names_its_input_fit(float_model: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", image=np.random.default_rng(0).random((2, 3, 64, 64), np.float32))
     outcome = measure_candidate(Job(Subject(float_model, sha256(float_model), CalibrationSet(tmp_path / "a.npz")), []))
     assert outcome.outputs[0].relative_error == 0.0
 
 
-@pytest.mark.xfail(raises=StopIteration, reason="a StopIteration from a job tells nobody which tensor there is not")
 def test_a_tensor_that_is_not_there_is_an_error(subject: Subject) -> None:
     with pytest.raises(ToolError, match="no such tensor"):
         measure_candidate(Job(subject, [], tensor="no such tensor"))

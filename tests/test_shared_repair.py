@@ -222,7 +222,6 @@ def test_ends_keep_a_name_that_inner_tensors_have_too(float_model: Path, tmp_pat
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.xfail(reason="a name made up for one tensor is taken from another that had it alone")
 def test_a_name_that_was_its_own_stays(float_model: Path, tmp_path: Path) -> None:
     inner: list[int] = []
 

@@ -87,7 +87,7 @@ def _press(source: Path, wishes: dict[str, Wish], entries: Sequence[Entry] | Non
         if wish.in_bundle and not wish.base and not wish.rules and wish.search is None:
             kept.append(name)
             continue
-        workspace = _workspace(folder, name)
+        workspace = _workspace(folder, name, list(wishes))
         workspace.mkdir()
         target = draft if entries is None else workspace / "product.tflite"
         try:
@@ -108,8 +108,8 @@ def _press(source: Path, wishes: dict[str, Wish], entries: Sequence[Entry] | Non
     return Pressed(pressed, sorted(kept))
 
 
-def _workspace(folder: Path, name: str) -> Path:
-    return folder / name.replace("/", "_")
+def _workspace(folder: Path, name: str, names: Sequence[str]) -> Path:
+    return folder / f"model_{list(names).index(name)}"
 
 
 def _gated(found: Pressed, coverage: float | None, speedup: float | None) -> Pressed:
@@ -133,7 +133,7 @@ def _files_beside(output: Path, found: Pressed, names: Sequence[str], folder: Pa
     for model in found.models:
         if model.damage:
             files[beside(output, model.name, names, "node_data.json")] = (node_data(model.name, model.damage) + "\n").encode()
-        if (statistics := _workspace(folder, model.name) / STATISTICS).is_file():
+        if (statistics := _workspace(folder, model.name, names) / STATISTICS).is_file():
             files[beside(output, model.name, names, STATISTICS)] = statistics.read_bytes()
     return files
 
@@ -191,7 +191,9 @@ def quantize_tflite(
     debug: Annotated[bool, typer.Option("--debug", help="Measure what each layer alone does to the answers.")] = False,
     max_drop: Annotated[
         list[str] | None,
-        typer.Option(help="Search mixed precision within this relative error; [MODEL:][OUTPUT=]X limits one model or output."),
+        typer.Option(
+            help="Search mixed precision within this relative error; OUTPUT=X, MODEL=X, MODEL:OUTPUT=X for one output or model."
+        ),
     ] = None,
     target: Annotated[Target, typer.Option(help="What the search makes small.")] = "size",
     dask: Annotated[str | None, typer.Option(help="Measure candidates on the Dask cluster at this address.")] = None,
@@ -280,6 +282,8 @@ def _require_sense(choices: Choices, wishes: dict[str, Wish], model: Path) -> No
             raise ToolError(
                 "the recipe is for models that the bundle lacks", where=choices.recipe, got=", ".join(strange), expected=expected
             )
+    if choices.recipe is not None and all(wish.search for wish in wishes.values()):
+        raise ToolError("--max-drop finds the recipe of every model by itself", remedy="leave out --recipe, or --max-drop")
     if choices.calibration is not None and not any(wish.samples or wish.statistics for wish in wishes.values()):
         expected = ", ".join(f"{Path(name).stem}.npz" for name in wishes)
         raise ToolError("no samples for any model of the bundle", where=choices.calibration, expected=expected)
