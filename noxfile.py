@@ -254,6 +254,14 @@ def bench_demo(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def bench_face_landmarker(session: nox.Session) -> None:
+    """Run the face landmarker's recipe and keep its figures; rewrites tests/face_landmarker.json and the README's table."""
+    face_landmarker_int8(session)
+    install(session, "tests")
+    session.run("python", "-m", "tests.face_landmarker")
+
+
+@nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Measure the guide's way and ours side by side; rewrites tests/bench.json and the README's table."""
     install(session, "tests")

@@ -87,13 +87,15 @@ def _model_tables(model: PressedModel) -> Iterator[RenderableType]:
         for rule in model.matches[:SHOWN]:
             rules.add_row(short_name(rule.regex), rule.operation, rule.precision, str(rule.matched), str(rule.decided))
         yield rules
-    if model.left:
+    told = {row.op_type for row in model.op_types if row.quantized == 0 and ";" not in row.reason}  # by their type's row
+    rest = [op for op in model.left if op.op_type not in told]
+    if rest:
         left = Table(Column("left as it was", overflow="fold"), "op type", "weights", Column("why", overflow="fold"))
-        for op in model.left[:SHOWN]:
+        for op in rest[:SHOWN]:
             left.add_row(short_name(op.name), op.op_type, size_text(op.weight_bytes), op.reason)
         yield left
-        if len(model.left) > SHOWN:
-            yield f"and {len(model.left) - SHOWN} smaller ones; --json has all"
+        if len(rest) > SHOWN:
+            yield f"and {len(rest) - SHOWN} smaller ones; --json has all"
     if model.damage:
         yield _damage_table(model)
     yield from sentences(model)

@@ -13,8 +13,9 @@ from dataclasses import asdict
 import pytest
 
 import noxfile
+from models.face_landmarker.check import check
 from shared.cards import load_card
-from tests import bench, demo
+from tests import bench, demo, face_landmarker
 from tests.conftest import ROOT, Miniseal, Run
 from tests.test_recipes import SESSIONS
 
@@ -109,6 +110,22 @@ def test_the_demos_figures_are_the_measured_ones() -> None:
     section = README[README.index("## The demo") : README.index("## The main job")]
     prose = re.sub(r"<!-- bench: demo -->.*?<!-- end -->|```.*?```", "", section, flags=re.DOTALL)
     assert not re.findall(r"\d+(?:\.\d+)? ?(?:%|MiB|GiB|ms|s\b|dB|seconds|minutes|times)", prose)
+
+
+def test_the_face_landmarkers_figures_are_the_measured_ones() -> None:
+    results = json.loads(face_landmarker.RESULTS.read_text())
+    assert face_landmarker.fill(README, results) == README
+    assert face_landmarker.render(results) in README
+
+
+def test_the_face_landmarker_kept_its_limits() -> None:
+    results = json.loads(face_landmarker.RESULTS.read_text())
+    limits = {name: option.default for name, option in inspect.signature(check).parameters.items() if name.startswith("max_")}
+    assert results["landmark_error_percent"] <= limits["max_landmark_error"]
+    assert results["blendshape_error"] <= limits["max_blendshape_error"]
+    assert results["slowdown"] <= limits["max_slowdown"]
+    assert results["faces_before"] == results["faces_after"] > 0
+    assert results["size_after_bytes"] <= 2_200_000
 
 
 def test_the_demos_product_kept_its_gates() -> None:
