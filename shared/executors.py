@@ -30,6 +30,9 @@ def finished(jobs: Mapping["Future[Result]", Key]) -> Iterator[tuple[Key, Result
     except (BrokenExecutor, CancelledError) as error:
         raise ToolError("the processes that measure are gone", got=first_line(error), remedy="start again to go on") from None
     except Exception as error:
+        if "deserialization of the task graph" in str(error):
+            remedy = "install it on all of them: pip install --constraint constraints.txt --editable '.[dask,quantize-tflite]'"
+            raise ToolError("the Dask scheduler or a worker lacks this project", remedy=remedy) from None
         if not type(error).__module__.startswith("distributed"):
             raise
         raise ToolError("the Dask cluster failed", got=first_line(error), remedy="start again to go on") from None
@@ -57,7 +60,7 @@ def _start_worker(parent: int) -> None:
 def dask_cluster(address: str) -> Iterator[Executor]:
     """Yield an executor over the workers of a Dask scheduler, such as tcp://10.0.0.5:8786.
 
-    Workers need this project installed, and the model and the samples at the same paths, such as on a shared disk.
+    Scheduler and workers need this project installed, workers the model and the samples at the same paths.
 
     Raises:
         ToolError: Nobody answers there, or there are no workers.

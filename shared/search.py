@@ -99,7 +99,7 @@ class Ledger:
         head = json.dumps({"edgepress": "search", **identity}, sort_keys=True)
         if path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            if not lines or not lines[0].startswith('{"edgepress": "search"'):
+            if not _is_head(lines[:1]):
                 raise ToolError(
                     "this file is no search ledger", where=path, remedy="move it away, or choose another output with -o"
                 )
@@ -141,6 +141,14 @@ class Ledger:
     def close(self) -> None:
         """Close the file; what was put is on disk already."""
         self._file.close()
+
+
+def _is_head(lines: list[str]) -> bool:
+    """Whether a file's first line is that of a ledger."""
+    try:
+        return bool(json.loads(lines[0])["edgepress"] == "search")
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 class Search:

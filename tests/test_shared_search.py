@@ -151,11 +151,11 @@ def test_a_ledger_gives_back_what_was_put(tmp_path: Path) -> None:
         "b": Outcome(0, []),
         "c": Outcome(7, [Damage(0.0, None, 1.0)]),
     }
-    first = Ledger(tmp_path / "ledger", {"model": "m"})
+    first = Ledger(tmp_path / "ledger", {"ai-edge-litert": "1", "model": "m"})
     for key, outcome in outcomes.items():
         first.put(key, outcome)
     first.close()
-    second = Ledger(tmp_path / "ledger", {"model": "m"})
+    second = Ledger(tmp_path / "ledger", {"ai-edge-litert": "1", "model": "m"})
     second.close()
     assert {key: second.get(key) for key in "abcd"} == {**outcomes, "d": None}
     assert second.resumed == 3
