@@ -129,8 +129,8 @@ def layer_cells(layer: LayerDamage) -> Iterator[str]:
 
 
 def short_name(name: str) -> str:
-    """Return a long name with its middle left out; converters join the names of all ops they fuse."""
-    return name if len(name) <= LONGEST else f"{name[: LONGEST // 2 - 2]}...{name[-LONGEST // 2 + 1 :]}"
+    """Return the end of a long name; converters join the names of all modules and ops on the way, the nearest last."""
+    return name if len(name) <= LONGEST else f"...{name[3 - LONGEST :]}"
 
 
 def number_text(value: float | None, form: str, unit: str = "") -> str:
