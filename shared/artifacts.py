@@ -11,8 +11,10 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import stat
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,6 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 from shared.errors import ToolError
 from shared.machine import peak_rss_bytes
 
+WORKSPACE = "edgepress"
 ROOT = Path(__file__).resolve().parent.parent
 Found = TypeVar("Found")
 
@@ -242,6 +245,16 @@ def draft_beside(output: Path) -> Iterator[Path]:
         yield draft
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def workspace() -> Iterator[Path]:
+    """Yield a temporary folder; those that killed runs left behind are removed first."""
+    for stale in Path(tempfile.gettempdir()).glob(f"{WORKSPACE}-*-*"):
+        if not _is_running(stale.name.split("-")[1]):
+            shutil.rmtree(stale, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{WORKSPACE}-{os.getpid()}-") as folder:
+        yield Path(folder)
 
 
 def _is_running(pid: str) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import ToolError, first_line
-from shared.tflite import IDENTIFIER, ZIP_DAMAGE
+from shared.tflite import DISK_TROUBLE, IDENTIFIER, ZIP_DAMAGE
 
 ALIGNMENT = 64  # bytes; weights inside a model lie at multiples of 16
 EXTRA_ID = 0xD935  # Android's zipalign: alignment, then padding
@@ -80,6 +80,8 @@ def unpack_bundle(path: Path, folder: Path, name: str | None = None, depth: int 
             places = [(info, folder / f"{number}") for number, info in enumerate(archive.infolist())]
             return tuple(_unpack(archive, info, place, f"{name}/{info.filename}", depth) for info, place in places)
     except ZIP_DAMAGE as error:
+        if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
+            raise
         raise ToolError("damaged bundle", where=name, got=first_line(error), remedy=REMEDY) from None
 
 

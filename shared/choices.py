@@ -54,6 +54,8 @@ class Choices:
         only, exclude = ([what for text in texts if (what := mine(text)) is not None] for texts in (self.only, self.exclude))
         is_left_out = "" in exclude or (self.only and not only)
         recipe = NONE if is_left_out else whole[-1] if whole else self.recipe or DEFAULT_RECIPE
+        if is_left_out and (meant := self._meant_for(name, names)):
+            raise ToolError("an option is for a model that --exclude or --only leaves out", where=name, got=", ".join(meant))
         expansion, base = _resolve(recipe, name, in_bundle=self.in_bundle)
         limits = {} if whole or is_left_out else self._limits(name, names)
         narrowed = [(parse_selector(what), chosen) for what, chosen in own if what and not is_left_out]
@@ -80,6 +82,17 @@ class Choices:
             in_bundle=self.in_bundle,
             executor=executor,
         )
+
+    def recipe_files(self) -> list[Path]:
+        """Return the JSON files that recipes are read from."""
+        recipes = [self.recipe or "", *(text.rpartition("=")[2] for text in self.rules)]
+        return [Path(recipe) for recipe in recipes if recipe.endswith(".json")]
+
+    def _meant_for(self, name: str, names: Sequence[str]) -> list[str]:
+        """Return the rules and limits that name this very model."""
+        texts = [text for text in (*self.rules, *self.max_drop) if "=" in text]
+        said = [(text, text.rpartition("=")[0]) for text in texts]
+        return [text for text, what in said if _mine(what, name=name, names=names) not in (None, what)]
 
     def _calibration(self, name: str, names: Sequence[str]) -> tuple[CalibrationSet | None, Path | None]:
         """Return the samples of a model, or statistics from an earlier run."""

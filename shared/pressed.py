@@ -33,11 +33,13 @@ class Pressed:
     Args:
         models: One entry for each model that was quantized.
         unchanged: Inner models and other entries of a bundle that were carried over byte for byte.
+        resisting: Inner models among them in which the recipe changes nothing.
         gates: Limits, and whether they were kept.
     """
 
     models: list[PressedModel]
     unchanged: list[str] = field(default_factory=list)
+    resisting: list[str] = field(default_factory=list)
     gates: list[GateKept] = field(default_factory=list)
 
     @property

@@ -34,7 +34,7 @@ from shared.recipes import (
     resolve_recipe,
 )
 from shared.repair import Repairs, cut_before_custom_ops, needed_repairs
-from shared.runtime import ModelSource, TensorSpec, open_model
+from shared.runtime import Kernels, ModelSource, TensorSpec, open_model
 from shared.search import Ledger, Search, Target
 from shared.tflite import Op, check_is_tflite, copy_appended_zip, custom_ops, declared_range, read_ops
 
@@ -42,7 +42,8 @@ from shared.tflite import Op, check_is_tflite, copy_appended_zip, custom_ops, de
 BASE_MEMORY = 300 * MIB
 MEMORY_PER_BYTE = 0.3
 QUANTIZE_TIMEOUT_S = 3600.0
-FLOAT16_GROWS = 2  # folded weights take twice their bytes
+REPAIR_MEMORY_PER_BYTE = 2.0  # folded weights take twice their bytes
+STATIC_MEMORY_PER_BYTE = 4.5  # the calibrator holds the model twice beside XNNPACK's copy; measured at 134 M parameters
 COMPARED = 16  # samples, unless the user says how many, for bias correction, searches, layers' damage and the product's answers
 
 STATISTICS = "calibration.json"  # in the workspace, where samples were calibrated with
@@ -122,6 +123,10 @@ class Wish:
             "debug": self.debug,
             "short_names": self.short_names,
         }
+
+    def is_static(self) -> bool:
+        """Whether ranges of activations are needed, from samples or from a file."""
+        return needs_calibration([*self.base, *(rule for _, recipe in self.rules for rule in resolve_recipe(recipe)[1])])
 
     def files(self) -> list[Path]:
         """Return the files it reads beside the model."""
@@ -206,6 +211,7 @@ class Quantizer:
         check_is_tflite(source)
         self._name, self._source, self._wish, self._workspace = name, source, wish, workspace
         self._peak = 0
+        self._kernels: Kernels = "reference"  # nothing is packed; XNNPACK where that has ops the others lack
 
     def press(self, draft: Path) -> PressedModel:
         """Write the product to `draft` and return what became of the model.
@@ -219,9 +225,9 @@ class Quantizer:
             raise ToolError(f"recipe {wish.recipe} changes nothing", where=self._name, remedy="choose another recipe")
         self._require_runs(self._source, "the model does not load")
         needed = needed_repairs(self._source)
-        require_memory(BASE_MEMORY + int(size * (FLOAT16_GROWS if str(needed) else MEMORY_PER_BYTE)), "quantize this model")
-        is_static = needs_calibration([*wish.base, *(rule for _, recipe in wish.rules for rule in resolve_recipe(recipe)[1])])
-        source = self._repaired(needed, is_static=is_static)
+        per_byte = STATIC_MEMORY_PER_BYTE if wish.is_static() else REPAIR_MEMORY_PER_BYTE if str(needed) else MEMORY_PER_BYTE
+        require_memory(BASE_MEMORY + int(size * per_byte), "quantize this model")
+        source = self._repaired(needed, is_static=wish.is_static())
         ops = read_ops(source)
         missing = self._unmatched(ops)
         samples, count = self._checked_samples(source)
@@ -243,7 +249,9 @@ class Quantizer:
             raise UnchangedError(what, where=self._name, got=reasons, remedy="choose another recipe")
         saved = self._shortened(draft) if wish.short_names else 0
         copy_appended_zip(self._source, draft)
-        self._require_runs(draft, "the quantized model does not load; nothing was kept")
+        measured = self._measured(draft, subject)
+        if isinstance(measured, str):
+            self._require_runs(draft, "the quantized model does not load; nothing was kept")
         total = sum(row.weight_bytes for row in rows)
         return PressedModel(
             name=self._name,
@@ -261,7 +269,7 @@ class Quantizer:
             corrected_biases=corrected,
             saved_name_bytes=saved,
             samples=count,
-            measured=self._measured(draft, subject),
+            measured=measured,
             searched=searched,
             damage=self._damage(ops, rules, subject) if wish.debug else [],
             peak_rss_bytes=self._peak,
@@ -307,7 +315,7 @@ class Quantizer:
         given = self._wish.samples
         if given is None:
             return None, 0
-        self._require_no_custom_ops("samples can't be run through it")
+        self._require_own_ops("samples can't be run through it")
         declared = declared_range(self._source)
         settled = CalibrationSet(given.path, choose_range(self._wish.input_range, declared, given.path), given.most)
         with step(f"check the samples of {self._name}"):
@@ -315,7 +323,7 @@ class Quantizer:
         return settled, count
 
     def _inputs(self, path: Path) -> list[TensorSpec]:
-        with open_model(ModelSource(path), kernels="reference") as model:
+        with open_model(ModelSource(path), kernels=self._kernels) as model:
             return model.inputs
 
     def _few(self, samples: CalibrationSet | None) -> CalibrationSet | None:
@@ -333,7 +341,7 @@ class Quantizer:
             elif wish.io_dtype != "float32":
                 self._require_ends(rules)
             return None, rules
-        self._require_no_custom_ops("a search can't run it")
+        self._require_own_ops("a search can't run it")
         if subject.samples is None:
             remedy = "give --calibration FOLDER of images, .npz or manifest"
             raise ToolError("a search needs real inputs to measure on", where=self._name, remedy=remedy)
@@ -370,7 +378,7 @@ class Quantizer:
             raise ToolError(f"--io-dtype {self._wish.io_dtype} does not fit the recipe", where=self._name, got=made)
 
     def _outputs(self, path: Path) -> list[str]:
-        with open_model(ModelSource(path), kernels="reference") as model:
+        with open_model(ModelSource(path), kernels=self._kernels) as model:
             return [spec.name for spec in model.outputs]
 
     def _calibrated(self, source: Path, rules: Rules, samples: CalibrationSet | None) -> Path:
@@ -413,21 +421,31 @@ class Quantizer:
         return saved
 
     def _require_runs(self, path: Path, failure: str) -> None:
-        """Raise ToolError unless the runtime accepts the file; of a model with custom ops, the part before them."""
+        """Raise ToolError unless the runtime accepts the file; of a model with ops it lacks, the part before them."""
         try:
-            custom = custom_ops(path)
-            if custom:
+            if custom_ops(path):
+                if self._loads(path, "xnnpack"):  # it has some of MediaPipe's
+                    self._kernels = "xnnpack"
+                    return
                 part = self._workspace / "part.tflite"
                 if not cut_before_custom_ops(path, part):
                     return
                 path = part
-            with open_model(ModelSource(path), kernels="reference"):  # so that nothing is packed
+            with open_model(ModelSource(path), kernels="reference"):
                 pass
         except ChildError as error:
             raise ToolError(failure, where=self._name, got=error, remedy="choose another recipe or model") from None
 
-    def _require_no_custom_ops(self, consequence: str) -> None:
-        if custom := custom_ops(self._source):
+    @staticmethod
+    def _loads(path: Path, kernels: Kernels) -> bool:
+        try:
+            with open_model(ModelSource(path), kernels=kernels):
+                return True
+        except ChildError:
+            return False
+
+    def _require_own_ops(self, consequence: str) -> None:
+        if (custom := custom_ops(self._source)) and not self._loads(self._source, "xnnpack"):
             raise ToolError(
                 f"the runtime here lacks ops of this model: {consequence}",
                 where=self._name,
@@ -445,7 +463,7 @@ class Quantizer:
 
     def _damage(self, ops: list[Op], rules: Rules, subject: Subject) -> list[LayerDamage]:
         """Return what each quantized layer does alone, worst at the output first."""
-        self._require_no_custom_ops("its layers can't be measured")
+        self._require_own_ops("its layers can't be measured")
         if needs_calibration(rules):
             raise ToolError("--debug measures layers of recipes without calibration", where=self._name, remedy="leave out --debug")
         with self._wish.executor() as executor:
@@ -453,15 +471,15 @@ class Quantizer:
 
 
 def _identity(subject: Subject, samples: CalibrationSet, target: Target) -> dict[str, str]:
-    """Return what the measurements of a search depend on; of latencies, the machine too."""
+    """Return what the measurements of a search depend on."""
     versions = {name: metadata.version(name) for name in ("ai-edge-litert", "ai-edge-quantizer", "numpy")}
-    cpu = {"cpu": cpu_name()} if target == "latency" else {}
     return {
         "model": subject.sha256,
         "samples": samples.sha256(),
         "corrects_bias": str(subject.corrects_bias),
+        "cpu": cpu_name(),  # screening compares latencies
+        "target": target,
         **versions,
-        **cpu,
     }
 
 

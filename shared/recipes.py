@@ -77,7 +77,7 @@ def resolve_recipe(recipe: str) -> tuple[str, Rules]:
     names = recipe_names()
     if name not in names:
         known = [*ALIASES, *names]
-        near = difflib.get_close_matches(recipe.lower(), known, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(recipe.lower(), [name for name in known if name != NONE], n=1, cutoff=0.4)
         remedy = f"did you mean {near[0]}?" if near else "name one of them or a .json file"
         raise ToolError(f"unknown recipe '{recipe}'", expected="one of " + ", ".join(known), remedy=remedy)
     if name == NONE:

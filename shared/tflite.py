@@ -8,6 +8,7 @@ Source: https://ai.google.dev/edge/litert/conversion/tensorflow/metadata (append
 """
 
 import contextlib
+import errno
 import functools
 import json
 import math
@@ -29,6 +30,7 @@ METADATA_NAME = "edgepress.json"
 DAMAGE = (struct.error, LookupError, TypeError, ValueError, AttributeError, AssertionError, OverflowError, RecursionError)
 # What reading an appended zip can raise on a damaged or encrypted one.
 ZIP_DAMAGE = (zipfile.BadZipFile, zlib.error, LookupError, ValueError, EOFError, RuntimeError, NotImplementedError, OSError)
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # no fault of the zip that was read
 MAX_METADATA_BYTES = 2**16
 MAX_APPENDED_BYTES = 2**28  # of all associated files together; label files and vocabularies are far smaller
 
@@ -226,6 +228,8 @@ def copy_appended_zip(source: Path, target: Path) -> None:
                 with old.open(entry) as data, new.open(_same_entry(entry), "w") as out:
                     shutil.copyfileobj(data, out)
     except ZIP_DAMAGE as error:
+        if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
+            raise
         raise ToolError("the zip appended to the model is damaged", where=source, got=first_line(error)) from None
 
 

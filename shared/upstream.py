@@ -1,6 +1,7 @@
 """Workarounds for bugs of the libraries we build on; each names version and symptom, and has a test that fails once it can go."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import metadata
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_PATCHING = threading.RLock()
 CHUNK_BYTES = 32 * 2**20  # above this size the quantizer works in chunks
 
 
@@ -24,6 +26,11 @@ def large_weights_quantized() -> Iterator[None]:
         return
     from ai_edge_quantizer.algorithms.uniform_quantize import uniform_quantize_tensor as module
 
+    with _PATCHING:  # threads of a Dask worker would put back each other's
+        yield from _patched(module)
+
+
+def _patched(module: Any) -> Iterator[None]:
     published = module.uniform_quantize
 
     def uniform_quantize(tensor_data: NDArray[Any], quantization_params: Any, is_blockwise_quant: bool = False) -> NDArray[Any]:  # noqa: FBT001, FBT002 - published signature

@@ -469,3 +469,77 @@ def test_a_search_of_every_model_of_a_bundle_needs_no_recipe(bundle: Path, tiles
 def test_a_search_needs_real_inputs(model: Path) -> None:
     with pytest.raises(ToolError, match="a search needs real inputs"):
         quantize_tflite(model, max_drop=["0.01"])
+
+
+# Nothing is replaced that is not the tool's, and no option is passed over in silence.
+
+
+@pytest.mark.parametrize("page", ["model.tflite", "out.tflite", "out_recipe.json", "r.json", "nowhere/page.html"])
+def test_a_page_in_the_way_of_another_file_is_refused_before_any_work(model: Path, page: str) -> None:
+    _, rules = resolve_recipe("int8")
+    recipe = model.with_name("r.json")
+    recipe.write_text(json.dumps(rules))
+    before = {path.name: path.read_bytes() for path in model.parent.iterdir()}
+    with pytest.raises(ToolError, match=r"the page would replace a file|no such folder"):
+        quantize_tflite(model, output=model.with_name("out.tflite"), recipe=str(recipe), html=model.parent / page, overwrite=True)
+    assert {path.name: path.read_bytes() for path in model.parent.iterdir()} == before
+
+
+def test_a_foreign_file_where_the_node_data_would_fall_is_kept(model: Path) -> None:
+    other = model.with_name("model_int8_node_data.json")
+    other.write_text("precious")
+    with pytest.raises(ToolError, match="a file beside the output would be replaced"):
+        quantize_tflite(model, debug=True)
+    assert other.read_text() == "precious"
+
+
+def test_a_recipe_that_is_read_is_not_written_over(model: Path) -> None:
+    recipe = model.with_name("out_recipe.json")
+    recipe.write_text(json.dumps(resolve_recipe("int8")[1]))
+    with pytest.raises(ToolError, match="would replace one that is read"):
+        quantize_tflite(model, output=model.with_name("out.tflite"), recipe=str(recipe), overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"samples": 3}, "--samples does nothing without --calibration"),
+        ({"target": "latency"}, "--target does nothing without --max-drop"),
+        ({"correct_bias": False}, "--no-correct-bias does nothing without --calibration"),
+        ({"dask": "tcp://127.0.0.1:1"}, "--dask does nothing without --max-drop or --debug"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(model: Path, options: dict[str, object], says: str) -> None:
+    with pytest.raises(ToolError, match=says):
+        quantize_tflite(model, **options)  # type: ignore[arg-type]
+
+
+def test_statistics_for_a_recipe_that_is_not_static_are_refused(model: Path, tiles: Path) -> None:
+    quantize_tflite(model, recipe="int8-static", calibration=tiles)
+    with pytest.raises(ToolError, match="calibration statistics are for static recipes"):
+        quantize_tflite(model, recipe="int8", calibration=model.with_name("model_int8-static_calibration.json"))
+
+
+@pytest.mark.parametrize("option", [{"rule": ["first.tflite:CONV_2D=fp16"]}, {"max_drop": ["first.tflite=0.1"]}])
+def test_an_option_for_a_model_that_is_left_out_is_refused(bundle: Path, tmp_path: Path, option: dict[str, list[str]]) -> None:
+    with pytest.raises(ToolError, match="leaves out"):
+        quantize_tflite(bundle, output=tmp_path / "o.task", exclude=["first.tflite"], **option)  # type: ignore[arg-type]
+
+
+def test_coverage_of_a_model_that_the_recipe_cannot_change_is_none(bundle: Path, tmp_path: Path) -> None:
+    half = quantize_tflite(bundle, output=tmp_path / "half.task", rule=["first.tflite=fp16", "second.tflite=none"]).product
+    result = quantize_tflite(half.path, output=tmp_path / "o.task", recipe="fp16", require_coverage=0.5)  # type: ignore[union-attr]
+    first = result.found.gates[0]
+    assert (first.model, first.value, first.ok) == ("first.tflite", 0.0, False)
+    assert not (tmp_path / "o.task").exists()
+
+
+@pytest.mark.realdata
+def test_custom_ops_that_the_runtime_has_are_run(tmp_path: Path) -> None:
+    """XNNPACK knows MediaPipe's Convolution2DTransposeBias; the plain kernels don't."""
+    source = REALDATA / "mediapipe" / "selfie_segmenter.tflite"
+    result = quantize_tflite(source, output=tmp_path / "m.tflite", recipe="int8-weight-only", calibration=REALDATA / "images")
+    [model] = result.found.models
+    assert isinstance(model.measured, Measured)
+    assert not model.measured.are_seeded
+    assert model.corrected_biases > 0

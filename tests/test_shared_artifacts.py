@@ -2,12 +2,25 @@
 
 import json
 import os
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from shared.artifacts import Plan, Product, build, draft_beside, provenance_path, read_provenance, record, require_not_anothers
+from shared.artifacts import (
+    Plan,
+    Product,
+    build,
+    draft_beside,
+    provenance_path,
+    read_provenance,
+    record,
+    require_not_anothers,
+    workspace,
+)
 from shared.errors import ToolError
 
 
@@ -247,3 +260,16 @@ def test_the_provenance_never_replaces_an_input(tmp_path: Path) -> None:
     with pytest.raises(ToolError, match=r"messages\.json: the output is the input"):
         build(Plan(tmp_path / "messages", "compare", {}, [source], overwrite=True), Found, lambda _: pytest.fail("too late"))
     assert source.read_text() == "truth"
+
+
+def test_folders_that_killed_runs_left_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    stale, running = tmp_path / f"edgepress-{ended.pid}-a", tmp_path / f"edgepress-{os.getppid()}-a"
+    stale.mkdir()
+    running.mkdir()
+    with workspace() as folder:
+        assert folder.parent == tmp_path
+        assert folder.name.startswith(f"edgepress-{os.getpid()}-")
+    assert sorted(tmp_path.iterdir()) == [running]

@@ -8,7 +8,6 @@ Source: recipes and their names, https://github.com/google-ai-edge/ai-edge-quant
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +35,7 @@ from shared.recipes import ALIASES, read_recipe_file
 from shared.search import Target
 from shared.tflite import check_is_tflite
 
+COVERAGE = "coverage of weight bytes"
 PACKAGES = ("ai-edge-quantizer", "ai-edge-litert", "numpy")
 RECIPE_HELP = f"Recipe: {', '.join(ALIASES)}, a name of AI Edge Quantizer, none, or a .json file; default: {DEFAULT_RECIPE}."
 
@@ -69,7 +69,7 @@ class _LimitBrokenError(Exception):
 
 def _is_bundle(model: Path) -> bool:
     """Return whether a file is a bundle; raise ToolError where it is neither that nor a TFLite model."""
-    if not model.is_file():
+    if not model.is_file() or model.parts[:2] == ("/", "dev"):
         raise ToolError("no such model file", where=model, remedy="check the path")
     if is_bundle(model):
         return True
@@ -81,7 +81,7 @@ def _press(source: Path, wishes: dict[str, Wish], entries: Sequence[Entry] | Non
     """Write the product to `draft`: the pressed model, or the bundle with its models pressed; each model has its own workspace."""
     inner = [(next(iter(wishes)), source)] if entries is None else [(name, entry.path) for name, entry in models_of(entries)]
     kept = [] if entries is None else [entry.name for entry in entries if entry.entries is None and not entry.is_model]
-    pressed, replaced = [], {}
+    pressed, resisting, replaced = [], [], {}
     for name, path in inner:
         wish = wishes[name]
         if wish.in_bundle and not wish.base and not wish.rules and wish.search is None:
@@ -96,6 +96,7 @@ def _press(source: Path, wishes: dict[str, Wish], entries: Sequence[Entry] | Non
             if not wish.in_bundle:
                 raise
             kept.append(f"{name} ({error})")
+            resisting.append(name)
         else:
             replaced[path] = target
     if entries is not None:
@@ -105,7 +106,7 @@ def _press(source: Path, wishes: dict[str, Wish], entries: Sequence[Entry] | Non
         if not pressed and any(wish.base or wish.rules or wish.search for wish in wishes.values()):
             raise ToolError("the recipe changes no model of the bundle", where=source, got="; ".join(kept))
         pack_bundle(entries, draft, replaced)
-    return Pressed(pressed, sorted(kept))
+    return Pressed(pressed, sorted(kept), resisting)
 
 
 def _workspace(folder: Path, name: str, names: Sequence[str]) -> Path:
@@ -114,11 +115,11 @@ def _workspace(folder: Path, name: str, names: Sequence[str]) -> Path:
 
 def _gated(found: Pressed, coverage: float | None, speedup: float | None) -> Pressed:
     """Return what was found with the limits checked."""
-    gates = []
+    gates = [GateKept(name, COVERAGE, 0.0, coverage, coverage <= 0) for name in found.resisting if coverage is not None]
     for model in found.models:
         if coverage is not None:
             share = model.coverage or 0.0
-            gates.append(GateKept(model.name, "coverage of weight bytes", share, coverage, share >= coverage))
+            gates.append(GateKept(model.name, COVERAGE, share, coverage, share >= coverage))
         if speedup is not None:
             measured = model.measured.speedup if isinstance(model.measured, Measured) else None
             gates.append(GateKept(model.name, "speed-up", measured, speedup, measured is not None and measured >= speedup))
@@ -184,7 +185,7 @@ def quantize_tflite(
     ] = None,
     io_dtype: Annotated[IoDtype, typer.Option(help="Type of the inputs and outputs of static recipes.")] = "float32",
     correct_bias: Annotated[
-        bool, typer.Option(help="Take back what quantized weights shift on average; needs --calibration.")
+        bool, typer.Option(help="With --calibration, take back what quantized weights shift on average; not for static recipes.")
     ] = True,
     require_coverage: Annotated[float | None, typer.Option(min=0, max=1, help="Gate: share of weight bytes quantized.")] = None,
     min_speedup: Annotated[float | None, typer.Option(min=0, help="Gate: latency before over after, of each model.")] = None,
@@ -192,7 +193,7 @@ def quantize_tflite(
     max_drop: Annotated[
         list[str] | None,
         typer.Option(
-            help="Search mixed precision within this relative error; OUTPUT=X, MODEL=X, MODEL:OUTPUT=X for one output or model."
+            help="Search mixed precision within this relative error; OUTPUT=X for one output; in bundles MODEL=X, MODEL:OUTPUT=X."
         ),
     ] = None,
     target: Annotated[Target, typer.Option(help="What the search makes small.")] = "size",
@@ -231,18 +232,21 @@ def quantize_tflite(
     )
     label = "search" if max_drop else Path(recipe or DEFAULT_RECIPE).stem
     output = output or model.with_name(f"{model.stem}_{label}{'.task' if bundled else '.tflite'}")
+    if dask and not (max_drop or debug):
+        raise ToolError("--dask does nothing without --max-drop or --debug", remedy="leave it out, or add one of them")
     executor = partial(dask_cluster, dask) if dask else local_processes
 
-    with tempfile.TemporaryDirectory(prefix="edgepress-") as temporary:
-        folder = Path(temporary)
+    with artifacts.workspace() as folder:
         entries = unpack_bundle(model, folder / "bundle") if bundled else None
         names = [model.name] if entries is None else [name for name, _ in models_of(entries)]
         wishes = {name: choices.wish(name, names, output, executor) for name in names}
         _require_sense(choices, wishes, model)
-        falling = [output.with_name(f"{output.stem}_recipe.json"), *(beside(output, name, names, STATISTICS) for name in names)]
-        _require_free(output, falling, overwrite=overwrite)
+        read = [model, *(file for wish in wishes.values() for file in wish.files())]
+        falling = _falling(output, wishes)
+        kept = [*read, *choices.recipe_files()]
+        _require_free(output, falling, kept, overwrite=overwrite)
         if html is not None:
-            artifacts.require_not_anothers(html, overwrite=overwrite)
+            _require_page_free(html, [output, *falling, *kept], overwrite=overwrite)
         size = model.stat().st_size
 
         def make(draft: Path) -> Pressed:
@@ -256,8 +260,7 @@ def quantize_tflite(
             "models": {name: wish.as_arguments() for name, wish in wishes.items()},
             "limits": {"coverage": require_coverage, "speedup": min_speedup},
         }
-        read = [file for wish in wishes.values() for file in wish.files()]
-        plan = Plan(output, "quantize_tflite", arguments, [model, *read], PACKAGES, overwrite=overwrite, refresh=refresh)
+        plan = Plan(output, "quantize_tflite", arguments, read, PACKAGES, overwrite=overwrite, refresh=refresh)
         try:
             product, found = artifacts.build(plan, Pressed, make)
         except _LimitBrokenError as error:
@@ -284,18 +287,53 @@ def _require_sense(choices: Choices, wishes: dict[str, Wish], model: Path) -> No
             )
     if choices.recipe is not None and all(wish.search for wish in wishes.values()):
         raise ToolError("--max-drop finds the recipe of every model by itself", remedy="leave out --recipe, or --max-drop")
+    for option, is_given, needs in (
+        ("--samples", choices.samples is not None and choices.calibration is None, "--calibration"),
+        ("--target", choices.target != "size" and not choices.max_drop, "--max-drop"),
+        ("--no-correct-bias", not choices.corrects_bias and choices.calibration is None, "--calibration"),
+    ):
+        if is_given:
+            raise ToolError(f"{option} does nothing without {needs}", remedy=f"leave it out, or add {needs}")
+    if any(wish.statistics and not wish.is_static() for wish in wishes.values()):
+        raise ToolError(
+            "calibration statistics are for static recipes", where=choices.calibration, remedy="give samples, or a static recipe"
+        )
     if choices.calibration is not None and not any(wish.samples or wish.statistics for wish in wishes.values()):
         expected = ", ".join(f"{Path(name).stem}.npz" for name in wishes)
         raise ToolError("no samples for any model of the bundle", where=choices.calibration, expected=expected)
 
 
-def _require_free(output: Path, falling: Sequence[Path], *, overwrite: bool) -> None:
-    """Raise ToolError where a file that falls beside the product would replace one that is not ours."""
+def _falling(output: Path, wishes: dict[str, Wish]) -> list[Path]:
+    """Return what may fall beside the product; see `_files_beside`."""
+    names = list(wishes)
+    falling = [output.with_name(f"{output.stem}_recipe.json")]
+    falling += [beside(output, name, names, STATISTICS) for name, wish in wishes.items() if wish.is_static() and wish.samples]
+    return falling + [beside(output, name, names, "node_data.json") for name, wish in wishes.items() if wish.debug]
+
+
+def _require_free(output: Path, falling: Sequence[Path], read: Sequence[Path], *, overwrite: bool) -> None:
+    """Raise ToolError where a file that falls beside the product would replace one that is not ours, or one that is read."""
     taken = next((path for path in falling if path.exists()), None)
+    if any(_is_same(path, other) for path in falling for other in read):
+        raise ToolError("a file beside the output would replace one that is read", where=output, remedy="use another name with -o")
     if taken is not None and not overwrite and artifacts.read_provenance(output) is None:
         raise ToolError(
             "a file beside the output would be replaced", where=taken, remedy="use --overwrite, or another name with -o"
         )
+
+
+def _require_page_free(html: Path, others: Sequence[Path], *, overwrite: bool) -> None:
+    """Raise ToolError now for what writing the page would fail on, or destroy, after all the work."""
+    written = (html, artifacts.provenance_path(html))
+    taken = [*others, *map(artifacts.provenance_path, others)]
+    if any(_is_same(path, other) for path in written for other in taken):
+        raise ToolError("the page would replace a file that is read or written", where=html, remedy="choose another name")
+    require_disk(0, html.parent, "write the page")
+    artifacts.require_not_anothers(html, overwrite=overwrite)
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other))
 
 
 def _write_beside(path: Path, content: bytes) -> None:
