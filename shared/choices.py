@@ -12,9 +12,9 @@ from pathlib import Path
 
 from shared.calibration import CalibrationSet, InputRange
 from shared.errors import ToolError
-from shared.quantization import IoDtype, SearchWish, Wish
 from shared.recipes import NONE, Rules, check_rules, parse_selector, read_recipe_file, resolve_recipe
 from shared.search import Target
+from shared.wish import IoDtype, SearchWish, Wish
 
 DEFAULT_RECIPE = "int8"
 

@@ -7,12 +7,73 @@ from rich.console import RenderableType
 from rich.table import Column, Table
 
 from shared.cli import size_text
+from shared.coverage import OpLeft, OpTypeCoverage, RuleMatches
 from shared.damage import LayerDamage
 from shared.measured import Measured
-from shared.quantization import PressedModel
+from shared.recipes import Rules
 
 SHOWN = 8  # rows of long tables; the JSON has all
 LONGEST = 60  # characters of a name in a table
+
+
+@dataclass(frozen=True)
+class Searched:
+    """How a search went; see `shared.search.Found`."""
+
+    target: str
+    drop: float
+    layers: int
+    measured: int
+    resumed: int
+    left_out: list[str]
+    precisions: dict[str, int]
+
+
+@dataclass(frozen=True)
+class PressedModel:
+    """What became of one model.
+
+    Args:
+        name: Its name in its bundle, or its file name.
+        recipe: Recipe as named by the user.
+        expansion: Its full name.
+        size_before_bytes: Size of the file that was given.
+        size_after_bytes: Size of the product.
+        repairs: What had to be rewritten first, in words; empty where nothing had.
+        rules: The recipe's rules, as AI Edge Quantizer takes them.
+        matches: How many ops each rule matches and decides.
+        op_types: Coverage per op type.
+        left: Ops with weights that stayed as they were, largest first.
+        unmatched: Selectors that match no op here, though maybe in another model of the bundle.
+        coverage: Share of the weight bytes that are quantized; None for a model without weights.
+        corrected_biases: Layers whose bias was corrected.
+        saved_name_bytes: Bytes saved by short names.
+        samples: Calibration samples there are, 0 without; a search and bias correction take the first few, spread evenly.
+        measured: Speed and answers beside the original; a sentence where they could not be measured.
+        searched: How the search went.
+        damage: Layers by the damage they do, worst first.
+        peak_rss_bytes: Peak memory of the quantizer.
+    """
+
+    name: str
+    recipe: str
+    expansion: str
+    size_before_bytes: int
+    size_after_bytes: int
+    repairs: str = ""
+    rules: Rules = field(default_factory=list)
+    matches: list[RuleMatches] = field(default_factory=list)
+    op_types: list[OpTypeCoverage] = field(default_factory=list)
+    left: list[OpLeft] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
+    coverage: float | None = None
+    corrected_biases: int = 0
+    saved_name_bytes: int = 0
+    samples: int = 0
+    measured: Measured | str | None = None
+    searched: Searched | None = None
+    damage: list[LayerDamage] = field(default_factory=list)
+    peak_rss_bytes: int = 0
 
 
 @dataclass(frozen=True)

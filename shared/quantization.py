@@ -3,40 +3,35 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from shared.calibration import RANGES, CalibrationSet, InputRange, Sample, choose_range
+from shared.calibration import RANGES, CalibrationSet, Sample, choose_range
 from shared.candidates import Subject
 from shared.child import Child, ChildError
 from shared.cli import step
-from shared.coverage import OpLeft, OpTypeCoverage, RuleMatches, count_matches, measure_coverage, unmatched
+from shared.coverage import RuleMatches, count_matches, measure_coverage, unmatched
 from shared.damage import LayerDamage, measure_layers
 from shared.errors import ToolError
-from shared.executors import local_processes
 from shared.machine import MIB, cpu_count, cpu_name, require_memory
 from shared.measured import Measured, measure_pair
+from shared.pressed import PressedModel, Searched
 from shared.recipes import (
     INPUT_OUTPUT,
     NO_QUANTIZE,
     Rules,
-    Selector,
     assign,
     build_rules,
     concatenate,
     needs_calibration,
     operation_of,
-    resolve_recipe,
 )
 from shared.repair import Repairs, cut_before_custom_ops, needed_repairs
 from shared.runtime import Kernels, ModelSource, TensorSpec, open_model
 from shared.search import Ledger, Search, Target
 from shared.tflite import Op, check_is_tflite, copy_appended_zip, custom_ops, declared_range, read_ops
+from shared.wish import Wish
 
 # Measured at 33.4 M and 773.7 M parameters: libraries, and the weights already quantized.
 BASE_MEMORY = 300 * MIB
@@ -47,150 +42,6 @@ STATIC_MEMORY_PER_BYTE = 4.5  # the calibrator holds the model twice beside XNNP
 COMPARED = 16  # samples, unless the user says how many, for bias correction, searches, layers' damage and the product's answers
 
 STATISTICS = "calibration.json"  # in the workspace, where samples were calibrated with
-
-IoDtype = Literal["float32", "int8", "int16"]
-
-
-@dataclass(frozen=True)
-class SearchWish:
-    """What a search must keep, and where it works.
-
-    Args:
-        limits: Output name -> largest relative error allowed; '' is for all others.
-        target: What to make small.
-        ledger: Where its measurements are kept.
-    """
-
-    limits: dict[str, float]
-    target: Target
-    ledger: Path
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What is wanted of one model.
-
-    Args:
-        recipe: As the user named it.
-        expansion: Its full name.
-        base: Its rules.
-        only: Where the base holds; everywhere when empty.
-        rules: Selectors with a recipe of their own.
-        exclude: What stays as it is.
-        samples: Real inputs, where there are any.
-        input_range: Range of the model's image input, as the user says.
-        statistics: A file of calibration statistics from an earlier run.
-        io_dtype: Type of inputs and outputs of a statically quantized model.
-        corrects_bias: Whether biases are corrected where there are samples.
-        search: Find the precisions by a search.
-        debug: Measure the damage of each layer.
-        short_names: Give inner tensors short names at the end.
-        in_bundle: Whether selectors may be meant for other models of the same bundle.
-        executor: Makes the executor that measures candidates and layers.
-    """
-
-    recipe: str
-    expansion: str
-    base: Rules
-    only: Sequence[Selector] = ()
-    rules: Sequence[tuple[Selector, str]] = ()
-    exclude: Sequence[Selector] = ()
-    samples: CalibrationSet | None = None
-    input_range: InputRange | None = None
-    statistics: Path | None = None
-    io_dtype: IoDtype = "float32"
-    corrects_bias: bool = True
-    search: SearchWish | None = None
-    debug: bool = False
-    short_names: bool = False
-    in_bundle: bool = False
-    executor: Callable[[], AbstractContextManager[Executor]] = local_processes
-
-    def as_arguments(self) -> dict[str, object]:
-        """Return what decides the product, JSON values only."""
-        search = self.search
-        return {
-            "expansion": self.expansion,
-            "base": self.base,
-            "only": [selector.text for selector in self.only],
-            "rules": [[selector.text, recipe, resolve_recipe(recipe)[1]] for selector, recipe in self.rules],
-            "exclude": [selector.text for selector in self.exclude],
-            "samples": [str(self.samples.path), self.samples.most] if self.samples else None,
-            "input_range": self.input_range,
-            "io_dtype": self.io_dtype,
-            "corrects_bias": self.corrects_bias,
-            "search": [search.limits, search.target] if search else None,
-            "debug": self.debug,
-            "short_names": self.short_names,
-        }
-
-    def is_static(self) -> bool:
-        """Whether ranges of activations are needed, from samples or from a file."""
-        return needs_calibration([*self.base, *(rule for _, recipe in self.rules for rule in resolve_recipe(recipe)[1])])
-
-    def files(self) -> list[Path]:
-        """Return the files it reads beside the model."""
-        return [*(self.samples.files() if self.samples else []), *([self.statistics] if self.statistics else [])]
-
-
-@dataclass(frozen=True)
-class Searched:
-    """How a search went; see `shared.search.Found`."""
-
-    target: str
-    drop: float
-    layers: int
-    measured: int
-    resumed: int
-    left_out: list[str]
-    precisions: dict[str, int]
-
-
-@dataclass(frozen=True)
-class PressedModel:
-    """What became of one model.
-
-    Args:
-        name: Its name in its bundle, or its file name.
-        recipe: Recipe as named by the user.
-        expansion: Its full name.
-        size_before_bytes: Size of the file that was given.
-        size_after_bytes: Size of the product.
-        repairs: What had to be rewritten first, in words; empty where nothing had.
-        rules: The recipe's rules, as AI Edge Quantizer takes them.
-        matches: How many ops each rule matches and decides.
-        op_types: Coverage per op type.
-        left: Ops with weights that stayed as they were, largest first.
-        unmatched: Selectors that match no op here, though maybe in another model of the bundle.
-        coverage: Share of the weight bytes that are quantized; None for a model without weights.
-        corrected_biases: Layers whose bias was corrected.
-        saved_name_bytes: Bytes saved by short names.
-        samples: Calibration samples there are, 0 without; a search and bias correction take the first few, spread evenly.
-        measured: Speed and answers beside the original; a sentence where they could not be measured.
-        searched: How the search went.
-        damage: Layers by the damage they do, worst first.
-        peak_rss_bytes: Peak memory of the quantizer.
-    """
-
-    name: str
-    recipe: str
-    expansion: str
-    size_before_bytes: int
-    size_after_bytes: int
-    repairs: str = ""
-    rules: Rules = field(default_factory=list)
-    matches: list[RuleMatches] = field(default_factory=list)
-    op_types: list[OpTypeCoverage] = field(default_factory=list)
-    left: list[OpLeft] = field(default_factory=list)
-    unmatched: list[str] = field(default_factory=list)
-    coverage: float | None = None
-    corrected_biases: int = 0
-    saved_name_bytes: int = 0
-    samples: int = 0
-    measured: Measured | str | None = None
-    searched: Searched | None = None
-    damage: list[LayerDamage] = field(default_factory=list)
-    peak_rss_bytes: int = 0
 
 
 class UnchangedError(ToolError):

@@ -7,8 +7,7 @@ from pathlib import Path
 from shared.cli import size_text
 from shared.damage import LayerDamage
 from shared.pages import TEMPLATES, write_template
-from shared.pressed import Pressed, layer_cells, number_text, sentences, short_name
-from shared.quantization import PressedModel
+from shared.pressed import Pressed, PressedModel, layer_cells, number_text, sentences, short_name
 
 TEMPLATE = TEMPLATES / "quantization.html.jinja"
 LAYERS_DRAWN = 40

@@ -12,8 +12,8 @@ from shared.calibration import CalibrationSet
 from shared.choices import Choices, beside
 from shared.errors import ToolError
 from shared.executors import local_processes
-from shared.quantization import Wish
 from shared.recipes import resolve_recipe
+from shared.wish import Wish
 
 HAND = "hand_landmarker.task/hand_detector.tflite"
 GESTURE = "gesture.tflite"

@@ -30,10 +30,11 @@ from shared.executors import dask_cluster, local_processes
 from shared.machine import require_disk
 from shared.measured import Measured
 from shared.pressed import GateKept, Pressed
-from shared.quantization import STATISTICS, IoDtype, Quantizer, UnchangedError, Wish
+from shared.quantization import STATISTICS, Quantizer, UnchangedError
 from shared.recipes import ALIASES, read_recipe_file
 from shared.search import Target
 from shared.tflite import check_is_tflite
+from shared.wish import IoDtype, Wish
 
 COVERAGE = "coverage of weight bytes"
 PACKAGES = ("ai-edge-quantizer", "ai-edge-litert", "numpy")
