@@ -251,7 +251,8 @@ def draft_beside(output: Path) -> Iterator[Path]:
 def workspace() -> Iterator[Path]:
     """Yield a temporary folder; those that killed runs left behind are removed first."""
     for stale in Path(tempfile.gettempdir()).glob(f"{WORKSPACE}-*-*"):
-        if not _is_running(stale.name.split("-")[1]):
+        pid = stale.name.split("-")[1]
+        if pid.isdigit() and not _is_running(pid):  # others may call their folders something like it
             shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f"{WORKSPACE}-{os.getpid()}-") as folder:
         yield Path(folder)

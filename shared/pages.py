@@ -1,11 +1,24 @@
 """Self-contained HTML pages from templates that share one style sheet."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from shared.plots import SERIES
 
 TEMPLATES = Path(__file__).parent
 STYLE = TEMPLATES / "page.css.jinja"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of a bar chart; `percent` of the track is filled, `title` shows under the pointer."""
+
+    number: int
+    name: str
+    text: str
+    percent: float
+    note: str = ""
+    title: str = ""
 
 
 def write_template(path: Path, template: str, **content: object) -> None:

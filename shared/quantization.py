@@ -83,8 +83,8 @@ class Quantizer:
         missing = self._unmatched(ops)
         samples, count = self._checked_samples(source)
         pixels = declared_range(self._source) or RANGES[wish.input_range or "0..1"]
-        is_run = wish.samples is not None or wish.debug  # a hash of gigabytes that nobody needs takes seconds
-        subject = Subject(source, _sha256(source) if is_run else "", self._few(samples), wish.corrects_bias, pixels)
+        is_sent = wish.search is not None or wish.debug  # to other processes; else a hash of gigabytes serves nobody
+        subject = Subject(source, _sha256(source) if is_sent else "", self._few(samples), wish.corrects_bias, pixels)
         searched, rules = self._rules(ops, subject)
         matches = count_matches(ops, rules)
         if wish.search is None and not wish.in_bundle:
@@ -140,7 +140,7 @@ class Quantizer:
         """Return the model the quantizer can read: itself, or a repaired copy."""
         if not str(needed) and not is_static:
             return self._source
-        target = self._workspace / f"{len(list(self._workspace.iterdir()))}_float.tflite"
+        target = self._workspace / "float.tflite"
         with step(f"repair {self._name}"):
             self._work("repair", source=str(self._source), target=str(target), add_signature=is_static)
         return target
@@ -243,14 +243,13 @@ class Quantizer:
             remedy = "give --calibration FOLDER of images, .npz or manifest; int8 needs no samples"
             raise ToolError(f"recipe {self._wish.recipe} needs a calibration set", where=self._name, remedy=remedy)
         statistics = self._workspace / STATISTICS
-        sent = {"path": str(samples.path), "input_range": samples.input_range, "most": samples.most}
         with step(f"calibrate {self._name}"):
             self._work(
                 "calibrate",
                 source=str(source),
                 statistics=str(statistics),
                 rules=rules,
-                samples=sent,
+                samples=_sent(samples),
                 threads=cpu_count(),
                 model_sha256=_sha256(self._source),
             )
@@ -259,7 +258,7 @@ class Quantizer:
     def _quantized(self, source: Path, draft: Path, rules: Rules, statistics: Path | None, subject: Subject) -> int:
         few = subject.samples
         correct = few is not None and subject.corrects_bias and statistics is None
-        sent = {"path": str(few.path), "input_range": few.input_range, "most": few.most} if few and correct else None
+        sent = _sent(few) if few and correct else None
         given = str(statistics) if statistics else None
         reply = self._work("quantize", source=str(source), draft=str(draft), rules=rules, statistics=given, samples=sent)
         return int(reply["corrected"])
@@ -332,6 +331,11 @@ def _identity(subject: Subject, samples: CalibrationSet, target: Target) -> dict
         "target": target,
         **versions,
     }
+
+
+def _sent(samples: CalibrationSet) -> dict[str, Any]:
+    """Return a set as a message to `shared.quantizer`."""
+    return {"path": str(samples.path), "input_range": samples.input_range, "most": samples.most}
 
 
 def _float_end(operation: str) -> dict[str, Any]:

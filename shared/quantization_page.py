@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shared.cli import size_text
 from shared.damage import LayerDamage
-from shared.pages import TEMPLATES, write_template
+from shared.pages import TEMPLATES, Bar, write_template
 from shared.pressed import Pressed, PressedModel, layer_cells, number_text, sentences, short_name
 
 TEMPLATE = TEMPLATES / "quantization.html.jinja"
@@ -19,16 +19,6 @@ class QuantizationPage:
 
     models: int
     layers: int
-
-
-@dataclass(frozen=True)
-class _Bar:
-    number: int
-    name: str
-    text: str
-    percent: float
-    note: str = ""
-    title: str = ""
 
 
 def write_page(path: Path, source: Path, found: Pressed, message: str) -> QuantizationPage:
@@ -50,20 +40,20 @@ def write_page(path: Path, source: Path, found: Pressed, message: str) -> Quanti
     return QuantizationPage(len(found.models), sum(len(model.damage) for model in found.models))
 
 
-def _weight_bars(model: PressedModel) -> Iterator[_Bar]:
+def _weight_bars(model: PressedModel) -> Iterator[Bar]:
     largest = max((row.weight_bytes for row in model.op_types), default=1) or 1
     for row in model.op_types:
         text = f"{size_text(row.weight_bytes)} -> {size_text(row.bytes_after)}"
         note = f"{row.quantized} of {row.ops} quantized" + (f"; {row.reason}" if row.reason else "")
-        yield _Bar(1 if row.quantized == row.ops else 2, row.op_type, text, 100 * row.weight_bytes / largest, note)
+        yield Bar(1 if row.quantized == row.ops else 2, row.op_type, text, 100 * row.weight_bytes / largest, note)
 
 
-def _damage_bars(layers: list[LayerDamage]) -> Iterator[_Bar]:
+def _damage_bars(layers: list[LayerDamage]) -> Iterator[Bar]:
     worst = max((layer.output.relative_error or 0.0 for layer in layers), default=0.0) or 1.0
     for layer in layers[:LAYERS_DRAWN]:
         error = layer.output.relative_error
         percent = 100.0 if error is None else 100 * error / worst
-        yield _Bar(1, short_name(layer.name), number_text(error, ".3%"), percent, title=layer.name)
+        yield Bar(1, short_name(layer.name), number_text(error, ".3%"), percent, title=layer.name)
 
 
 def _damage_note(layers: list[LayerDamage]) -> str:

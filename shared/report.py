@@ -15,7 +15,7 @@ from shared.cli import size_text
 from shared.comparison import Findings, rows
 from shared.errors import ToolError
 from shared.images import Pixels, read_pixels
-from shared.pages import TEMPLATES, write_template
+from shared.pages import TEMPLATES, Bar, write_template
 from shared.plots import line_plot, scatter_plot
 from shared.robustness import CLEAN, Accuracy, Reading
 from shared.trials import Measured
@@ -33,15 +33,6 @@ class Page:
 
     pictures: int
     plots: int
-
-
-@dataclass(frozen=True)
-class _Bar:
-    number: int
-    name: str
-    text: str
-    percent: float
-    note: str
 
 
 @dataclass(frozen=True)
@@ -77,20 +68,20 @@ def write_page(path: Path, findings: Findings) -> Page:
     return Page(len(pictures), len(attacks) + len(scatters))
 
 
-def _size_bars(findings: Findings, labels: list[str]) -> Iterator[_Bar]:
+def _size_bars(findings: Findings, labels: list[str]) -> Iterator[Bar]:
     sizes = [findings.reference.size_bytes, *(candidate.size_bytes for candidate in findings.candidates)]
     for number, (label, size) in enumerate(zip(labels, sizes, strict=True)):
         note = f"{size / sizes[0]:.0%} of the reference" if number else "reference"
-        yield _Bar(number, label, size_text(size), 100 * size / max(sizes), note)
+        yield Bar(number, label, size_text(size), 100 * size / max(sizes), note)
 
 
-def _latency_bars(findings: Findings, labels: list[str]) -> Iterator[_Bar]:
+def _latency_bars(findings: Findings, labels: list[str]) -> Iterator[Bar]:
     shown: list[Measured | None] = [findings.reference, *(candidate.measured for candidate in findings.candidates)]
     slowest = max(measured.median_ms for measured in shown if measured)
     for number, (label, measured) in enumerate(zip(labels, shown, strict=True)):
         if measured is not None:
             note = f"{findings.reference.median_ms / measured.median_ms:.2f} times as fast" if number else "reference"
-            yield _Bar(number, label, f"{measured.median_ms:.2f} ms", 100 * measured.median_ms / slowest, note)
+            yield Bar(number, label, f"{measured.median_ms:.2f} ms", 100 * measured.median_ms / slowest, note)
 
 
 def _attack_plots(findings: Findings) -> Iterator[tuple[str, Markup]]:

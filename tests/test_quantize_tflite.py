@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from ai_edge_litert.interpreter import Interpreter
 
+from shared import quantization
 from shared.errors import ToolError
 from shared.images import image_files, read_pixels, stretch
 from shared.measured import Measured
@@ -543,3 +544,18 @@ def test_custom_ops_that_the_runtime_has_are_run(tmp_path: Path) -> None:
     assert isinstance(model.measured, Measured)
     assert not model.measured.are_seeded
     assert model.corrected_biases > 0
+
+
+def test_static_recipes_ask_for_the_memory_that_calibration_takes(
+    model: Path, tiles: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs = []
+    monkeypatch.setattr(quantization, "require_memory", lambda need, _: needs.append(need - quantization.BASE_MEMORY))
+    quantize_tflite(model)
+    quantize_tflite(model, recipe="int8-static", calibration=tiles)
+    assert needs == [int(model.stat().st_size * factor) for factor in (0.3, 4.5)]
+
+
+def test_a_device_is_no_model() -> None:
+    with pytest.raises(ToolError, match="no such model file"):
+        quantize_tflite(Path("/dev/null"))

@@ -269,7 +269,9 @@ def test_folders_that_killed_runs_left_are_removed(tmp_path: Path, monkeypatch: 
     stale, running = tmp_path / f"edgepress-{ended.pid}-a", tmp_path / f"edgepress-{os.getppid()}-a"
     stale.mkdir()
     running.mkdir()
+    strangers = tmp_path / "edgepress-my-photos"
+    strangers.mkdir()
     with workspace() as folder:
         assert folder.parent == tmp_path
         assert folder.name.startswith(f"edgepress-{os.getpid()}-")
-    assert sorted(tmp_path.iterdir()) == [running]
+    assert sorted(tmp_path.iterdir()) == [running, strangers]

@@ -1,6 +1,7 @@
 """Bundles come out as they went in, aligned; a zip that two readers could see differently is refused."""
 
 import contextlib
+import errno
 import os
 import struct
 import zipfile
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shared import bundle
 from shared.bundle import ALIGNMENT, MAX_DEPTH, MAX_ENTRIES, Entry, is_bundle, models_of, pack_bundle, unpack_bundle
 from shared.errors import ToolError
 from tests.conftest import REALDATA
@@ -347,3 +349,18 @@ def test_what_others_call_a_bundle_and_is_none_is_refused(tmp_path: Path, name: 
     with pytest.raises(ToolError, match=rf"{name}\.task: damaged bundle") as caught:
         unpack_bundle(source, tmp_path / "unpacked")
     assert str(caught.value).isprintable()
+
+
+def test_an_entry_too_large_for_plain_headers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "LARGEST_ENTRY", 49)
+    with pytest.raises(ToolError, match="an entry is larger than 49 bytes"):
+        unpack(zipped(A), tmp_path)
+
+
+def test_a_full_disk_is_no_damage_of_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(bundle.shutil, "copyfileobj", full)
+    with pytest.raises(OSError, match="No space left"):
+        unpack(zipped(A), tmp_path)

@@ -200,7 +200,7 @@ def quantize_tflite(
     target: Annotated[Target, typer.Option(help="What the search makes small.")] = "size",
     dask: Annotated[str | None, typer.Option(help="Measure candidates on the Dask cluster at this address.")] = None,
     short_names: Annotated[
-        bool, typer.Option("--short-names", help="Rename inner tensors t0, t1, ...: names can be 5 % of a file.")
+        bool, typer.Option("--short-names", help="Rename inner tensors t0, t1, ...: names can be a few per cent of a file.")
     ] = False,
     html: Annotated[Path | None, typer.Option(help="Also write what was found as one HTML page.")] = None,
     overwrite: Overwrite = False,
