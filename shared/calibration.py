@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import ToolError
-from shared.images import image_files, read_pixels, stretch, to_image, to_layout
-from shared.runtime import TensorSpec, describe, image_spec
+from shared.images import image_files, read_pixels, to_form
+from shared.runtime import TensorSpec, describe, image_input
 from shared.tflite import ZIP_DAMAGE
 
 Sample = dict[str, NDArray[Any]]
@@ -171,17 +171,16 @@ def _listed_images(path: Path) -> list[Path]:
 
 
 def _from_image(file: Path, inputs: list[TensorSpec], input_range: InputRange | None) -> Sample:
-    spec = image_spec(inputs)
-    if spec is None:
+    found = image_input(inputs)
+    if found is None:
         remedy = "give an .npz with one array per input"
         raise ToolError("images don't fit this model's inputs", where=file.parent, got=describe(inputs), remedy=remedy)
     if input_range is None:
         remedy = "say --input-range 0..1, -1..1 or 0..255"
         raise ToolError("the model does not tell the range of its input", where=file.parent, remedy=remedy)
-    name, layout, size = spec
+    name, form = found
     low, high = RANGES[input_range]
-    image = to_image(stretch(read_pixels(file), size))
-    return {name: to_layout(image * np.float32(high - low) + np.float32(low), layout)}
+    return {name: to_form(read_pixels(file), form) * np.float32(high - low) + np.float32(low)}
 
 
 def _npz_arrays(archive: zipfile.ZipFile, path: Path, streams: contextlib.ExitStack) -> dict[str, _Array]:
@@ -258,8 +257,9 @@ def _read_npz(path: Path, inputs: list[TensorSpec]) -> Iterator[Sample]:
 def _require_fits(path: Path, spec: TensorSpec, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     """Raise ToolError unless an array's samples have an input's shape, with or without its batch axis of one."""
     inner = tuple(itertools.dropwhile(lambda size: size == 1, shape[1:]))
-    wanted = tuple(itertools.dropwhile(lambda size: size == 1, spec.shape))
-    if inner != wanted or dtype.kind not in "fiu":
+    wanted = tuple(itertools.dropwhile(lambda size: abs(size) == 1, spec.shape))
+    fits = len(inner) == len(wanted) and all(free in (size, -1) for size, free in zip(inner, wanted, strict=True))
+    if not fits or dtype.kind not in "fiu":
         expected = f"({shape[0]}, {', '.join(map(str, wanted))}) {spec.dtype}"
         raise ToolError(
             f"the calibration set does not fit input '{spec.name}'", where=path, got=f"{shape} {dtype}", expected=expected
@@ -277,4 +277,10 @@ def _next_sample(path: Path, spec: TensorSpec, stream: IO[bytes], shape: tuple[i
         is_same = sample.dtype.kind == "f" or bool(np.array_equal(sample, values))
     if not is_same:
         raise ToolError(f"a calibration sample does not fit the {spec.dtype} of input '{spec.name}'", where=path)
-    return sample.reshape(spec.shape)
+    return sample.reshape(_settled(spec.shape, shape[1:]))
+
+
+def _settled(free: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return an input's shape with its free axes as long as a sample's; the sample may lack leading axes of one."""
+    padded = (1,) * (len(free) - len(shape)) + tuple(shape)[-len(free) :]
+    return tuple(size if wanted == -1 else wanted for wanted, size in zip(free, padded, strict=True))

@@ -2,7 +2,9 @@
 
 import struct
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,7 @@ from shared.errors import ToolError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 CHANNELS = 3
+LEAST_SIDE = 8  # pixels; one channel with shorter axes is something else than an image
 # What Pillow raises on damaged files; its UnidentifiedImageError is an OSError.
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, struct.error, EOFError, LookupError, OverflowError, ArithmeticError)
 Image = NDArray[np.float32]  # (1, 3, H, W), RGB in [0, 1]
@@ -54,16 +57,18 @@ def read_pixels(path: Path) -> Pixels:
         raise ToolError("unreadable image", where=path, got=error, expected=", ".join(FORMATS)) from None
 
 
-def stretch(pixels: Pixels, size: int) -> Pixels:
-    """Return the whole image brought to uint8 (size, size, 3), bilinear with antialiasing; itself where it has that size.
+def stretch(pixels: Pixels, height: int, width: int | None = None) -> Pixels:
+    """Return the whole image brought to uint8 (height, width, 3), bilinear with antialiasing; itself where it has that size.
 
     Nothing is cut off and proportions are not kept: so the published detectors take their images, and so their marks are laid.
+    Without a width the result is square.
     """
     from PIL import Image as pillow
 
-    if pixels.shape[:2] == (size, size):
+    width = width or height
+    if pixels.shape[:2] == (height, width):
         return pixels
-    return np.asarray(pillow.fromarray(pixels).resize((size, size), pillow.Resampling.BILINEAR))
+    return np.asarray(pillow.fromarray(pixels).resize((width, height), pillow.Resampling.BILINEAR))
 
 
 def to_image(pixels: Pixels) -> Image:
@@ -137,6 +142,59 @@ def image_layout(shape: tuple[int, ...]) -> tuple[str, int] | None:
     return None
 
 
+@dataclass(frozen=True)
+class ImageForm:
+    """How a tensor holds one image.
+
+    Args:
+        layout: 'nchw' is (1, channels, height, width), 'nhwc' is (1, height, width, channels).
+        channels: 3 for RGB, 1 for luma.
+        height: Pixels; None where any height fits.
+        width: Pixels; None where any width fits.
+    """
+
+    layout: Literal["nchw", "nhwc"]
+    channels: int
+    height: int | None
+    width: int | None
+
+
+def image_form(shape: tuple[int, ...]) -> ImageForm | None:
+    """Return how a tensor of this shape holds one image, or None; an axis of -1 may have any length."""
+    if len(shape) != 4 or shape[0] not in (1, -1):
+        return None
+    layouts: tuple[tuple[Literal["nchw", "nhwc"], int, int, int], ...] = (
+        ("nchw", shape[1], shape[2], shape[3]),
+        ("nhwc", shape[3], shape[1], shape[2]),
+    )
+    for layout, channels, height, width in layouts:
+        least = 1 if channels == CHANNELS else LEAST_SIDE
+        if channels in (1, CHANNELS) and all(size == -1 or size >= least for size in (height, width)):
+            return ImageForm(layout, channels, None if height == -1 else height, None if width == -1 else width)
+    return None
+
+
+def to_form(pixels: Pixels, form: ImageForm) -> NDArray[np.float32]:
+    """Return pixels, uint8 (H, W, 3) RGB, as float32 in [0, 1] the way a model takes its image; stretched to a fixed size.
+
+    A model with one channel gets the luma, as ITU-R BT.601 weighs it over the full range.
+    """
+    from PIL import Image as pillow
+
+    pixels = stretch(pixels, form.height or pixels.shape[0], form.width or pixels.shape[1])
+    if form.channels == 1:
+        luma = np.asarray(pillow.fromarray(pixels).convert("L"))
+        image: Image = (luma.astype(np.float32) / np.float32(255))[np.newaxis, np.newaxis]  # (H, W) -> (1, 1, H, W)
+    else:
+        image = to_image(pixels)
+    return to_layout(image, form.layout)
+
+
+def from_form(values: NDArray[np.float32], form: ImageForm) -> NDArray[np.float32]:
+    """Return one image tensor, in whatever layout, as (H, W, channels)."""
+    return values[0].transpose(1, 2, 0) if form.layout == "nchw" else values[0]
+
+
 def to_layout(image: Image, layout: str) -> Image:
-    """Return float32 (1, 3, H, W) in the layout asked for: itself, or (1, H, W, 3)."""
+    """Return float32 (1, C, H, W) in the layout asked for: itself, or (1, H, W, C)."""
     return image if layout == "nchw" else np.ascontiguousarray(image.transpose(0, 2, 3, 1))

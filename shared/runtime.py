@@ -16,16 +16,18 @@ from numpy.typing import NDArray
 from shared.cards import Card
 from shared.child import Arrays, Child
 from shared.errors import ToolError
-from shared.images import image_layout, seeded_image, to_layout
+from shared.formats import check_is_model, format_of, read_metadata, size_bytes
+from shared.images import ImageForm, image_form, image_layout, seeded_image, to_layout
 from shared.machine import MIB, available_memory_bytes, cpu_count
-from shared.tflite import check_is_tflite, read_metadata
 
-Kernels = Literal["xnnpack", "reference", "torch"]
+Kernels = Literal["xnnpack", "reference", "onnxruntime", "torch"]
 Layout = Literal["nchw", "nhwc"]
 
 TIMEOUT_S = 600.0  # for one load or one run; the largest network known here needs under one minute
 # XNNPACK keeps a packed copy of every float weight beside the mapped file.
 XNNPACK_MEMORY = 1.3  # times the file's size
+ONNX_MEMORY = 2.0  # times the model's size: ONNX Runtime keeps packed weights beside the loaded ones
+FREE_SIDE = 128  # pixels of a made-up image where any size fits
 BASE_MEMORY = 700 * MIB  # interpreter, libraries and activations; measured with the 2.9 GiB network
 
 
@@ -46,7 +48,7 @@ class InputForm:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, shape and dtype of one input or output."""
+    """Name, shape and dtype of one input or output; an axis of -1 may have any length."""
 
     name: str
     shape: tuple[int, ...]
@@ -58,14 +60,26 @@ class ModelSource:
     """A model to run.
 
     Args:
-        path: A .tflite file, or a checkpoint (.pth, .safetensors) of the detector that `card` describes.
-        card: Needed for a checkpoint; None for a .tflite file.
+        path: A .tflite or .onnx file, or a checkpoint (.pth, .safetensors) of the detector that `card` describes.
+        card: Needed for a checkpoint; None for other files.
         form: How the detector of a checkpoint takes its image; default: the card's size, nchw.
     """
 
     path: Path
     card: Card | None = None
     form: InputForm | None = None
+
+    def check(self) -> None:
+        """Raise ToolError unless the file is there and is of its kind."""
+        if self.card is None:
+            check_is_model(self.path)
+        elif not self.path.is_file():
+            raise ToolError("no such checkpoint file", where=self.path)
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the model, weights in files of their own included."""
+        return size_bytes(self.path) if self.card is None else self.path.stat().st_size
 
     def nbits(self) -> int | None:
         """Return the message length the model itself tells, or None: not a detector, or not one of ours."""
@@ -117,8 +131,7 @@ def open_model(
         ToolError: The file is missing or of another format.
         ChildError: The model does not load, or later does not run.
     """
-    if source.card is None:
-        check_is_tflite(source.path)
+    source.check()
     kernels = kernels or choose_kernels(source)
     request: dict[str, Any] = {"path": str(source.path), "threads": threads or cpu_count(), "kernels": kernels}
     if source.card is not None:
@@ -133,6 +146,8 @@ def choose_kernels(source: ModelSource) -> Kernels:
     """Return XNNPACK, the fast default, or reference kernels where its packed copy of the weights would not fit in memory."""
     if source.card is not None:
         return "torch"
+    if format_of(source.path) == "onnx":
+        return "onnxruntime"
     available = available_memory_bytes()
     return "xnnpack" if available is None or memory_need_bytes(source) <= available else "reference"
 
@@ -141,7 +156,8 @@ def memory_need_bytes(source: ModelSource) -> int:
     """Return the memory one loaded model is expected to take beyond its mapped file."""
     if source.card is not None:
         return BASE_MEMORY
-    return int(source.path.stat().st_size * XNNPACK_MEMORY) + BASE_MEMORY
+    per_byte = ONNX_MEMORY if format_of(source.path) == "onnx" else XNNPACK_MEMORY
+    return int(source.size_bytes * per_byte) + BASE_MEMORY
 
 
 def describe(specs: list[TensorSpec]) -> str:
@@ -156,24 +172,41 @@ def image_spec(specs: list[TensorSpec]) -> tuple[str, str, int] | None:
     return specs[0].name, *layout
 
 
-def sample_inputs(specs: list[TensorSpec], seed: int, pixel_range: tuple[float, float] = (0.0, 1.0)) -> dict[str, NDArray[Any]]:
-    """Return one seeded sample for each input: a made-up picture for square RGB float inputs, else uniform noise.
+def image_input(specs: list[TensorSpec]) -> tuple[str, ImageForm] | None:
+    """Return name and form of a model's input, or None where it does not take just one float32 image, RGB or luma, of any size."""
+    if len(specs) != 1 or specs[0].dtype != "float32" or (form := image_form(specs[0].shape)) is None:
+        return None
+    return specs[0].name, form
 
-    Pictures span `pixel_range`, other float inputs [0, 1], integer inputs the dtype's range (int32 and wider: 0 to 9).
+
+def sample_inputs(specs: list[TensorSpec], seed: int, pixel_range: tuple[float, float] = (0.0, 1.0)) -> dict[str, NDArray[Any]]:
+    """Return one seeded sample for each input: a made-up picture for float32 images, else uniform noise.
+
+    Pictures span `pixel_range`, other float inputs [0, 1], integer inputs the dtype's range (int32 and wider: 0 to 9). Free axes
+    become FREE_SIDE pixels of a picture, else 1.
     """
     rng = np.random.default_rng(seed)
     samples: dict[str, NDArray[Any]] = {}
     for spec in specs:
         dtype = np.dtype(spec.dtype)
-        layout = image_layout(spec.shape)
-        if layout is not None and dtype == np.float32:
-            image = seeded_image(layout[1], rng) * np.float32(pixel_range[1] - pixel_range[0]) + np.float32(pixel_range[0])
-            samples[spec.name] = to_layout(image, layout[0])
+        shape = tuple(1 if size == -1 else size for size in spec.shape)
+        form = image_form(spec.shape)
+        if form is not None and dtype == np.float32:
+            samples[spec.name] = _seeded_picture(form, rng, pixel_range)
         elif dtype.kind == "f":
-            samples[spec.name] = rng.random(spec.shape).astype(dtype)
+            samples[spec.name] = rng.random(shape).astype(dtype)
         elif dtype.kind in "iu":
             low, high = (np.iinfo(dtype).min, np.iinfo(dtype).max) if dtype.itemsize <= 2 else (0, 9)
-            samples[spec.name] = rng.integers(low, high, spec.shape, dtype=dtype, endpoint=True)
+            samples[spec.name] = rng.integers(low, high, shape, dtype=dtype, endpoint=True)
         else:
             raise ToolError(f"input '{spec.name}' has a type that can't be made up", got=spec.dtype, expected="float or integer")
     return samples
+
+
+def _seeded_picture(form: ImageForm, rng: np.random.Generator, pixel_range: tuple[float, float]) -> NDArray[Any]:
+    height, width = form.height or FREE_SIDE, form.width or FREE_SIDE
+    image = seeded_image(max(height, width), rng)[:, :, :height, :width]
+    if form.channels == 1:
+        image = image.mean(axis=1, keepdims=True)
+    low, high = pixel_range
+    return to_layout(image * np.float32(high - low) + np.float32(low), form.layout)

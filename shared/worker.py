@@ -22,6 +22,11 @@ Outside = Callable[[], dict[str, int]]
 
 DELEGATES = ("DELEGATE", "TfLiteXNNPackDelegate")
 NUMBERS = "fiub"  # numpy's kinds: float, signed, unsigned, bool
+ONLY_ERRORS = 3  # of ONNX Runtime's log levels
+ONNX_DTYPES = {
+    f"tensor({name})": dtype
+    for name, dtype in (("float", "float32"), ("double", "float64"), ("float16", "float16"), ("bool", "bool"))
+} | {f"tensor({dtype})": dtype for dtype in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")}
 TORCH_INPUT, TORCH_OUTPUT = "image", "output_0"  # as litert-torch names them after conversion
 
 
@@ -71,6 +76,34 @@ def _specs(interpreter: Any, tensors: list[dict[str, Any]]) -> Specs:
             raise ToolError(f"tensor '{name}' of the model holds {dtype.name}, not numbers; it cannot be run here")
         taken = {other for other, *_ in specs}
         specs.append((f"{name}:{place}" if name in taken else name, [int(size) for size in tensor["shape"]], dtype.name))
+    return specs
+
+
+def load_onnx(path: str, threads: int) -> tuple[Specs, Specs, Run]:
+    """Return inputs, outputs and a run function of an ONNX model; a free axis is -1."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = ONLY_ERRORS
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # else it would slow down whoever runs next
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    inputs, outputs = _onnx_specs(session.get_inputs()), _onnx_specs(session.get_outputs())
+
+    def run(arrays: Arrays) -> dict[str, NDArray[Any]]:
+        made = session.run(None, {name: arrays[name] for name, *_ in inputs})
+        return {name: np.asarray(array) for (name, *_), array in zip(outputs, made, strict=True)}
+
+    return inputs, outputs, run
+
+
+def _onnx_specs(tensors: list[Any]) -> Specs:
+    specs: Specs = []
+    for tensor in tensors:
+        dtype = ONNX_DTYPES.get(tensor.type)
+        if dtype is None:
+            raise ToolError(f"tensor '{tensor.name}' of the model holds {tensor.type}, not numbers; it cannot be run here")
+        specs.append((tensor.name, [size if isinstance(size, int) and size > 0 else -1 for size in tensor.shape], dtype))
     return specs
 
 
@@ -125,6 +158,8 @@ class Worker:
             card = TypeAdapter(Card).validate_python(message["card"])
             form = InputForm(**message["form"])
             inputs, outputs, self.run = load_torch(Path(message["path"]), message["threads"], card, form)
+        elif message["kernels"] == "onnxruntime":
+            inputs, outputs, self.run = load_onnx(message["path"], message["threads"])
         else:
             inputs, outputs, self.run, self.outside = load_tflite(message["path"], message["threads"], message["kernels"])
         return {"inputs": inputs, "outputs": outputs, "load_ms": (time.perf_counter() - start) * 1e3}, {}

@@ -1,0 +1,37 @@
+"""What every model file tells, whatever its format: its kind, its files, its size, its metadata."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from shared import onnx_graph, tflite
+
+Format = Literal["tflite", "onnx"]
+ONNX_SUFFIX = ".onnx"
+
+
+def format_of(path: Path) -> Format:
+    """Return a model file's format by its name; a draft's name ends otherwise but holds the product's."""
+    return "onnx" if ONNX_SUFFIX in path.suffixes else "tflite"
+
+
+def check_is_model(path: Path) -> None:
+    """Raise ToolError unless the file exists and starts like a model of its format."""
+    if format_of(path) == "onnx":
+        onnx_graph.check_is_onnx(path)
+    else:
+        tflite.check_is_tflite(path)
+
+
+def model_files(path: Path) -> list[Path]:
+    """Return the model's file and those beside it that hold its weights."""
+    return [path, *(onnx_graph.external_files(path) if format_of(path) == "onnx" else ())]
+
+
+def size_bytes(path: Path) -> int:
+    """Return the size of a model with all its files."""
+    return sum(file.stat().st_size for file in model_files(path))
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return the metadata of one of our models, empty where the file has none."""
+    return onnx_graph.read_metadata(path) if format_of(path) == "onnx" else tflite.read_metadata(path)

@@ -1,0 +1,183 @@
+"""Bias correction for ONNX models: take back what quantized weights shift a layer's outputs by on average.
+
+Source: as `shared.bias`, Nagel et al. 2019, section 4.2; mean inputs come from samples in the float model. Border padding is taken
+    for more of the same, which costs little in layers without much of it.
+
+Letters in shapes: O outputs, I inputs of a group, G groups, K inputs.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.onnx_graph import Model
+
+Array = NDArray[Any]
+LAYERS = ("Conv", "MatMul", "Gemm")
+
+
+def mean_inputs(model: Path, augmented: Path, samples: Iterable[Mapping[str, Array]]) -> dict[str, Array]:
+    """Return node name -> mean input per channel, float32 (I * G,) of a Conv, (K,) of a MatMul or Gemm, for layers with weights.
+
+    Args:
+        model: The repaired float32 model.
+        augmented: A file to write a copy to that gives the means out; in the same folder, as weights may lie beside it.
+        samples: Inputs by name.
+    """
+    import onnx
+    import onnxruntime
+
+    proto = onnx.load(str(model.absolute()), load_external_data=False)
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    nodes = {}
+    opset = next(entry.version for entry in proto.opset_import if not entry.domain)
+    for node in list(proto.graph.node):
+        if node.op_type in LAYERS and node.input[1] in constants and node.input[0] not in constants:
+            axes = _axes(node, len(constants[node.input[1]].dims))
+            name = f"edgepress_mean_{len(nodes)}"
+            proto.graph.node.extend(_mean_nodes(node.input[0], name, axes, opset))
+            proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+            nodes[name] = node.name
+    onnx.save_model(proto, str(augmented))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(augmented), options, providers=["CPUExecutionProvider"])
+    sums: dict[str, Array] = {}
+    count = 0
+    for feed in samples:
+        for name, values in zip(nodes, session.run(list(nodes), dict(feed)), strict=True):
+            sums[nodes[name]] = sums.get(nodes[name], 0.0) + values.astype(np.float64).ravel()
+        count += 1
+    return {name: total / max(count, 1) for name, total in sums.items()}
+
+
+def _axes(node: Any, rank: int) -> list[int] | None:
+    """Return the axes to average over; None is all but the last one, whatever the rank."""
+    if node.op_type == "Conv":
+        return [0, *range(2, rank)]
+    if node.op_type == "Gemm":
+        return [1] if _integer(node, "transA", 0) else [0]
+    return None
+
+
+def _mean_nodes(tensor: str, name: str, axes: list[int] | None, opset: int) -> list[Any]:
+    import onnx
+
+    made = []
+    if axes is None:  # (..., K) -> (M, K)
+        shape = onnx.numpy_helper.from_array(np.array([-1], np.int64))
+        made += [
+            onnx.helper.make_node("Shape", [tensor], [f"{name}_shape"], start=-1),
+            onnx.helper.make_node("Constant", [], [f"{name}_minus"], value=shape),
+            onnx.helper.make_node("Concat", [f"{name}_minus", f"{name}_shape"], [f"{name}_to"], axis=0),
+            onnx.helper.make_node("Reshape", [tensor, f"{name}_to"], [f"{name}_flat"]),
+        ]
+        tensor, axes = f"{name}_flat", [0]
+    if opset < 18:
+        return [*made, onnx.helper.make_node("ReduceMean", [tensor], [name], axes=axes, keepdims=0)]
+    value = onnx.numpy_helper.from_array(np.array(axes, np.int64))
+    made.append(onnx.helper.make_node("Constant", [], [f"{name}_axes"], value=value))
+    return [*made, onnx.helper.make_node("ReduceMean", [tensor, f"{name}_axes"], [name], keepdims=0)]
+
+
+def shifts(model: Model, quantized: Model, means: Mapping[str, Array]) -> dict[str, Array]:
+    """Return node name -> how far the quantized weights shift each output channel on average, float64 (O,).
+
+    Args:
+        model: The repaired float32 model with its weights.
+        quantized: The same model quantized by onnxruntime.quantization, which keeps a weight W as W_quantized, W_scale, W_zero_point.
+        means: Of `mean_inputs`.
+    """
+    from onnx import numpy_helper
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    small = {tensor.name: tensor for tensor in quantized.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        if node.name in means and f"{node.input[1]}_quantized" in small:
+            weight = numpy_helper.to_array(constants[node.input[1]]).astype(np.float64)
+            error = _dequantized(small, node.input[1], weight.shape, _channel_axis(node)) - weight
+            found[node.name] = _expected(node, error, means[node.name])
+    return found
+
+
+def _channel_axis(node: Any) -> int:
+    return 0 if node.op_type == "Conv" or (node.op_type == "Gemm" and _integer(node, "transB", 0)) else -1
+
+
+def _dequantized(small: Mapping[str, Any], name: str, shape: tuple[int, ...], axis: int) -> Array:
+    from onnx import numpy_helper
+
+    values, scale, zero = (
+        numpy_helper.to_array(small[f"{name}_{part}"]).astype(np.float64) for part in ("quantized", "scale", "zero_point")
+    )
+    if scale.size > 1:
+        wide = [1] * len(shape)
+        wide[axis] = -1
+        scale, zero = scale.reshape(wide), zero.reshape(wide)
+    return (values.reshape(shape) - zero) * scale
+
+
+def _expected(node: Any, error: Array, mean: Array) -> Array:
+    """Return the mean shift of each output channel."""
+    if node.op_type == "Conv":  # (O, I, ...) with O in G groups
+        groups = _integer(node, "group", 1)
+        per_input = error.reshape(*error.shape[:2], -1).sum(axis=2).reshape(groups, -1, error.shape[1])  # (G, O / G, I)
+        return np.asarray(np.einsum("goi,gi->go", per_input, mean.reshape(groups, -1)).ravel())
+    if _channel_axis(node) == 0:  # (O, K)
+        return np.asarray(error @ mean)
+    return np.asarray(mean @ error) if error.ndim == 2 else np.zeros(0)  # (K, O); stacks of matrices are left alone
+
+
+def correct(model: Model, moved: Mapping[str, Array]) -> int:
+    """Take the shifts off the biases of a float32 model in place; return how many layers have one that could be changed.
+
+    A Conv or Gemm without a bias gets one; behind a MatMul it is the constant of the Add that alone reads it.
+    """
+    from onnx import numpy_helper
+
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    outputs = {value.name for value in graph.output}
+    count = 0
+    for node in graph.node:
+        shift = moved.get(node.name)
+        if shift is None or not shift.size or not shift.any():
+            continue
+        if node.op_type == "MatMul":
+            behind = readers.get(node.output[0], [])
+            if len(behind) != 1 or behind[0].op_type != "Add" or node.output[0] in outputs:
+                continue
+            bias = next((name for name in behind[0].input if name in constants), None)
+        else:
+            if len(node.input) < 3 or not node.input[2]:
+                name = f"{node.name}_corrected_bias"
+                graph.initializer.append(numpy_helper.from_array(np.zeros(shift.shape, np.float32), name))
+                constants[name] = graph.initializer[-1]
+                readers[name] = [node]
+                del node.input[2:]
+                node.input.append(name)
+            bias = node.input[2]
+        if bias not in constants or len(readers[bias]) != 1:
+            continue
+        values = numpy_helper.to_array(constants[bias])
+        if values.shape != shift.shape or values.dtype != np.float32 or _float(node, "beta", 1.0) != 1.0:
+            continue
+        constants[bias].CopyFrom(numpy_helper.from_array((values - shift).astype(np.float32), bias))
+        count += 1
+    return count
+
+
+def _integer(node: Any, name: str, default: int) -> int:
+    return int(next((attribute.i for attribute in node.attribute if attribute.name == name), default))
+
+
+def _float(node: Any, name: str, default: float) -> float:
+    return float(next((attribute.f for attribute in node.attribute if attribute.name == name), default))

@@ -1,0 +1,218 @@
+"""Read what an .onnx file says of itself, without loading its weights: ops, weights, inputs, metadata, files it refers to.
+
+Letters in shapes: see the ops' own documentation, https://onnx.ai/onnx/operators.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from shared.errors import ToolError, first_line
+
+METADATA_KEY = "edgepress"  # of metadata_props
+MAX_PROTOBUF_BYTES = 2**31 - 1
+MAX_METADATA_BYTES = 2**16
+LONGEST_CONSTANT = 64  # elements of an unnamed operand that counts as shape or axis, not as weights
+FLOAT_TYPES = {"FLOAT", "FLOAT16", "DOUBLE", "BFLOAT16"}
+Model = Any  # onnx.ModelProto; the package has no stubs that mypy would follow
+
+
+@dataclass(frozen=True)
+class OnnxOp:
+    """One node, and its constant operands.
+
+    Args:
+        name: The node's name; `<op type>_<place>` where it has none.
+        op_type: Operator, such as Conv; of another domain than ONNX's with that before it.
+        weights: Name of each constant operand that is a tensor of floats or of 8 bits -> bytes.
+        dtype: Type of the largest of them, such as FLOAT or INT8; empty where there is none.
+        inputs: Names of all inputs.
+        outputs: Names of all outputs.
+    """
+
+    name: str
+    op_type: str
+    weights: Mapping[str, int] = field(default_factory=dict)
+    dtype: str = ""
+    inputs: Sequence[str] = ()
+    outputs: Sequence[str] = ()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its largest constant operand."""
+        return max(self.weights.values(), default=0)
+
+    @property
+    def weight(self) -> str | None:
+        """Name of its largest constant operand."""
+        return max(self.weights, key=lambda name: self.weights[name], default=None)
+
+
+def check_is_onnx(path: Path) -> None:
+    """Raise ToolError unless the file exists, holds an ONNX model, and what it refers to is there."""
+    if not path.is_file():
+        raise ToolError("no such model file", where=path, remedy="check the path")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise ToolError("the model file is empty", where=path, remedy="convert or download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise ToolError("this is a Git LFS pointer, not the model", where=path, remedy="run 'git lfs pull'")
+    if head[:1] == b"<" or head[4:8] == b"TFL3" or head[:2] == b"PK":
+        kind = "an HTML page" if head[:1] == b"<" else "a zip file" if head[:2] == b"PK" else "a TFLite model"
+        raise ToolError("not an ONNX model", where=path, got=kind, expected="an .onnx file")
+    external_files(path)
+
+
+def read_model(path: Path) -> Model:
+    """Return the model as onnx.ModelProto, weights of external files not loaded.
+
+    Raises:
+        ToolError: No ONNX model, or one without a graph.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if path.stat().st_size > MAX_PROTOBUF_BYTES:
+        raise ToolError("the file is larger than any ONNX model can be", where=path, expected="at most 2 GiB beside external data")
+    try:
+        model = onnx.load(os.path.abspath(path), load_external_data=False)  # noqa: PTH100 - bare names slip past its checks
+    except (DecodeError, ValueError, OSError) as error:
+        raise ToolError("not an ONNX model, or a damaged one", where=path, got=first_line(error)) from None
+    if not model.graph.node or not model.opset_import:
+        raise ToolError("not an ONNX model, or a damaged one", where=path, got="no graph with nodes")
+    return model
+
+
+def tensors(graph: Any) -> Iterator[Any]:
+    """Yield all constant tensors of a graph and of the graphs inside its nodes."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for inner in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
+                yield from tensors(inner)
+
+
+def external_files(path: Path) -> list[Path]:
+    """Return the files beside a model that hold its weights, sorted.
+
+    Raises:
+        ToolError: One is missing, too short, or lies outside the model's folder.
+    """
+    from onnx import TensorProto
+
+    ends: dict[str, int] = {}
+    for tensor in tensors(read_model(path).graph):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            location = entries.get("location", "")
+            try:
+                offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
+            except ValueError:
+                offset = length = -1
+            parts = PurePosixPath(location).parts
+            if not location.isprintable() or len(parts) != 1 or parts[0] in ("..", "/") or min(offset, length) < 0:
+                got = f"{tensor.name}: {location!r} at {entries.get('offset', 0)}"
+                raise ToolError("external weights must lie beside the model", where=path, got=got, expected="a file name")
+            ends[location] = max(ends.get(location, 0), offset + (length or _tensor_bytes(tensor)))
+    files = []
+    for location, end in sorted(ends.items()):
+        file = path.parent / location
+        if not file.is_file():
+            raise ToolError("the model's weights are missing", where=file, remedy=f"put {location} beside {path.name}")
+        if file.is_symlink() or file.stat().st_nlink > 1:
+            remedy = "copy the file itself there; huggingface_hub does with local_dir"
+            raise ToolError("the model's weights are a link, which ONNX does not follow", where=file, remedy=remedy)
+        if file.stat().st_size < end:
+            raise ToolError("the model's weights are cut off", where=file, got=file.stat().st_size, expected=f"at least {end} bytes")
+        files.append(file)
+    return files
+
+
+def read_ops(model: Model) -> list[OnnxOp]:
+    """Return the nodes of a model's main graph in their order."""
+    import onnx
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and (found := [a.t for a in node.attribute if a.name == "value"]):
+            constants[node.output[0]] = found[0]
+    ops = []
+    for number, node in enumerate(model.graph.node):
+        held = [(name, constants[name]) for name in node.input if name in constants]
+        weights = {name: tensor for name, tensor in held if is_weight(tensor)}
+        largest = max(weights.values(), key=_tensor_bytes, default=None)
+        ops.append(
+            OnnxOp(
+                name=node_name(node, number),
+                op_type=f"{node.domain}.{node.op_type}" if node.domain else node.op_type,
+                weights={name: _tensor_bytes(tensor) for name, tensor in weights.items()},
+                dtype="" if largest is None else onnx.TensorProto.DataType.Name(largest.data_type),
+                inputs=list(node.input),
+                outputs=list(node.output),
+            )
+        )
+    return ops
+
+
+def node_name(node: Any, number: int) -> str:
+    """Return a node's name, or one made of its op type and place."""
+    return str(node.name) or f"{node.op_type}_{number}"
+
+
+def is_weight(tensor: Any) -> bool:
+    """Return whether a constant holds numbers that could be made smaller: floats, or 8 bits and fewer already."""
+    import onnx
+
+    kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+    return kind in FLOAT_TYPES or (kind in ("INT8", "UINT8", "INT4", "UINT4") and math.prod(tensor.dims) > 1)
+
+
+def _tensor_bytes(tensor: Any) -> int:
+    """Return the bytes a tensor's values take, wherever they lie."""
+    import onnx
+
+    bits = {"INT4": 4, "UINT4": 4}.get(onnx.TensorProto.DataType.Name(tensor.data_type))
+    if bits is None:
+        try:
+            bits = 8 * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+        except (KeyError, TypeError, ValueError):
+            bits = 8
+    return (math.prod(tensor.dims) * bits + 7) // 8
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return the metadata of one of our models, empty where the file has none."""
+    text = next((entry.value for entry in read_model(path).metadata_props if entry.key == METADATA_KEY), "{}")
+    try:
+        content = json.loads(text[:MAX_METADATA_BYTES])
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_metadata(model: Model, content: Mapping[str, object]) -> None:
+    """Put our metadata into a model, whatever else it holds."""
+    kept = [entry for entry in model.metadata_props if entry.key != METADATA_KEY]
+    text = json.dumps(content, sort_keys=True)
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    model.metadata_props.add(key=METADATA_KEY, value=text)
+
+
+def without_traces(model: Model) -> None:
+    """Take out what exporters note about the source code they came from: paths and stack traces."""
+    del model.graph.metadata_props[:]
+    model.graph.doc_string = ""
+    for item in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info, *model.graph.initializer):
+        del item.metadata_props[:]
+        item.doc_string = ""

@@ -1,0 +1,137 @@
+"""Ranges of activations for static quantization, from real inputs, one sample and a bounded part of the activations in memory.
+
+ONNX Runtime's own calibrators keep every activation of every sample for entropy and percentile. Its histograms are used here, but
+filled sample by sample, between limits that a first pass has found; so they have the same bins whatever comes first.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import ToolError
+from shared.machine import MIB
+
+CalibrationMethod = Literal["minmax", "entropy", "percentile"]
+PERCENTILE = 99.999  # of a tensor's values lie inside the range
+PERCENTILE_BINS = 2048
+ENTROPY_BINS, ENTROPY_LEVELS = 1024, 128  # bins of the histogram, and of what it is compared with
+FETCHED_BYTES = 256 * MIB  # of activations at a time; the model itself may need more
+PROBED = 8  # tensors fetched at a time while their sizes are unknown
+LEAST_RANGE = 1e-6  # of a tensor that is constant on all samples
+Feed = dict[str, NDArray[Any]]
+Limits = dict[str, tuple[float, float]]
+
+
+def find_ranges(model: Path, augmented: Path, op_types: Sequence[str], samples: Iterable[Feed], method: CalibrationMethod) -> Any:
+    """Return onnxruntime.quantization's TensorsData for all activations at ops of the given types.
+
+    Args:
+        model: The repaired float32 model.
+        augmented: A file to write a copy to that gives its activations out; in the same folder, as weights may lie beside it.
+        op_types: Whose inputs and outputs count.
+        samples: Inputs by name; iterated over twice.
+        method: `minmax` takes the smallest and the largest value, the others may cut off rare ones.
+
+    Raises:
+        ToolError: An activation is NaN or infinite.
+    """
+    from onnxruntime.quantization import calibrate
+
+    names = _augment(model, augmented, op_types)
+    session = _session(augmented)
+    limits = _smallest_and_largest(session, names, samples)
+    if method == "minmax":
+        ranges = {name: tuple(np.float32(value) for value in limits[name]) for name in names}
+        return calibrate.TensorsData(calibrate.CalibrationMethod.MinMax, ranges)
+    bins = PERCENTILE_BINS if method == "percentile" else ENTROPY_BINS
+    collector = calibrate.HistogramCollector(method, False, bins, ENTROPY_LEVELS, PERCENTILE, "same")
+    for name in names:  # with its final limits from the start, or bins would multiply as larger values come
+        low, high = limits[name]
+        threshold = np.float32(max(abs(low), abs(high), LEAST_RANGE))
+        edges = np.linspace(-threshold, threshold, bins + 1, dtype=np.float32)
+        empty = np.zeros(bins, np.int64)
+        collector.histogram_dict[name] = (empty, edges, np.float32(low), np.float32(high), threshold)
+    with contextlib.redirect_stdout(io.StringIO()):
+        for part in _activations(session, names, samples):
+            collector.collect(part)
+        found = collector.compute_collection_result()
+    kind = getattr(calibrate.CalibrationMethod, method.capitalize())
+    return calibrate.TensorsData(kind, {name: tuple(np.float32(value) for value in found[name][:2]) for name in names})
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # fused tensors could not be seen
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _augment(model: Path, augmented: Path, op_types: Sequence[str]) -> list[str]:
+    """Write a copy of the model that gives out the activations at ops of the given types; return their names."""
+    import onnx
+
+    proto = onnx.load(str(model.absolute()), load_external_data=False)
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*proto.graph.value_info, *proto.graph.input)}
+    outputs = {value.name: value.type.tensor_type.elem_type for value in proto.graph.output}
+    constants = {tensor.name for tensor in proto.graph.initializer}
+    wanted: dict[str, None] = {}
+    for node in proto.graph.node:
+        if node.op_type in op_types:
+            for name in (*node.input, *node.output):
+                if name not in constants and (kinds | outputs).get(name) == onnx.TensorProto.FLOAT:
+                    wanted[name] = None
+    inputs = {value.name for value in proto.graph.input}
+    for name in wanted:
+        if name not in outputs and name not in inputs:
+            proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    onnx.save_model(proto, str(augmented))
+    return list(wanted)
+
+
+def _smallest_and_largest(session: Any, names: list[str], samples: Iterable[Feed]) -> Limits:
+    limits: Limits = {}
+    for part in _activations(session, names, samples):
+        for name, values in part.items():
+            low, high = float(values.min()), float(values.max())
+            if not (np.isfinite(low) and np.isfinite(high)):
+                raise ToolError("an activation is NaN or infinite on a calibration sample", got=f"tensor {name}")
+            before = limits.get(name, (low, high))
+            limits[name] = min(low, before[0]), max(high, before[1])
+    if not limits:
+        raise ToolError("the calibration set is empty")
+    return limits
+
+
+def _activations(session: Any, names: list[str], samples: Iterable[Feed]) -> Iterator[Feed]:
+    """Yield activations sample by sample, in parts of about FETCHED_BYTES; the model runs once for each part."""
+    made = {output.name for output in session.get_outputs()}
+    inner = [name for name in names if name in made]
+    sizes: dict[str, int] = {}
+    for feed in samples:
+        given = {name: feed[name] for name in names if name in feed}
+        if given:
+            yield given
+        parts = _parts(inner, sizes) if sizes else [inner[at : at + PROBED] for at in range(0, len(inner), PROBED)]
+        for part in parts:
+            outputs = dict(zip(part, session.run(part, feed), strict=True))
+            sizes |= {name: values.nbytes for name, values in outputs.items()}
+            yield {name: values for name, values in outputs.items() if values.size}
+
+
+def _parts(names: list[str], sizes: dict[str, int]) -> list[list[str]]:
+    parts: list[list[str]] = []
+    total = FETCHED_BYTES + 1
+    for name in names:
+        if total + sizes[name] > FETCHED_BYTES:
+            parts.append([])
+            total = 0
+        parts[-1].append(name)
+        total += sizes[name]
+    return parts
