@@ -68,6 +68,7 @@ class Plan:
         packages: Distributions whose version matters.
         overwrite: Replace whatever is at `output`.
         refresh: Replace it if this project wrote it.
+        companions: Returns the files in the output's folder that a product refers to, such as the weights of a large ONNX model.
     """
 
     output: Path
@@ -77,6 +78,7 @@ class Plan:
     packages: Sequence[str] = ()
     overwrite: bool = False
     refresh: bool = False
+    companions: Callable[[Path], Sequence[Path]] = field(default=lambda _: ())
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Provenance:
     seconds: float
     peak_rss_bytes: int
     found: dict[str, Any] = field(default_factory=dict)
+    companions: list[FileRecord] = field(default_factory=list)  # files the output refers to, in its folder
 
 
 def build(plan: Plan, found_type: type[Found], make: Callable[[Path], Found]) -> tuple[Product, Found]:
@@ -133,6 +136,7 @@ def build(plan: Plan, found_type: type[Found], make: Callable[[Path], Found]) ->
             seconds=round(time.monotonic() - start, 3),
             peak_rss_bytes=max(peak_rss_bytes(), getattr(found, "peak_rss_bytes", 0)),
             found=_as_json(found),
+            companions=[record(path) for path in plan.companions(draft)],
         )
         with _alone_in(plan.output.parent):
             if _identity(plan.output) != found_there:
@@ -142,10 +146,20 @@ def build(plan: Plan, found_type: type[Found], make: Callable[[Path], Found]) ->
             _sync(plan.output.parent)
             final = replace(provenance, output=record(plan.output, sha256=provenance.output.sha256))  # renaming moved the ctime
             _write_json(provenance_path(plan.output), asdict(final))
+        _remove_former(old, final, plan.output.parent)
     return (
         Product(plan.output, final.output.size_bytes, final.output.sha256, final.seconds, final.peak_rss_bytes),
         found,
     )
+
+
+def _remove_former(old: Provenance | None, new: Provenance, folder: Path) -> None:
+    """Remove the files that only the former product referred to, where they are still what we wrote."""
+    kept = {Path(item.path).name for item in new.companions}
+    for item in old.companions if old else ():
+        path = folder / Path(item.path).name
+        if path.name not in kept and path.is_file() and not path.is_symlink() and record(path).sha256 == item.sha256:
+            path.unlink()
 
 
 def require_not_anothers(output: Path, *, overwrite: bool) -> None:
@@ -271,7 +285,12 @@ def _is_running(pid: str) -> bool:
 def _describes(old: Provenance, plan: Plan, inputs: Sequence[FileRecord]) -> bool:
     same_inputs = [item.sha256 for item in old.inputs] == [item.sha256 for item in inputs]
     same_request = (old.tool, old.arguments, old.versions) == (plan.tool, _as_json(plan.arguments), _versions(plan))
-    return same_inputs and same_request and record(plan.output).sha256 == old.output.sha256
+    if not (same_inputs and same_request and record(plan.output).sha256 == old.output.sha256):
+        return False
+    companions = [plan.output.parent / Path(item.path).name for item in old.companions]
+    return all(path.is_file() for path in companions) and [record(path, known=old.companions).sha256 for path in companions] == [
+        item.sha256 for item in old.companions
+    ]
 
 
 def _require_replaceable(plan: Plan, old: Provenance | None) -> str | None:

@@ -34,7 +34,9 @@ IMAGES_KEY = "images"  # the name of the only array in an .npz that need not be 
 TOLERANCE = 0.05  # of the range's width: interpolation overshoots, and normalisation constants are rounded
 LEAST_SPAN = 0.1  # of the range's width: below it, all samples together are likelier of another scale
 MAX_HEADER_BYTES = 10_000  # of an array in an .npz; numpy writes about 100
-MANIFEST_KEYS = ("samples", "tiles")
+MANIFEST_NAME = "manifest.json"
+Part = Literal["samples", "holdout"]
+PARTS: dict[Part, tuple[str, ...]] = {"samples": ("samples", "tiles"), "holdout": ("holdout",)}  # names in a manifest
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,13 @@ class CalibrationSet:
         path: A folder of images, a manifest (.json), or an .npz.
         input_range: Range of the model's image input where it is known.
         most: Samples to take, spread evenly over the set; all when None.
+        part: Which part of a manifest: what to calibrate with, or what was held out to measure on.
     """
 
     path: Path
     input_range: InputRange | None = None
     most: int | None = None
+    part: Part = "samples"
 
     def files(self) -> list[Path]:
         """Return the files that the set is made of.
@@ -61,12 +65,20 @@ class CalibrationSet:
             if not self.path.is_file():
                 raise ToolError("no such calibration set", where=self.path, expected="a folder of images, a manifest or an .npz")
             return [self.path]
-        manifests = [path for path in (self.path, self.path / "manifest.json") if path.is_file()]
-        return [*manifests, *_listed_images(self.path)]
+        manifests = [path for path in (self.path, self.path / MANIFEST_NAME) if path.is_file()]
+        return [*manifests, *_listed_images(self.path, self.part)]
+
+    def has_holdout(self) -> bool:
+        """Return whether a manifest names samples that were held out of calibration."""
+        manifest = self.path / MANIFEST_NAME if self.path.is_dir() else self.path
+        with contextlib.suppress(ValueError, OSError, RecursionError):
+            content = json.loads(manifest.read_text(encoding="utf-8")) if manifest.suffix == ".json" else {}
+            return isinstance(content, dict) and bool(content.get("holdout"))
+        return False
 
     def sha256(self) -> str:
         """Return a hash of everything that decides the samples."""
-        whole = hashlib.sha256(f"{self.input_range} {self.most}".encode())
+        whole = hashlib.sha256(f"{self.input_range} {self.most} {self.part}".encode())
         for path in self.files():
             with path.open("rb") as file:
                 whole.update(hashlib.file_digest(file, "sha256").digest())
@@ -81,7 +93,7 @@ class CalibrationSet:
         if self.path.suffix == ".npz":
             yield from _spread(_read_npz(self.path, inputs), _npz_length(self.path), self.most)
             return
-        files = _listed_images(self.path)
+        files = _listed_images(self.path, self.part)
         for file in _spread(iter(files), len(files), self.most):
             yield _from_image(file, inputs, self.input_range)
 
@@ -146,16 +158,16 @@ def _spread(items: Iterator[Any], length: int, most: int | None) -> Iterator[Any
     yield from (item for number, item in enumerate(items) if number in wanted)
 
 
-def _listed_images(path: Path) -> list[Path]:
+def _listed_images(path: Path, part: Part = "samples") -> list[Path]:
     """Return the images in a folder, or those that a manifest names, relative to itself."""
     if path.is_dir():
-        manifest = path / "manifest.json"
-        return _listed_images(manifest) if manifest.is_file() else image_files(path)
+        manifest = path / MANIFEST_NAME
+        return _listed_images(manifest, part) if manifest.is_file() else image_files(path)
     if not path.is_file():
         raise ToolError("no such calibration set", where=path, expected="a folder of images, a manifest or an .npz")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        entries = next(content[key] for key in MANIFEST_KEYS if key in content)
+        entries = next(content[key] for key in PARTS[part] if key in content)
         names = [entry["file"] for entry in entries]
         assert all(isinstance(name, str) for name in names)
     except (ValueError, KeyError, TypeError, StopIteration, AssertionError, RecursionError):

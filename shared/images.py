@@ -192,7 +192,8 @@ def to_form(pixels: Pixels, form: ImageForm) -> NDArray[np.float32]:
 
 def from_form(values: NDArray[np.float32], form: ImageForm) -> NDArray[np.float32]:
     """Return one image tensor, in whatever layout, as (H, W, channels)."""
-    return values[0].transpose(1, 2, 0) if form.layout == "nchw" else values[0]
+    image: NDArray[np.float32] = values[0].transpose(1, 2, 0) if form.layout == "nchw" else values[0]
+    return image
 
 
 def to_layout(image: Image, layout: str) -> Image:

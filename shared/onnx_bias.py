@@ -32,7 +32,7 @@ def mean_inputs(model: Path, augmented: Path, samples: Iterable[Mapping[str, Arr
 
     proto = onnx.load(str(model.absolute()), load_external_data=False)
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
-    nodes = {}
+    nodes: dict[str, str] = {}
     opset = next(entry.version for entry in proto.opset_import if not entry.domain)
     for node in list(proto.graph.node):
         if node.op_type in LAYERS and node.input[1] in constants and node.input[0] not in constants:
@@ -83,25 +83,72 @@ def _mean_nodes(tensor: str, name: str, axes: list[int] | None, opset: int) -> l
     return [*made, onnx.helper.make_node("ReduceMean", [tensor, f"{name}_axes"], [name], keepdims=0)]
 
 
-def shifts(model: Model, quantized: Model, means: Mapping[str, Array]) -> dict[str, Array]:
-    """Return node name -> how far the quantized weights shift each output channel on average, float64 (O,).
+def correct(model: Path, product: Model, means: Mapping[str, Array]) -> int:
+    """Take off a quantized model's biases, in place, what its weights shift outputs by on average; return how many were changed.
+
+    A MatMul's bias is the constant of the Add that alone reads it. Biases in int32 move by whole steps of their scale. Layers
+    without a bias of their own stay as they are.
 
     Args:
-        model: The repaired float32 model with its weights.
-        quantized: The same model quantized by onnxruntime.quantization, which keeps a weight W as W_quantized, W_scale, W_zero_point.
+        model: The repaired float32 model.
+        product: The same model quantized by onnxruntime.quantization, which keeps a tensor T as T_quantized, T_scale and
+            T_zero_point, or T_quantized_scale where it is a bias.
         means: Of `mean_inputs`.
     """
+    import onnx
     from onnx import numpy_helper
 
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    small = {tensor.name: tensor for tensor in quantized.graph.initializer}
-    found = {}
-    for node in model.graph.node:
-        if node.name in means and f"{node.input[1]}_quantized" in small:
-            weight = numpy_helper.to_array(constants[node.input[1]]).astype(np.float64)
-            error = _dequantized(small, node.input[1], weight.shape, _channel_axis(node)) - weight
-            found[node.name] = _expected(node, error, means[node.name])
-    return found
+    proto = onnx.load(str(model.absolute()), load_external_data=False)
+    folder = str(model.absolute().parent)
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    small = {tensor.name: tensor for tensor in product.graph.initializer}
+    readers: dict[str, list[Any]] = {}
+    for node in proto.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    outputs = {value.name for value in proto.graph.output}
+    count = 0
+    for node in proto.graph.node:
+        if node.name not in means or f"{node.input[1]}_quantized" not in small:
+            continue
+        bias = _bias(node, readers, outputs)
+        if bias not in constants or len(readers[bias]) != 1:
+            continue
+        weight = numpy_helper.to_array(constants[node.input[1]], folder).astype(np.float64)
+        error = _dequantized(small, node.input[1], weight.shape, _channel_axis(node)) - weight
+        shift = _expected(node, error, means[node.name])
+        if shift.any() and list(constants[bias].dims) == list(shift.shape):
+            count += _moved(small, bias, shift)
+    return count
+
+
+def _bias(node: Any, readers: Mapping[str, list[Any]], outputs: set[str]) -> str:
+    """Return the name of a layer's bias, empty where it has none."""
+    if node.op_type == "MatMul":
+        behind = readers.get(node.output[0], [])
+        if len(behind) != 1 or behind[0].op_type != "Add" or node.output[0] in outputs:
+            return ""
+        return str(next((name for name in behind[0].input if name != node.output[0]), ""))
+    scaled = node.op_type == "Gemm" and _float(node, "beta", 1.0) != 1.0
+    return str(node.input[2]) if len(node.input) > 2 and not scaled else ""
+
+
+def _moved(small: Mapping[str, Any], bias: str, shift: Array) -> bool:
+    """Subtract a shift from a bias of the product, float32 or int32; return whether it has it in either form."""
+    from onnx import TensorProto, numpy_helper
+
+    if bias in small and small[bias].data_type == TensorProto.FLOAT:
+        values = numpy_helper.to_array(small[bias])
+        small[bias].CopyFrom(numpy_helper.from_array((values - shift).astype(np.float32), bias))
+        return True
+    name, scale_name = f"{bias}_quantized", f"{bias}_quantized_scale"
+    if name in small and scale_name in small and small[name].data_type == TensorProto.INT32:
+        scale = numpy_helper.to_array(small[scale_name]).astype(np.float64)
+        steps = numpy_helper.to_array(small[name]).astype(np.float64) - shift / scale
+        limits = np.iinfo(np.int32)
+        small[name].CopyFrom(numpy_helper.from_array(np.clip(np.rint(steps), limits.min, limits.max).astype(np.int32), name))
+        return True
+    return False
 
 
 def _channel_axis(node: Any) -> int:
@@ -130,49 +177,6 @@ def _expected(node: Any, error: Array, mean: Array) -> Array:
     if _channel_axis(node) == 0:  # (O, K)
         return np.asarray(error @ mean)
     return np.asarray(mean @ error) if error.ndim == 2 else np.zeros(0)  # (K, O); stacks of matrices are left alone
-
-
-def correct(model: Model, moved: Mapping[str, Array]) -> int:
-    """Take the shifts off the biases of a float32 model in place; return how many layers have one that could be changed.
-
-    A Conv or Gemm without a bias gets one; behind a MatMul it is the constant of the Add that alone reads it.
-    """
-    from onnx import numpy_helper
-
-    graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    readers: dict[str, list[Any]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    outputs = {value.name for value in graph.output}
-    count = 0
-    for node in graph.node:
-        shift = moved.get(node.name)
-        if shift is None or not shift.size or not shift.any():
-            continue
-        if node.op_type == "MatMul":
-            behind = readers.get(node.output[0], [])
-            if len(behind) != 1 or behind[0].op_type != "Add" or node.output[0] in outputs:
-                continue
-            bias = next((name for name in behind[0].input if name in constants), None)
-        else:
-            if len(node.input) < 3 or not node.input[2]:
-                name = f"{node.name}_corrected_bias"
-                graph.initializer.append(numpy_helper.from_array(np.zeros(shift.shape, np.float32), name))
-                constants[name] = graph.initializer[-1]
-                readers[name] = [node]
-                del node.input[2:]
-                node.input.append(name)
-            bias = node.input[2]
-        if bias not in constants or len(readers[bias]) != 1:
-            continue
-        values = numpy_helper.to_array(constants[bias])
-        if values.shape != shift.shape or values.dtype != np.float32 or _float(node, "beta", 1.0) != 1.0:
-            continue
-        constants[bias].CopyFrom(numpy_helper.from_array((values - shift).astype(np.float32), bias))
-        count += 1
-    return count
 
 
 def _integer(node: Any, name: str, default: int) -> int:

@@ -123,7 +123,7 @@ def external_files(path: Path) -> list[Path]:
             if not location.isprintable() or len(parts) != 1 or parts[0] in ("..", "/") or min(offset, length) < 0:
                 got = f"{tensor.name}: {location!r} at {entries.get('offset', 0)}"
                 raise ToolError("external weights must lie beside the model", where=path, got=got, expected="a file name")
-            ends[location] = max(ends.get(location, 0), offset + (length or _tensor_bytes(tensor)))
+            ends[location] = max(ends.get(location, 0), offset + (length or tensor_bytes(tensor)))
     files = []
     for location, end in sorted(ends.items()):
         file = path.parent / location
@@ -133,7 +133,9 @@ def external_files(path: Path) -> list[Path]:
             remedy = "copy the file itself there; huggingface_hub does with local_dir"
             raise ToolError("the model's weights are a link, which ONNX does not follow", where=file, remedy=remedy)
         if file.stat().st_size < end:
-            raise ToolError("the model's weights are cut off", where=file, got=file.stat().st_size, expected=f"at least {end} bytes")
+            raise ToolError(
+                "the model's weights are cut off", where=file, got=file.stat().st_size, expected=f"at least {end} bytes"
+            )
         files.append(file)
     return files
 
@@ -150,12 +152,12 @@ def read_ops(model: Model) -> list[OnnxOp]:
     for number, node in enumerate(model.graph.node):
         held = [(name, constants[name]) for name in node.input if name in constants]
         weights = {name: tensor for name, tensor in held if is_weight(tensor)}
-        largest = max(weights.values(), key=_tensor_bytes, default=None)
+        largest = max(weights.values(), key=tensor_bytes, default=None)
         ops.append(
             OnnxOp(
                 name=node_name(node, number),
                 op_type=f"{node.domain}.{node.op_type}" if node.domain else node.op_type,
-                weights={name: _tensor_bytes(tensor) for name, tensor in weights.items()},
+                weights={name: tensor_bytes(tensor) for name, tensor in weights.items()},
                 dtype="" if largest is None else onnx.TensorProto.DataType.Name(largest.data_type),
                 inputs=list(node.input),
                 outputs=list(node.output),
@@ -177,7 +179,7 @@ def is_weight(tensor: Any) -> bool:
     return kind in FLOAT_TYPES or (kind in ("INT8", "UINT8", "INT4", "UINT4") and math.prod(tensor.dims) > 1)
 
 
-def _tensor_bytes(tensor: Any) -> int:
+def tensor_bytes(tensor: Any) -> int:
     """Return the bytes a tensor's values take, wherever they lie."""
     import onnx
 
@@ -187,7 +189,7 @@ def _tensor_bytes(tensor: Any) -> int:
             bits = 8 * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
         except (KeyError, TypeError, ValueError):
             bits = 8
-    return (math.prod(tensor.dims) * bits + 7) // 8
+    return int((math.prod(tensor.dims) * bits + 7) // 8)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -198,6 +200,16 @@ def read_metadata(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def declared_range(path: Path) -> tuple[float, float] | None:
+    """Return the range of a model's image input, as the metadata of our own models gives it, or None."""
+    metadata = read_metadata(path)
+    low, dots, high = str(metadata.get("input_range", "0..1" if "nbits" in metadata else "")).partition("..")
+    try:
+        return (float(low), float(high)) if dots else None
+    except ValueError:
+        return None
 
 
 def write_metadata(model: Model, content: Mapping[str, object]) -> None:

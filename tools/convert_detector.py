@@ -1,9 +1,10 @@
-"""Convert a watermark detector to TFLite, checked against torch before the file gets its name.
+"""Convert a watermark detector to TFLite or ONNX, checked against torch before the file gets its name.
 
 Example:
     python -m tools.convert_detector --model videoseal --rehearsal --quantize int8
 
-Source: network and checkpoints, https://github.com/facebookresearch/videoseal; converter, litert-torch 0.10
+Source: network and checkpoints, https://github.com/facebookresearch/videoseal; converters, litert-torch 0.10
+    and torch.onnx of torch 2.13
 """
 
 import itertools
@@ -212,7 +213,7 @@ def convert_detector(
     overwrite: Overwrite = False,
     refresh: Refresh = False,
 ) -> Conversion:
-    """Convert a watermark detector to TFLite, checked against torch before the file gets its name.
+    """Convert a watermark detector to TFLite or ONNX, checked against torch before the file gets its name.
 
     Input `image`: float32, RGB in [0, 1]. Output `output_0`: float32 (1, 1 + nbits), the confidence, then one logit per bit.
 

@@ -1,0 +1,244 @@
+"""Quantize an ONNX model, and say what became of every layer, how fast it is now, and how far its answers moved.
+
+Example:
+    python -m tools.quantize_onnx model.onnx --mode static --calibration tiles
+
+Source: onnxruntime.quantization, https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html (1.31)
+"""
+
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Group as Lines
+from rich.console import RenderableType
+
+from shared import artifacts
+from shared.artifacts import Plan, Product
+from shared.calibration import CalibrationSet, InputRange
+from shared.cli import Overwrite, Refresh, Threads, run, size_text
+from shared.errors import ToolError
+from shared.formats import model_files
+from shared.machine import cpu_name, require_disk
+from shared.onnx_graph import check_is_onnx, external_files, read_model, read_ops
+from shared.onnx_pressed import SLOWER, PressedOnnx
+from shared.onnx_pressing import OnnxQuantizer, OnnxWish
+from shared.onnx_ranges import CalibrationMethod
+from shared.onnx_settings import LAYERS, PASSING, Form, IntegerType, Settings
+from shared.pressed import GateKept
+
+PACKAGES = ("onnx", "onnxruntime", "numpy", "pillow")
+ModeName = Literal["dynamic", "static", "fp16", "auto"]
+
+
+@dataclass(frozen=True)
+class QuantizedOnnx:
+    """Result of quantize_onnx; without a product where a limit was broken."""
+
+    source: Path
+    product: Product | None
+    found: PressedOnnx
+    message: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether every limit was kept."""
+        return self.found.ok
+
+    def __rich__(self) -> RenderableType:
+        return Lines(*self.found.tables(), self.message)
+
+
+class _LimitBrokenError(Exception):
+    """A product broke a limit; what was found about it comes along."""
+
+    def __init__(self, found: PressedOnnx) -> None:
+        super().__init__()
+        self.found = found
+
+
+def _excluded(model: Path, exclude: list[str]) -> tuple[str, ...]:
+    """Return the op types and node names that selectors select: an op type, or a regex on node names."""
+    ops = read_ops(read_model(model))
+    kinds = {op.op_type for op in ops}
+    found: dict[str, None] = {}
+    for text in exclude:
+        if text in kinds:
+            found[text] = None
+            continue
+        try:
+            names = [op.name for op in ops if re.search(text, op.name)]
+        except re.error as error:
+            raise ToolError("--exclude is no regular expression", got=text, expected=str(error)) from None
+        if not names:
+            what = f"--exclude {text!r} matches no node and is no op type"
+            raise ToolError(
+                what, where=model, got=f"op types {', '.join(sorted(kinds))}", remedy="node names are in the --json report"
+            )
+        found |= dict.fromkeys(names)
+    return tuple(found)
+
+
+def _gated(found: PressedOnnx, limits: dict[str, float | None]) -> PressedOnnx:
+    """Return what was found with the limits checked."""
+    fidelity = found.product.fidelity if found.product else None
+    values = {
+        "coverage of weight bytes": found.coverage,
+        "speed-up": found.speedup,
+        "PSNR": fidelity.psnr_db if fidelity else None,
+        "cosine": fidelity.cosine if fidelity else None,
+    }
+    gates = []
+    for (name, value), limit in zip(values.items(), limits.values(), strict=True):
+        if limit is not None:
+            gates.append(GateKept(found.name, name, value, limit, value is not None and value >= limit))
+    return replace(found, gates=gates)
+
+
+def _message(found: PressedOnnx, product: Product) -> str:
+    head = "up to date: " if product.up_to_date else ""
+    reduction = 1 - found.size_after_bytes / found.size_before_bytes
+    change = f"{abs(reduction):.1%} {'smaller' if reduction >= 0 else 'LARGER'}"
+    slow = "; SLOWER than float32" if found.speedup is not None and found.speedup * SLOWER < 1 else ""
+    size = f"{size_text(found.size_before_bytes)} -> {size_text(found.size_after_bytes)}, {change}"
+    return f"{head}{product.path}: {size}; {product.seconds:.1f} s{slow}"
+
+
+def _require_sense(mode: ModeName, options: dict[str, object]) -> None:
+    """Raise ToolError for options that would do nothing, or contradict each other."""
+    static = ("form", "activation_type", "calibration_method", "symmetric_activations")
+    if mode in ("dynamic", "fp16"):
+        idle = [name for name in static if options[name]]
+        if mode == "fp16":
+            idle += [
+                name for name in ("calibration", "weight_type", "reduce_range", "symmetric_weights", "op_type") if options[name]
+            ]
+        if idle:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+            raise ToolError(f"{names} does nothing in mode {mode}", remedy="leave it out, or use --mode static")
+    if mode == "auto" and options["min_psnr"] is None and options["min_cosine"] is None:
+        raise ToolError("--mode auto needs a limit to keep", remedy="give --min-psnr or --min-cosine")
+    for name in ("input_range", "samples", "holdout"):
+        if options[name] is not None and options["calibration"] is None:
+            raise ToolError(f"--{name.replace('_', '-')} does nothing without --calibration", remedy="leave it out, or add that")
+
+
+def quantize_onnx(
+    model: Annotated[Path, typer.Argument(help="An .onnx model; weights may lie beside it.")],
+    *,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: <model>_<mode>.onnx.")] = None,
+    mode: Annotated[
+        ModeName, typer.Option(help="static needs --calibration and is the fast one; auto takes the fastest inside the limits.")
+    ] = "static",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Real inputs: folder of images, manifest or .npz; prepare_calibration makes one.")
+    ] = None,
+    holdout: Annotated[
+        Path | None, typer.Option(help="Real inputs to measure on; default: what the manifest of --calibration holds out.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Inputs of --calibration to take; default: all.")] = None,
+    input_range: Annotated[InputRange | None, typer.Option(help="Range of the model's image input; default: 0..1.")] = None,
+    calibration_method: Annotated[
+        CalibrationMethod | None, typer.Option(help="How ranges are found; default: minmax, or with limits the better one.")
+    ] = None,
+    form: Annotated[Form | None, typer.Option("--format", help="Of static models; default: qdq.")] = None,
+    activation_type: Annotated[
+        IntegerType | None, typer.Option(help="Of static models; default: uint8, the fastest on x86.")
+    ] = None,
+    weight_type: Annotated[Literal["int8", "uint8"] | None, typer.Option(help="Default: int8.")] = None,
+    per_channel: Annotated[bool, typer.Option(help="A scale for each output channel of a weight.")] = True,
+    reduce_range: Annotated[bool, typer.Option("--reduce-range", help="7-bit weights, for x86 CPUs without VNNI.")] = False,
+    symmetric_activations: Annotated[bool, typer.Option("--symmetric-activations", help="Zero in the middle of ranges.")] = False,
+    symmetric_weights: Annotated[bool | None, typer.Option(help="Default: as the weights' type wants it.")] = None,
+    op_type: Annotated[
+        list[str] | None, typer.Option(help="What is quantized; default: layers with weights and what joins them.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Op type, or regex on node names, that stays in float.")] = None,
+    correct_bias: Annotated[
+        bool, typer.Option(help="With --calibration, take back what quantized weights shift on average.")
+    ] = True,
+    require_coverage: Annotated[float | None, typer.Option(min=0, max=1, help="Gate: share of weight bytes quantized.")] = None,
+    min_speedup: Annotated[
+        float | None, typer.Option(min=0, help="Gate: latency of the repaired float32 model over the product's.")
+    ] = None,
+    min_psnr: Annotated[float | None, typer.Option(min=0, help="Limit in dB; static finds what to leave in float.")] = None,
+    min_cosine: Annotated[float | None, typer.Option(min=0, max=1, help="Limit of the worst sample; the same.")] = None,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    refresh: Refresh = False,
+) -> QuantizedOnnx:
+    """Quantize an ONNX model, and say what became of every layer, how fast it is now, and how far its answers moved.
+
+    The model is repaired first: old opsets, weights among the inputs, nameless nodes, stale shapes. Inputs and outputs stay
+    float32, metadata is kept. Original, repaired model and product are run in turns before the product gets its name.
+
+    Raises:
+        ToolError: Damaged model, samples that don't fit, a limit that no mix of layers keeps, or no place to write.
+    """
+    check_is_onnx(model)
+    _require_sense(mode, locals())
+    settings = Settings(
+        mode="static" if mode == "auto" else mode,
+        op_types=tuple(op_type) if op_type else (*LAYERS, *PASSING),
+        form=form or "qdq",
+        activation_type=activation_type or "uint8",
+        weight_type=weight_type or "int8",
+        per_channel=per_channel,
+        reduce_range=reduce_range,
+        symmetric_activations=symmetric_activations,
+        symmetric_weights=symmetric_weights,
+        method=calibration_method or "minmax",
+    )
+    wish = OnnxWish(
+        settings=settings,
+        is_auto=mode == "auto",
+        tries_methods=calibration_method is None,
+        exclude=_excluded(model, exclude or []),
+        samples=None if calibration is None else CalibrationSet(calibration, input_range, samples),
+        holdout=None if holdout is None else CalibrationSet(holdout, input_range),
+        input_range=input_range,
+        corrects_bias=correct_bias,
+        min_psnr=min_psnr,
+        min_cosine=min_cosine,
+        threads=threads,
+    )
+    output = output or model.with_name(f"{model.stem}_{mode}.onnx")
+    if output.suffix != ".onnx":
+        raise ToolError("the output is no .onnx file", where=output, expected="a name ending in .onnx")
+    limits = {"coverage": require_coverage, "speedup": min_speedup, "psnr": min_psnr, "cosine": min_cosine}
+    read = [*model_files(model), *(file for given in (wish.samples, wish.holdout) if given for file in given.files())]
+    require_disk(0, output.parent, "write the quantized model")
+
+    with artifacts.workspace() as folder:
+
+        def make(draft: Path) -> PressedOnnx:
+            found = _gated(OnnxQuantizer(model, wish, folder).press(draft), limits)
+            if not found.ok:
+                raise _LimitBrokenError(found)
+            return found
+
+        arguments = {
+            **asdict(settings),
+            "mode": mode,
+            "methods": wish.tries_methods,
+            "exclude": wish.exclude,
+            "samples": samples,
+            "input_range": input_range,
+            "correct_bias": correct_bias,
+            "limits": limits,
+        }
+        arguments |= {"cpu": cpu_name()} if mode == "auto" or min_speedup is not None else {}
+        plan = Plan(
+            output, "quantize_onnx", arguments, read, PACKAGES, overwrite=overwrite, refresh=refresh, companions=external_files
+        )
+        try:
+            product, found = artifacts.build(plan, PressedOnnx, make)
+        except _LimitBrokenError as error:
+            return QuantizedOnnx(model, None, error.found, f"FAILED: {error.found.broken()}; nothing was written")
+    return QuantizedOnnx(model, product, found, _message(found, product))
+
+
+if __name__ == "__main__":
+    run(quantize_onnx)
