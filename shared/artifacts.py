@@ -46,7 +46,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Product:
-    """A file a tool wrote, or found up to date."""
+    """A file a tool wrote, or found up to date; the size is that of all files it consists of."""
 
     path: Path
     size_bytes: int
@@ -117,9 +117,8 @@ def build(plan: Plan, found_type: type[Found], make: Callable[[Path], Found]) ->
     if old is not None and plan.output.is_file() and _describes(old, plan, inputs):
         with contextlib.suppress(ValidationError):
             found = TypeAdapter(found_type).validate_python(old.found)
-            size, sha256 = old.output.size_bytes, old.output.sha256
             if getattr(found, "ok", True):
-                return Product(plan.output, size, sha256, old.seconds, old.peak_rss_bytes, up_to_date=True), found
+                return Product(plan.output, _size(old), old.output.sha256, old.seconds, old.peak_rss_bytes, up_to_date=True), found
     replaces = _require_replaceable(plan, old)
     found_there = _identity(plan.output)
     start = time.monotonic()
@@ -147,10 +146,12 @@ def build(plan: Plan, found_type: type[Found], make: Callable[[Path], Found]) ->
             final = replace(provenance, output=record(plan.output, sha256=provenance.output.sha256))  # renaming moved the ctime
             _write_json(provenance_path(plan.output), asdict(final))
         _remove_former(old, final, plan.output.parent)
-    return (
-        Product(plan.output, final.output.size_bytes, final.output.sha256, final.seconds, final.peak_rss_bytes),
-        found,
-    )
+    return Product(plan.output, _size(final), final.output.sha256, final.seconds, final.peak_rss_bytes), found
+
+
+def _size(provenance: Provenance) -> int:
+    """Return the size of a product with the files it refers to."""
+    return sum(item.size_bytes for item in (provenance.output, *provenance.companions))
 
 
 def _remove_former(old: Provenance | None, new: Provenance, folder: Path) -> None:
@@ -246,8 +247,8 @@ def draft_beside(output: Path) -> Iterator[Path]:
         ToolError: The folder is missing or not writable.
     """
     draft = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    for stale in output.parent.glob(f".{glob.escape(output.name)}.*.partial"):
-        if not _is_running(stale.suffixes[-2].lstrip(".")):
+    for stale in output.parent.glob(f".{glob.escape(output.name)}.*.partial*"):  # and what an exporter put beside its draft
+        if not _is_running(stale.name.rpartition(".partial")[0].rpartition(".")[2]):
             stale.unlink(missing_ok=True)
     try:
         draft.touch()

@@ -1,4 +1,4 @@
-"""The process behind `tools.convert_detector`: seeded weights, and the float32 TFLite export, both in little memory.
+"""The process behind `tools.convert_detector`: seeded weights, and the float32 export to TFLite or ONNX, all in little memory.
 
 litert-torch holds constants as it finds them. Weights that are memory-mapped, already folded (`shared.fusion`) and left alone
 (`shared.upstream`) stay on disk until the exporter copies them into the model.
@@ -6,6 +6,7 @@ litert-torch holds constants as it finds them. Weights that are memory-mapped, a
 
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from shared.runtime import InputForm
 if TYPE_CHECKING:
     from torch import Tensor
 
+OPSET = 18
+ONNX_EMBEDDED_BYTES = 1_900_000_000  # of weights; a protobuf of 2 GiB can't be written, and the graph takes some too
 SMALL = 0.02  # standard deviation of seeded biases and of the deviations from 1 in seeded norms
 
 
@@ -55,7 +58,7 @@ def seeded_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> "Iterato
 
 
 def convert(message: Message) -> Message:
-    """Export the detector of a checkpoint as a float32 TFLite model; `folded` is a file for the weights in between."""
+    """Export the detector of a checkpoint as a float32 model; `folded` is a file for the weights in between, for TFLite only."""
     import torch
 
     from shared.checkpoints import (
@@ -81,13 +84,48 @@ def convert(message: Message) -> Message:
     require_match(state, shapes, weights)
     require_sound(state, weights)
     casts = sorted({str(tensor.dtype) for tensor in state.values()} - {"torch.float32"})
+    size = form.size
+    image = torch.zeros((1, 3, size, size) if form.layout == "nchw" else (1, size, size, 3))
+    reply = {"parameters": sum(math.prod(shape) for shape in shapes.values()), "casts": casts}
+    if message["format"] == "onnx":
+        network = build_on_meta(card)
+        network.load_state_dict({key: as_float32(tensor) for key, tensor in state.items()}, assign=True)
+        deployed = Deployed(network, form, card.image_size).eval()
+        _export_onnx(deployed, image, draft, message["metadata"], has_free_batch=message["dynamic_batch"])
+        return reply
     write_safetensors(folded, shapes, fold_affine(shapes, lambda key: as_float32(state[key])))
     network = build_on_meta(card, maps_input=False)
     network.load_state_dict(open_checkpoint(folded).state, assign=True)
-    size = form.size
-    image = torch.zeros((1, 3, size, size) if form.layout == "nchw" else (1, size, size, 3))
     _export(Deployed(network, form, card.image_size).eval(), image, draft)
-    return {"parameters": sum(math.prod(shape) for shape in shapes.values()), "casts": casts}
+    return reply
+
+
+def _export_onnx(module: Any, image: "Tensor", draft: Path, metadata: dict[str, object], *, has_free_batch: bool) -> None:
+    """Run torch's exporter; the input is named `image`, the output `output_0`. Weights above a size go to `<draft>.data`."""
+    import torch
+
+    from shared.onnx_graph import read_model, without_traces, write_metadata
+
+    size = sum(value.numel() * value.element_size() for value in module.state_dict().values())
+    batch = torch.export.Dim("batch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about its own use of torch's trees
+        program = torch.onnx.export(
+            module,
+            (image,),
+            dynamo=True,
+            input_names=["image"],
+            output_names=["output_0"],
+            opset_version=OPSET,
+            dynamic_shapes=({0: batch},) if has_free_batch else None,
+            verbose=False,
+        )
+    assert program is not None
+    program.save(str(draft), external_data=size > ONNX_EMBEDDED_BYTES)
+    model = read_model(draft)
+    without_traces(model)
+    write_metadata(model, metadata)
+    draft.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def _export(module: Any, image: "Tensor", draft: Path) -> None:

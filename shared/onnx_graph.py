@@ -3,6 +3,7 @@
 Letters in shapes: see the ops' own documentation, https://onnx.ai/onnx/operators.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -86,6 +87,31 @@ def read_model(path: Path) -> Model:
     if not model.graph.node or not model.opset_import:
         raise ToolError("not an ONNX model, or a damaged one", where=path, got="no graph with nodes")
     return model
+
+
+def name_weights(draft: Path, output: Path) -> None:
+    """Give the file `<draft>.data` that a draft's weights lie in, if any, its final name beside the output, and tell the draft.
+
+    The name holds the start of the content's sha256: so a new model's weights never replace those of the model it replaces, and
+    either is whole at any moment.
+    """
+    from onnx import TensorProto
+
+    data = draft.with_name(f"{draft.name}.data")
+    if not data.exists():
+        return
+    try:
+        with data.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        final = output.with_name(f"{output.stem}.{digest[:8]}.data")
+        model = read_model(draft)
+        for tensor in tensors(model.graph):
+            if tensor.data_location == TensorProto.EXTERNAL:
+                next(entry for entry in tensor.external_data if entry.key == "location").value = final.name
+        draft.write_bytes(model.SerializeToString(deterministic=True))
+        data.replace(final)
+    finally:
+        data.unlink(missing_ok=True)
 
 
 def tensors(graph: Any) -> Iterator[Any]:

@@ -27,11 +27,13 @@ from shared.cli import ModelName, Overwrite, Refresh, Seed, run, size_text, step
 from shared.errors import ToolError
 from shared.machine import GIB, require_disk, require_memory
 from shared.metrics import cosine, max_abs_error, relative_error
+from shared.onnx_graph import external_files, name_weights
 from shared.pressed import Pressed
 from shared.runtime import InputForm, Kernels, ModelSource, open_model, sample_inputs
 from shared.tflite import append_metadata
 from tools.quantize_tflite import quantize_tflite
 
+ONNX_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 PACKAGES = ("litert-torch", "litert-converter", "ai-edge-litert", "torch")
 CONVERT_TIMEOUT_S = 3600.0
 BYTES_PER_PARAMETER = 4
@@ -52,6 +54,13 @@ class Precision(StrEnum):
     INT8 = "int8"
     INT8_WEIGHT_ONLY = "int8-weight-only"
     INT4 = "int4"
+
+
+class ModelFormat(StrEnum):
+    """What the product is for: LiteRT, or ONNX Runtime."""
+
+    TFLITE = "tflite"
+    ONNX = "onnx"
 
 
 class InputLayout(StrEnum):
@@ -116,7 +125,9 @@ class Conversion:
         return Lines(table, self.message)
 
 
-def file_name(card: Card, form: InputForm, precision: Precision, *, rehearsal: bool) -> str:
+def file_name(
+    card: Card, form: InputForm, precision: Precision, *, rehearsal: bool, model_format: ModelFormat = ModelFormat.TFLITE
+) -> str:
     """Return the guides' name of a product, such as chunkyseal_detector_chunkyseal_256_int8.tflite."""
     parts = [
         card.output_prefix,
@@ -126,7 +137,7 @@ def file_name(card: Card, form: InputForm, precision: Precision, *, rehearsal: b
         "resize" if form.resize else "",
         "" if precision is Precision.NONE else precision.value,
     ]
-    return "_".join(part for part in parts if part) + ".tflite"
+    return "_".join(part for part in parts if part) + f".{model_format.value}"
 
 
 def _rehearsal_path(card: Card, folder: Path, seed: int) -> Path:
@@ -155,23 +166,52 @@ def _in_child(message: Message, where: Path) -> Message:
         raise ToolError(f"could not {message['task']} the network", where=where, got=error) from None
 
 
-def _convert(weights: Path, card: Card, form: InputForm, draft: Path, folded: Path, *, rehearsal: bool) -> FloatModel:
-    """Write the float32 model to `draft`, by way of `folded`, and check it."""
+@dataclass(frozen=True)
+class _Job:
+    """What is converted, and into what.
+
+    Args:
+        weights: The checkpoint.
+        card: Its model card.
+        form: How the product takes its image.
+        rehearsal: Whether the weights are seeded.
+        model_format: Of the product.
+        dynamic_batch: Whether an ONNX product takes any number of images at once.
+    """
+
+    weights: Path
+    card: Card
+    form: InputForm
+    rehearsal: bool
+    model_format: ModelFormat
+    dynamic_batch: bool
+
+    def metadata(self) -> dict[str, object]:
+        """Return what the product says of itself."""
+        metadata = {"model": self.card.name, "nbits": self.card.nbits, "image_size": self.form.size}
+        return {**metadata, "input_layout": self.form.layout, "resize": self.form.resize, "rehearsal": self.rehearsal}
+
+
+def _convert(job: _Job, draft: Path, folded: Path, output: Path) -> FloatModel:
+    """Write the float32 model to `draft`, by way of `folded`, and check it; weights of a large ONNX model go beside `output`."""
     start = time.monotonic()
-    message = {"task": "convert", "card": asdict(card), "form": asdict(form), "rehearsal": rehearsal}
-    with step("convert to float32 TFLite"):
-        reply = _in_child({**message, "weights": str(weights), "folded": str(folded), "draft": str(draft)}, weights)
+    message = {"task": "convert", "card": asdict(job.card), "form": asdict(job.form), "rehearsal": job.rehearsal}
+    message |= {"format": job.model_format.value, "dynamic_batch": job.dynamic_batch, "metadata": job.metadata()}
+    with step(f"convert to float32 {job.model_format.value}"):
+        reply = _in_child({**message, "weights": str(job.weights), "folded": str(folded), "draft": str(draft)}, job.weights)
         folded.unlink()
-    metadata = {"model": card.name, "nbits": card.nbits, "image_size": form.size, "input_layout": form.layout}
-    append_metadata(draft, {**metadata, "resize": form.resize, "rehearsal": rehearsal})
+    if job.model_format is ModelFormat.ONNX:
+        name_weights(draft, output)
+    else:
+        append_metadata(draft, job.metadata())
     seconds = round(time.monotonic() - start, 3)
     with step("check against torch"):
-        agreement = _check(ModelSource(weights, card, form), ModelSource(draft))
+        agreement = _check(ModelSource(job.weights, job.card, job.form), ModelSource(draft))
     peak = max(reply["peak_rss_bytes"], agreement.peak_rss_bytes)
     return FloatModel(reply["parameters"], seconds, agreement, reply["casts"], peak)
 
 
-def _check(torch_model: ModelSource, tflite_model: ModelSource) -> Agreement:
+def _check(torch_model: ModelSource, converted: ModelSource) -> Agreement:
     """Run both on one image, one after the other, and raise ToolError unless they agree."""
     start = time.monotonic()
     try:
@@ -179,7 +219,7 @@ def _check(torch_model: ModelSource, tflite_model: ModelSource) -> Agreement:
             image = sample_inputs(model.inputs, CHECK_SEED)
             reference = next(iter(model.run(image)[0].values()))
             torch_peak = model.peak_rss_bytes
-        with open_model(tflite_model) as model:
+        with open_model(converted) as model:
             candidate = next(iter(model.run(image)[0].values()))
             peak, kernels = max(torch_peak, model.peak_rss_bytes), model.kernels
         error = relative_error(reference, candidate)
@@ -202,6 +242,10 @@ def convert_detector(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write; default: the guides' name in models/.")
     ] = None,
+    model_format: Annotated[
+        ModelFormat | None, typer.Option("--format", help="Default: as the output's name ends, else tflite.")
+    ] = None,
+    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="An ONNX model that takes any number of images.")] = False,
     quantize: Annotated[
         Precision, typer.Option(help="Precision of the product; the float32 model is kept beside it.")
     ] = Precision.NONE,
@@ -223,10 +267,11 @@ def convert_detector(
     card = load_card(model)
     if (checkpoint is None) != rehearsal:
         raise ToolError("give either --checkpoint FILE or --rehearsal", remedy=f"the published checkpoint: {card.checkpoint.where}")
+    model_format = _format(model_format, output, quantize, dynamic_batch=dynamic_batch)
     form = InputForm(image_size or card.image_size, input_layout.value, resize=not simple)
     _require_size(card, form)
     wants_float = quantize is Precision.NONE
-    output = output or PRODUCTS / file_name(card, form, quantize, rehearsal=rehearsal)
+    output = output or PRODUCTS / file_name(card, form, quantize, rehearsal=rehearsal, model_format=model_format)
     float_path = output if wants_float else output.with_name(file_name(card, form, Precision.NONE, rehearsal=rehearsal))
     weights = checkpoint or _rehearsal_path(card, float_path.parent, seed)
     _require_outputs({float_path, output}, weights, wants_float=wants_float, overwrite=overwrite)
@@ -242,10 +287,21 @@ def convert_detector(
         if rehearsal:
             warn(f"REHEARSAL: {card.title} with seeded, untrained weights; size, speed and memory are real, messages are not")
         with draft_beside(float_path.with_suffix(".folded")) as folded:
-            return _convert(weights, card, form, draft, folded, rehearsal=rehearsal)
+            return _convert(_Job(weights, card, form, rehearsal, model_format, dynamic_batch), draft, folded, float_path)
 
-    arguments = {"card": card.as_arguments(), "form": asdict(form), "rehearsal": rehearsal}
-    plan = Plan(float_path, "convert_detector", arguments, [weights], PACKAGES, overwrite=overwrite, refresh=refresh)
+    arguments: dict[str, object] = {"card": card.as_arguments(), "form": asdict(form), "rehearsal": rehearsal}
+    arguments |= {"format": model_format.value, "dynamic_batch": dynamic_batch}
+    is_onnx = model_format is ModelFormat.ONNX
+    plan = Plan(
+        float_path,
+        "convert_detector",
+        arguments,
+        [weights],
+        ONNX_PACKAGES if is_onnx else PACKAGES,
+        overwrite=overwrite,
+        refresh=refresh,
+        companions=external_files if is_onnx else lambda _: (),
+    )
     float_product, found = artifacts.build(plan, FloatModel, make)
     remarks = _remarks(card, form, found, rehearsal=rehearsal, up_to_date=float_product.up_to_date)
     if wants_float:
@@ -253,6 +309,22 @@ def convert_detector(
     quantized = quantize_tflite(float_path, output=output, recipe=quantize.value, overwrite=overwrite, refresh=refresh)
     message = f"{quantized.message}\n{remarks}"
     return Conversion(card.title, rehearsal, found, float_product, quantized.product, quantized.found, message)
+
+
+def _format(asked: ModelFormat | None, output: Path | None, quantize: Precision, *, dynamic_batch: bool) -> ModelFormat:
+    """Return the product's format; raise ToolError for options that don't go with it."""
+    suffix = output.suffix.lstrip(".") if output is not None else ""
+    chosen = asked or (ModelFormat.ONNX if suffix == ModelFormat.ONNX else ModelFormat.TFLITE)
+    if suffix in set(ModelFormat) and suffix != chosen:
+        raise ToolError("--format differs from the output's name", where=output, got=chosen.value)
+    if chosen is ModelFormat.ONNX and suffix not in ("", "onnx"):
+        raise ToolError("an ONNX model's name must end in .onnx", where=output)
+    if chosen is ModelFormat.ONNX and quantize is not Precision.NONE:
+        remedy = "convert without --quantize, then run quantize_onnx, which needs samples for what is fast"
+        raise ToolError("--quantize is for TFLite", got=f"--format onnx --quantize {quantize.value}", remedy=remedy)
+    if chosen is ModelFormat.TFLITE and dynamic_batch:
+        raise ToolError("--dynamic-batch is for ONNX", remedy="add --format onnx, or leave it out")
+    return chosen
 
 
 def _require_size(card: Card, form: InputForm) -> None:
