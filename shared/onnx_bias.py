@@ -17,6 +17,7 @@ from shared.onnx_graph import Model
 
 Array = NDArray[Any]
 LAYERS = ("Conv", "MatMul", "Gemm")
+ROUNDING = 1.01  # scales that a weight can be off: half by rounding, a whole one at the end of its range
 
 
 def mean_inputs(model: Path, augmented: Path, samples: Iterable[Mapping[str, Array]]) -> dict[str, Array]:
@@ -115,8 +116,8 @@ def correct(model: Path, product: Model, means: Mapping[str, Array]) -> int:
         if bias not in constants or len(readers[bias]) != 1:
             continue
         weight = numpy_helper.to_array(constants[node.input[1]], folder).astype(np.float64)
-        error = _dequantized(small, node.input[1], weight.shape, _channel_axis(node)) - weight
-        shift = _expected(node, error, means[node.name])
+        error = _weight_error(small, node.input[1], weight, _channel_axis(node))
+        shift = np.zeros(0) if error is None else _expected(node, error, means[node.name])
         if shift.any() and list(constants[bias].dims) == list(shift.shape):
             count += _moved(small, bias, shift)
     return count
@@ -155,17 +156,27 @@ def _channel_axis(node: Any) -> int:
     return 0 if node.op_type == "Conv" or (node.op_type == "Gemm" and _integer(node, "transB", 0)) else -1
 
 
-def _dequantized(small: Mapping[str, Any], name: str, shape: tuple[int, ...], axis: int) -> Array:
+def _weight_error(small: Mapping[str, Any], name: str, weight: Array, axis: int) -> Array | None:
+    """Return what rounding added to a weight, in its own shape; None where the product holds it in a form not known here.
+
+    The library transposes some matrices. A square one does not show that by its shape, but every form but the right one is
+    further off than rounding can be.
+    """
     from onnx import numpy_helper
 
     values, scale, zero = (
         numpy_helper.to_array(small[f"{name}_{part}"]).astype(np.float64) for part in ("quantized", "scale", "zero_point")
     )
-    if scale.size > 1:
-        wide = [1] * len(shape)
-        wide[axis] = -1
-        scale, zero = scale.reshape(wide), zero.reshape(wide)
-    return (values.reshape(shape) - zero) * scale
+    for stored, place in ((weight, axis), (weight.T, -1 - axis if weight.ndim == 2 else axis)):
+        if values.shape != stored.shape or (scale.size > 1 and scale.size != stored.shape[place]):
+            continue
+        wide = [1] * stored.ndim
+        wide[place] = -1
+        steps = scale.reshape(wide)
+        error = (values - zero.reshape(wide)) * steps - stored
+        if (np.abs(error) <= ROUNDING * steps).all():
+            return error if stored is weight else error.T
+    return None
 
 
 def _expected(node: Any, error: Array, mean: Array) -> Array:

@@ -37,6 +37,7 @@ SMALL_RUNS, RUNS, LARGE_RUNS = 20, 10, 2
 FLOAT, ORIGINAL = "float32", "original"
 DOING = {
     "repair": "repair the model",
+    "spell": "rewrite the model",
     "ranges": "find the ranges of its activations",
     "means": "find the means of its activations",
     "quantize": "quantize the model",
@@ -119,6 +120,7 @@ class OnnxQuantizer:
         self._reference: list[list[Any]] = []
         self._image_peak: float | None = None
         self._child: Child | None = None
+        self._static_form: tuple[Path, tuple[str, ...]] | None = None
 
     def press(self, draft: Path) -> PressedOnnx:
         """Write the product to `draft` and return what became of the model.
@@ -289,14 +291,16 @@ class OnnxQuantizer:
 
     def _quantized(self, settings: Settings, reasons: dict[str, str]) -> _Candidate:
         """Quantize the repaired model with these settings; nodes in `reasons` stay in float."""
-        settings = replace(settings, kept=tuple(sorted(reasons)))
+        model, spelled = self._spelled() if settings.mode == "static" else (self._float, ())
+        settings = replace(settings, kept=tuple(sorted({*reasons, *spelled})))
         target = self._folder / f"{settings.mode}.onnx"
         ranges = str(self._ranges(settings)) if settings.mode == "static" else None
         corrects = self._wish.corrects_bias and self._calibration is not None and settings.mode != "fp16"
         means = str(self._means()) if corrects else None
         reply = self._work(
             "quantize",
-            model=str(self._float),
+            model=str(model),
+            repaired=str(self._float),
             target=str(target),
             settings=asdict(settings),
             ranges=ranges,
@@ -309,8 +313,18 @@ class OnnxQuantizer:
         target = self._folder / f"ranges_{settings.method}.json"
         if not target.exists():
             with step(f"calibrate ({settings.method})"):
-                self._work("ranges", model=str(self._float), target=str(target), settings=asdict(settings), **self._sent_samples())
+                self._work(
+                    "ranges", model=str(self._spelled()[0]), target=str(target), settings=asdict(settings), **self._sent_samples()
+                )
         return target
+
+    def _spelled(self) -> tuple[Path, tuple[str, ...]]:
+        """Return the model in the form for static quantization, and which of its nodes must stay in float."""
+        if self._static_form is None:
+            target = self._folder / "spelled.onnx"
+            reply = self._work("spell", model=str(self._float), target=str(target))
+            self._static_form = target if reply["changed"] else self._float, tuple(reply["kept"])
+        return self._static_form
 
     def _means(self) -> Path:
         target = self._folder / "means.npz"

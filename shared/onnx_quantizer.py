@@ -16,16 +16,22 @@ from pydantic import TypeAdapter
 from shared.calibration import CalibrationSet, Sample
 from shared.child import Arrays, Message, serve
 from shared.errors import ToolError, first_line
-from shared.onnx_graph import MAX_PROTOBUF_BYTES, read_model
-from shared.onnx_prelu import write_spelled_out
+from shared.onnx_graph import MAX_PROTOBUF_BYTES, external_files, read_model
 from shared.onnx_repair import NARROW, repair, write
 from shared.onnx_settings import Settings
+from shared.onnx_spelling import AS_FLOAT, matrix_products, write_spelled
 from shared.runtime import TensorSpec
 
 
 def repair_model(source: str, target: str) -> dict[str, Any]:
     """Write the repaired model; return how many things of each kind were repaired."""
     return asdict(repair(Path(source), Path(target)))
+
+
+def spell(model: str, target: str) -> dict[str, Any]:
+    """Write the model in the form that static quantization makes most of; see `shared.onnx_spelling`."""
+    changed, kept = write_spelled(Path(model), Path(target))
+    return {"changed": changed, "kept": kept}
 
 
 def find_ranges(model: str, target: str, settings: dict[str, Any], samples: dict[str, Any], inputs: list[Any]) -> dict[str, Any]:
@@ -55,9 +61,9 @@ def find_means(model: str, target: str, samples: dict[str, Any], inputs: list[An
 
 
 def quantize(  # noqa: PLR0917 - called by name
-    model: str, target: str, settings: dict[str, Any], ranges: str | None, means: str | None, source: str
+    model: str, repaired: str, target: str, settings: dict[str, Any], ranges: str | None, means: str | None, source: str
 ) -> dict[str, Any]:
-    """Quantize the repaired model into `target`; return how many biases were corrected."""
+    """Quantize a model, the repaired one or that in another form, into `target`; return how many biases were corrected."""
     import onnx
 
     wanted = _settings(settings)
@@ -78,7 +84,7 @@ def quantize(  # noqa: PLR0917 - called by name
         with np.load(means) as held:
             names = json.loads(str(held["names"]))
             known = {name: held[f"mean_{number}"] for number, name in enumerate(names) if name not in wanted.kept}
-        corrected = correct(Path(model), product, known)
+        corrected = correct(Path(repaired), product, known)
     del product.metadata_props[:]
     product.metadata_props.extend(read_model(Path(source)).metadata_props)
     is_large = sum(tensor.ByteSize() for tensor in product.graph.initializer) > MAX_PROTOBUF_BYTES - NARROW
@@ -108,10 +114,10 @@ def _static(model: Path, target: Path, wanted: Settings, ranges: str | None) -> 
     options: dict[str, Any] = {"ActivationSymmetric": wanted.symmetric_activations}
     if wanted.symmetric_weights is not None:
         options["WeightSymmetric"] = wanted.symmetric_weights
-    spelled = model.with_name("spelled_out.onnx")
-    added = [] if _is_large(model) else write_spelled_out(model, spelled)
+    if wanted.form == "qdq":
+        options["OpTypesToExcludeOutputQuantization"] = list(AS_FLOAT)
     quantize_static(
-        spelled if added else model,
+        model,
         target,
         None,  # the ranges are there already
         calibration_cache_path=ranges,
@@ -122,7 +128,7 @@ def _static(model: Path, target: Path, wanted: Settings, ranges: str | None) -> 
         reduce_range=wanted.reduce_range,
         activation_type=QuantType.from_string(f"Q{_type_name(wanted.activation_type)}"),
         weight_type=QuantType.from_string(f"Q{_type_name(wanted.weight_type)}"),
-        nodes_to_exclude=[*wanted.kept, *added],
+        nodes_to_exclude=[*wanted.kept, *matrix_products(read_model(model))],
         use_external_data_format=_is_large(model),
         extra_options=options,
     )
@@ -162,7 +168,7 @@ def _type_name(name: str) -> str:
 
 
 def _is_large(model: Path) -> bool:
-    return any(model.parent.glob(f"{model.name}.data"))
+    return bool(external_files(model))
 
 
 def _settings(content: dict[str, Any]) -> Settings:
@@ -192,6 +198,7 @@ def _quiet() -> Iterator[None]:
 
 WORK: dict[str, Callable[..., dict[str, Any]]] = {
     "repair": repair_model,
+    "spell": spell,
     "ranges": find_ranges,
     "means": find_means,
     "quantize": quantize,

@@ -20,7 +20,7 @@ CalibrationMethod = Literal["minmax", "entropy", "percentile"]
 PERCENTILE = 99.999  # of a tensor's values lie inside the range
 PERCENTILE_BINS = 2048
 ENTROPY_BINS, ENTROPY_LEVELS = 1024, 128  # bins of the histogram, and of what it is compared with
-FETCHED_BYTES = 256 * MIB  # of activations at a time; the model itself may need more
+FETCHED_BYTES = 512 * MIB  # of activations at a time; the model itself may need more
 PROBED = 8  # tensors fetched at a time while their sizes are unknown
 LEAST_RANGE = 1e-6  # of a tensor that is constant on all samples
 Feed = dict[str, NDArray[Any]]
@@ -42,11 +42,11 @@ def find_ranges(model: Path, augmented: Path, op_types: Sequence[str], samples: 
     """
     from onnxruntime.quantization import calibrate
 
-    names = _augment(model, augmented, op_types)
-    session = _session(augmented)
-    limits = _smallest_and_largest(session, names, samples)
+    names = activations(model, op_types)
+    limits = _smallest_and_largest(model, augmented, names, samples)
     if method == "minmax":
         return _as_ranges(limits)
+    session = _giving_out(model, augmented, names)
     bins = PERCENTILE_BINS if method == "percentile" else ENTROPY_BINS
     collector = calibrate.HistogramCollector(method, False, bins, ENTROPY_LEVELS, PERCENTILE, "same")
     for name in names:  # with its final limits from the start, or bins would multiply as larger values come
@@ -79,49 +79,61 @@ def _as_ranges(limits: Mapping[str, tuple[float, float]]) -> Any:
     )
 
 
+def activations(model: Path, op_types: Sequence[str]) -> list[str]:
+    """Return the names of a model's float32 activations at ops of the given types, its inputs and outputs included."""
+    import onnx
+
+    graph = onnx.load(str(model.absolute()), load_external_data=False).graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)}
+    constants = {tensor.name for tensor in graph.initializer}
+    names = (name for node in graph.node if node.op_type in op_types for name in (*node.input, *node.output))
+    wanted = (name for name in names if name not in constants and kinds.get(name) == onnx.TensorProto.FLOAT)
+    return list(dict.fromkeys(wanted))
+
+
 def _session(path: Path) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # fused tensors could not be seen
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _augment(model: Path, augmented: Path, op_types: Sequence[str]) -> list[str]:
-    """Write a copy of the model that gives out the activations at ops of the given types; return their names."""
+def _smallest_and_largest(model: Path, augmented: Path, names: list[str], samples: Iterable[Feed]) -> Limits:
+    """Return the limits of each activation, found inside the graph: the activations themselves never leave it."""
     import onnx
 
     proto = onnx.load(str(model.absolute()), load_external_data=False)
-    kinds = {value.name: value.type.tensor_type.elem_type for value in (*proto.graph.value_info, *proto.graph.input)}
-    outputs = {value.name: value.type.tensor_type.elem_type for value in proto.graph.output}
-    constants = {tensor.name for tensor in proto.graph.initializer}
-    wanted: dict[str, None] = {}
-    for node in proto.graph.node:
-        if node.op_type in op_types:
-            for name in (*node.input, *node.output):
-                if name not in constants and (kinds | outputs).get(name) == onnx.TensorProto.FLOAT:
-                    wanted[name] = None
-    inputs = {value.name for value in proto.graph.input}
-    for name in wanted:
-        if name not in outputs and name not in inputs:
+    kinds = ("ReduceMin", "ReduceMax")
+    made = [f"edgepress_{kind}_{number}" for number in range(len(names)) for kind in kinds]
+    for number, name in enumerate(names):
+        for kind in kinds:
+            output = f"edgepress_{kind}_{number}"
+            proto.graph.node.append(onnx.helper.make_node(kind, [name], [output], keepdims=0, name=output))
+            proto.graph.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, []))
+    onnx.save_model(proto, str(augmented))
+    session = _session(augmented)
+    found = np.array([session.run(made, feed) for feed in samples], np.float64).reshape(-1, len(names), 2)
+    if not len(found):
+        raise ToolError("the calibration set is empty")
+    bad = ~np.isfinite(found).all(axis=(0, 2))
+    if bad.any():
+        raise ToolError("an activation is NaN or infinite on a calibration sample", got=f"tensor {names[int(bad.argmax())]}")
+    low, high = found[:, :, 0].min(axis=0), found[:, :, 1].max(axis=0)
+    return {name: (float(low[number]), float(high[number])) for number, name in enumerate(names)}
+
+
+def _giving_out(model: Path, augmented: Path, names: list[str]) -> Any:
+    """Return a session of a copy of the model that gives its activations out."""
+    import onnx
+
+    proto = onnx.load(str(model.absolute()), load_external_data=False)
+    known = {value.name for value in (*proto.graph.output, *proto.graph.input)}
+    for name in names:
+        if name not in known:
             proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     onnx.save_model(proto, str(augmented))
-    return list(wanted)
-
-
-def _smallest_and_largest(session: Any, names: list[str], samples: Iterable[Feed]) -> Limits:
-    limits: Limits = {}
-    for part in _activations(session, names, samples):
-        for name, values in part.items():
-            low, high = float(values.min()), float(values.max())
-            if not (np.isfinite(low) and np.isfinite(high)):
-                raise ToolError("an activation is NaN or infinite on a calibration sample", got=f"tensor {name}")
-            before = limits.get(name, (low, high))
-            limits[name] = min(low, before[0]), max(high, before[1])
-    if not limits:
-        raise ToolError("the calibration set is empty")
-    return limits
+    return _session(augmented)
 
 
 def _activations(session: Any, names: list[str], samples: Iterable[Feed]) -> Iterator[Feed]:

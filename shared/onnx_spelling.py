@@ -1,0 +1,121 @@
+"""Write ops in the form whose integer kernels are fast in ONNX Runtime 1.31; the answers stay the same.
+
+A PRelu between quantized layers takes twice the time of the same in simpler ops (7.5 against 3.6 ms on uint8 (1, 64, 224, 224), two
+threads). A matrix product with a bias behind it is rounded to 8 bits, scaled back and added to; the same as one Gemm takes integers
+in and gives floats out, which is faster and nearer to the float model. In float models neither gains anything.
+"""
+
+import collections
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shared.onnx_graph import Model, read_model
+
+AS_FLOAT = ("Gemm",)  # op types whose outputs stay float
+
+
+def write_spelled(source: Path, target: Path) -> tuple[bool, list[str]]:
+    """Write a model in that form to the same folder, weights in files of their own left where they are.
+
+    Returns:
+        Whether anything changed, so that there is a file, and the names of new nodes that must stay in float.
+    """
+    import onnx
+
+    model = read_model(source)
+    names = spell_out_prelu(model, source.parent)
+    products = join_biases(model)
+    if names or products:
+        onnx.save_model(model, str(target))
+    return bool(names or products), names
+
+
+def spell_out_prelu(model: Model, folder: Path) -> list[str]:
+    """Replace, in place, each PRelu with constant slopes; return the names of the new nodes.
+
+    y = slope x + (1 - slope) max(x, 0), which is x above 0 and slope x below, for any slope.
+    """
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    names: list[str] = []
+    nodes = []
+    for node in graph.node:
+        if node.op_type != "PRelu" or node.domain or node.input[1] not in constants:
+            nodes.append(node)
+            continue
+        x, slope = node.input
+        rest = f"{node.name}_rest"
+        values = numpy_helper.to_array(constants[slope], str(folder))
+        graph.initializer.append(numpy_helper.from_array(np.asarray(1 - values, values.dtype), rest))
+        parts = [f"{node.name}_{part}" for part in ("sloped", "positive", "rested", "sum")]
+        nodes += [
+            helper.make_node("Mul", [x, slope], [parts[0]], name=parts[0]),
+            helper.make_node("Relu", [x], [parts[1]], name=parts[1]),
+            helper.make_node("Mul", [parts[1], rest], [parts[2]], name=parts[2]),
+            helper.make_node("Add", [parts[0], parts[2]], [node.output[0]], name=parts[3]),
+        ]
+        names += parts
+    _replace(graph, nodes)
+    return names
+
+
+def join_biases(model: Model) -> int:
+    """Make, in place, a Gemm of each MatMul with a constant matrix and the Add of a constant bias behind it; return how many.
+
+    Rows of all leading axes become one axis before, and are as they were behind; only where all of them but the first are known.
+    """
+    from onnx import TensorProto, helper
+
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    shapes = {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in graph.value_info}
+    readers = collections.Counter(name for node in graph.node for name in node.input)
+    readers.update(value.name for value in graph.output)
+    behind = {name: node for node in graph.node for name in node.input}
+    joined: dict[str, str] = {}  # name of an Add -> name of its MatMul
+    nodes: list[Any] = []
+    added: list[Any] = []
+    for node in graph.node:
+        add = behind.get(node.output[0]) if node.op_type == "MatMul" and readers[node.output[0]] == 1 else None
+        shape = shapes.get(node.input[0], [])
+        bias = next((name for name in add.input if name in constants), "") if add is not None and add.op_type == "Add" else ""
+        weight = constants.get(node.input[1]) if bias else None
+        if (
+            weight is None
+            or len(weight.dims) != 2
+            or list(constants[bias].dims) != [weight.dims[1]]
+            or not all(shape[1:])
+            or not shape
+        ):
+            nodes.append(node)
+            continue
+        assert add is not None
+        rows, product = f"{node.output[0]}_rows", f"{node.output[0]}_product"
+        for name, lengths in ((f"{rows}_shape", [-1, weight.dims[0]]), (f"{product}_shape", [-1, *shape[1:-1], weight.dims[1]])):
+            added.append(helper.make_tensor(name, TensorProto.INT64, [len(lengths)], lengths))
+        nodes += [
+            helper.make_node("Reshape", [node.input[0], f"{rows}_shape"], [rows], name=rows),
+            helper.make_node("Gemm", [rows, node.input[1], bias], [product], name=node.name),
+            helper.make_node("Reshape", [product, f"{product}_shape"], [add.output[0]], name=product),
+        ]
+        for name, width in ((rows, weight.dims[0]), (product, weight.dims[1])):
+            graph.value_info.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, width]))
+        joined[add.name] = node.name
+    graph.initializer.extend(added)
+    _replace(graph, [node for node in nodes if node.name not in joined])
+    return len(joined)
+
+
+def _replace(graph: Any, nodes: list[Any]) -> None:
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def matrix_products(model: Model) -> Iterator[str]:
+    """Yield the names of matrix products of two activations, which lose far more by 8 bits than they gain."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    yield from (node.name for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] not in constants)

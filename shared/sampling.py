@@ -1,0 +1,124 @@
+"""Choose samples that spread over brightness, contrast and detail, without near-duplicates; pixels are not kept."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.images import Pixels
+
+CANDIDATES = 4  # boxes drawn for each tile that an image may give
+LEVELS = 3  # of brightness, contrast and detail each, with as many candidates in each
+THUMBNAIL = 8  # pixels a side, for telling near-duplicates
+LEAST_DIFFERENCE = 2.0  # grey levels of 256, mean over the thumbnail; less is a near-duplicate
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a sample looks like.
+
+    Args:
+        brightness: Mean luma, 0 to 255.
+        contrast: Standard deviation of the luma.
+        detail: Mean absolute difference of neighbouring pixels' luma.
+        thumbnail: Luma in THUMBNAIL x THUMBNAIL cells, uint8.
+    """
+
+    brightness: float
+    contrast: float
+    detail: float
+    thumbnail: bytes
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A sample that could be taken.
+
+    Args:
+        source: Number of its source.
+        frame: Frame number in a video.
+        box: Where it lies in the picture; None for the whole.
+        look: What it looks like.
+        time_s: Of a video's frame.
+    """
+
+    source: int
+    frame: int | None
+    box: Box | None
+    look: Look
+    time_s: float | None = None
+
+    @property
+    def picture(self) -> tuple[int, int | None]:
+        """The image or frame it comes from."""
+        return self.source, self.frame
+
+
+def draw_boxes(pixels: Pixels, size: int, tiles: int, rng: np.random.Generator) -> list[Box]:
+    """Return random boxes of size x size pixels in a picture, CANDIDATES for each tile wanted; none where it is too small."""
+    height, width = pixels.shape[:2]
+    if min(height, width) < size:
+        return []
+    places = {(int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1))): None for _ in range(CANDIDATES * tiles)}
+    return [(left, top, left + size, top + size) for left, top in places]
+
+
+def look_at(pixels: Pixels) -> Look:
+    """Describe a sample, uint8 (H, W, 3) RGB."""
+    from PIL import Image
+
+    picture = Image.fromarray(pixels).convert("L")
+    luma = np.asarray(picture, np.float32)
+    steps = [np.abs(np.diff(luma, axis=axis)).mean() if luma.shape[axis] > 1 else 0.0 for axis in (0, 1)]
+    thumbnail = np.asarray(picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), np.uint8)
+    return Look(float(luma.mean()), float(luma.std()), float(np.mean(steps)), thumbnail.tobytes())
+
+
+def choose(candidates: Sequence[Candidate], count: int, per_picture: int, rng: np.random.Generator) -> tuple[list[Candidate], int]:
+    """Return up to `count` candidates and how many near-duplicates were passed over.
+
+    Each of brightness, contrast and detail is cut into LEVELS ranks of equal size; samples come from the cells in turn, at
+    random inside a cell.
+
+    Args:
+        candidates: What there is.
+        count: Most samples to take.
+        per_picture: Most samples from one picture.
+        rng: Decides among candidates alike.
+    """
+    cells: dict[tuple[int, ...], list[int]] = {}
+    for number, levels in enumerate(_cells(candidates)):
+        cells.setdefault(levels, []).append(number)
+    order = sorted(cells)
+    rng.shuffle(order)
+    waiting = [[cells[levels][place] for place in rng.permutation(len(cells[levels]))] for levels in order]
+    chosen: list[Candidate] = []
+    taken: dict[tuple[int, int | None], int] = {}
+    thumbnails = np.zeros((count, THUMBNAIL**2), np.float32)
+    duplicates = 0
+    while len(chosen) < count and any(waiting):
+        for cell in waiting:
+            while cell and len(chosen) < count:
+                candidate = candidates[cell.pop()]
+                if taken.get(candidate.picture, 0) >= per_picture:
+                    continue
+                thumbnail = np.frombuffer(candidate.look.thumbnail, np.uint8).astype(np.float32)
+                if chosen and np.abs(thumbnails[: len(chosen)] - thumbnail).mean(axis=1).min() < LEAST_DIFFERENCE:
+                    duplicates += 1
+                    continue
+                thumbnails[len(chosen)] = thumbnail
+                chosen.append(candidate)
+                taken[candidate.picture] = taken.get(candidate.picture, 0) + 1
+                break
+    return chosen, duplicates
+
+
+def _cells(candidates: Sequence[Candidate]) -> list[tuple[int, ...]]:
+    """Return for each candidate its level of brightness, contrast and detail."""
+    if not candidates:
+        return []
+    looks = np.array([[c.look.brightness, c.look.contrast, c.look.detail] for c in candidates])
+    ranks: NDArray[np.int64] = looks.argsort(axis=0, kind="stable").argsort(axis=0, kind="stable")
+    return [tuple(int(level) for level in row) for row in ranks * LEVELS // len(candidates)]

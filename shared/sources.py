@@ -1,0 +1,230 @@
+"""Where samples come from: image files, frames of videos, what a CSV names, and made-up pictures; as pixels, one at a time."""
+
+import csv
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from shared.errors import ToolError, first_line
+from shared.images import SUFFIXES, Pixels, image_files, read_pixels, seeded_image
+from shared.video import count_frames, frames_at, scene_changes
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
+FILE_COLUMNS = ("file", "path", "filename", "file_name", "filepath", "image", "video", "image_path", "video_path")
+FRAME_COLUMNS = ("frame", "frame_number", "frame_index", "frame_id")
+TIME_COLUMNS = ("time", "time_s", "seconds", "timestamp", "timestamp_s", "sec")
+PATTERNS = ("waves", "checks", "gradient", "noise")
+MAX_CSV_ROWS = 1_000_000
+MAX_FIELD = 4096  # characters
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file that pictures come from, or one made-up picture.
+
+    Args:
+        name: What the manifest calls it: relative to what the user named, with '/'.
+        path: The file; None for a made-up picture.
+        kind: Image, video, or synthetic.
+        frames: Frame numbers of a video that are wanted; None: spread evenly or at scene changes.
+        times: Times in seconds that are wanted beside them.
+        seed: Of a made-up picture.
+    """
+
+    name: str
+    path: Path | None
+    kind: str
+    frames: tuple[int, ...] | None = None
+    times: tuple[float, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image or frame, uint8 (H, W, 3) RGB; frame and time are of videos."""
+
+    pixels: Pixels
+    frame: int | None = None
+    time_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a CSV's columns as the user gives them; None: found by their usual names."""
+
+    file: str | None = None
+    frame: str | None = None
+    time: str | None = None
+
+
+def find_sources(given: Sequence[Path], columns: Columns) -> list[Source]:
+    """Return the sources behind files, folders and CSV files, in order; a file named twice counts once.
+
+    Raises:
+        ToolError: A file is missing or of an unknown kind, a folder has nothing in it, a CSV names no files.
+    """
+    found: dict[tuple[Path, str], Source] = {}
+    for path in given:
+        for source in _sources(path, columns):
+            assert source.path is not None
+            found.setdefault((source.path.resolve(), f"{source.frames} {source.times}"), source)
+    return list(found.values())
+
+
+def synthetic_sources(count: int) -> list[Source]:
+    """Return made-up pictures, patterns and noise in turn."""
+    return [Source(f"synthetic:{PATTERNS[n % len(PATTERNS)]}:{n}", None, "synthetic", seed=n) for n in range(count)]
+
+
+def read_pictures(source: Source, *, frames: int, at_scene_changes: bool, size: int) -> Iterator[Picture]:
+    """Yield the pictures of a source; of a video `frames` of them unless it names its own.
+
+    Raises:
+        ToolError: The file can't be read.
+    """
+    if source.path is None:
+        yield Picture(_made_up(source, size))
+    elif source.kind == "image":
+        yield Picture(read_pixels(source.path))
+    else:
+        yield from _frames(source.path, source, frames, at_scene_changes=at_scene_changes)
+
+
+def _frames(path: Path, source: Source, count: int, *, at_scene_changes: bool) -> Iterator[Picture]:
+    """Yield frames of a video: the ones that are named, at scene changes, or spread evenly."""
+    total, rate = count_frames(path)
+    named = source.frames is not None or bool(source.times)
+    if named:
+        wanted = [*(source.frames or ()), *(round(time * rate) for time in source.times)]
+        if outside := [number for number in wanted if not 0 <= number < total]:
+            got = f"frame {outside[0]} at {rate:g} frames a second"
+            raise ToolError("the video has no such frame", where=path, got=got, expected=f"0 to {total - 1}")
+    elif at_scene_changes:
+        wanted = scene_changes(path, count)
+    else:
+        wanted = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
+    for number, pixels in frames_at(path, set(wanted)):
+        yield Picture(pixels, number, round(number / rate, 3) if rate else None)
+
+
+def _sources(path: Path, columns: Columns) -> list[Source]:
+    if path.is_dir():
+        videos = sorted(file for file in path.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file())
+        try:
+            images = image_files(path)
+        except ToolError:
+            if not videos:
+                raise
+            images = []
+        files = [(file, "image") for file in images] + [(file, "video") for file in videos]
+        return [Source(f"{path.name}/{file.relative_to(path).as_posix()}", file, kind) for file, kind in files]
+    if not path.is_file():
+        raise ToolError("no such file or folder", where=path, expected="images, videos, folders or CSV files")
+    if path.suffix.lower() == ".csv":
+        return _listed(path, columns)
+    if (kind := _kind(path)) is None:
+        expected = ", ".join((*SUFFIXES, *VIDEO_SUFFIXES, ".csv"))
+        raise ToolError("neither an image nor a video nor a CSV", where=path, expected=f"a name ending in {expected}")
+    return [Source(path.name, path, kind)]
+
+
+def _kind(path: Path) -> str | None:
+    suffix = path.suffix.lower()
+    return "image" if suffix in SUFFIXES else "video" if suffix in VIDEO_SUFFIXES else None
+
+
+def _listed(path: Path, columns: Columns) -> list[Source]:
+    """Return what a CSV names: images, and videos with all the frames and times that its rows give them."""
+    rows = _rows(path)
+    header = {name.strip().lower(): place for place, name in enumerate(rows[0])}
+    place_of_file = _column(path, header, columns.file, FILE_COLUMNS, "--file-column")
+    place_of_frame = _column(path, header, columns.frame, FRAME_COLUMNS, "--frame-column")
+    place_of_time = _column(path, header, columns.time, TIME_COLUMNS, "--time-column")
+    if place_of_file is None:
+        got = ", ".join(rows[0])
+        raise ToolError(
+            "no column names files", where=path, got=got, expected=f"one of {', '.join(FILE_COLUMNS)}", remedy="say --file-column"
+        )
+    wanted: dict[str, tuple[list[int], list[float]]] = {}
+    for number, row in enumerate(rows[1:], start=2):
+        name = row[place_of_file].strip() if place_of_file < len(row) else ""
+        if not name:
+            raise ToolError("a row names no file", where=path, got=f"line {number}")
+        frames, times = wanted.setdefault(name, ([], []))
+        frame, time = (_number(path, row, place, number) for place in (place_of_frame, place_of_time))
+        if frame is not None:
+            if frame != int(frame):
+                raise ToolError("a frame number is no whole number", where=path, got=f"{frame:g} in line {number}")
+            frames.append(int(frame))
+        elif time is not None:
+            times.append(time)
+    found = []
+    for name, (frames, times) in wanted.items():
+        if not name.isprintable() or (kind := _kind(Path(name))) is None:
+            raise ToolError("a row names neither an image nor a video", where=path, got=repr(name))
+        file = path.parent / name
+        if kind == "image" and (frames or times):
+            raise ToolError("a row gives an image a frame or a time", where=path, got=name)
+        found.append(Source(name, file, kind, tuple(frames) if frames else None, tuple(times)))
+    return found
+
+
+def _rows(path: Path) -> list[list[str]]:
+    csv.field_size_limit(MAX_FIELD)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = []
+            for row in csv.reader(file):
+                if any(row):
+                    rows.append(row)
+                if len(rows) > MAX_CSV_ROWS:
+                    raise ToolError("the CSV has too many rows", where=path, expected=f"at most {MAX_CSV_ROWS}")
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ToolError("not a CSV in UTF-8", where=path, got=first_line(error)) from None
+    if len(rows) < 2:
+        raise ToolError("the CSV names no files", where=path, expected="a line of column names, and a line for each file")
+    return rows
+
+
+def _column(path: Path, header: dict[str, int], asked: str | None, usual: Sequence[str], option: str) -> int | None:
+    if asked is not None:
+        if asked.strip().lower() not in header:
+            raise ToolError(f"{option} {asked}: no such column", where=path, got=", ".join(header))
+        return header[asked.strip().lower()]
+    return next((header[name] for name in usual if name in header), None)
+
+
+def _number(path: Path, row: list[str], place: int | None, line: int) -> float | None:
+    text = row[place].strip() if place is not None and place < len(row) else ""
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise ToolError("no frame number or time", where=path, got=f"{text!r} in line {line}", expected="a number, at least 0")
+    return value
+
+
+def _made_up(source: Source, size: int) -> Pixels:
+    """Return a made-up picture: waves as photographs have them, checks, gradients, or noise."""
+    rng = np.random.default_rng([source.seed, size])
+    kind = source.name.split(":")[1]
+    if kind == "waves":
+        return np.asarray(np.rint(seeded_image(size, rng)[0].transpose(1, 2, 0) * 255), np.uint8)
+    y, x = np.mgrid[0:size, 0:size]
+    one, other = rng.uniform(0, 255, (2, 3))
+    if kind == "checks":
+        period = int(rng.integers(2, max(size // 4, 3)))
+        share = ((x // period + y // period) % 2)[..., np.newaxis].astype(np.float64)
+    elif kind == "gradient":
+        angle = rng.uniform(0, 2 * np.pi)
+        along = x * np.cos(angle) + y * np.sin(angle)
+        share = ((along - along.min()) / max(np.ptp(along), 1))[..., np.newaxis]
+    else:
+        share = rng.uniform(0, 1, (size, size, 3))
+    return np.asarray(np.rint(one + (other - one) * share), np.uint8)
