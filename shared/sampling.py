@@ -76,7 +76,14 @@ def look_at(pixels: Pixels) -> Look:
     return Look(float(luma.mean()), float(luma.std()), float(np.mean(steps)), thumbnail.tobytes())
 
 
-def choose(candidates: Sequence[Candidate], count: int, per_picture: int, rng: np.random.Generator) -> tuple[list[Candidate], int]:
+def choose(
+    candidates: Sequence[Candidate],
+    count: int,
+    per_picture: int,
+    rng: np.random.Generator,
+    *,
+    avoid: Sequence[Candidate] = (),
+) -> tuple[list[Candidate], int]:
     """Return up to `count` candidates and how many near-duplicates were passed over.
 
     Each of brightness, contrast and detail is cut into LEVELS ranks of equal size; samples come from the cells in turn, at
@@ -87,6 +94,7 @@ def choose(candidates: Sequence[Candidate], count: int, per_picture: int, rng: n
         count: Most samples to take.
         per_picture: Most samples from one picture.
         rng: Decides among candidates alike.
+        avoid: What no sample may be a near-duplicate of, beside each other.
     """
     cells: dict[tuple[int, ...], list[int]] = {}
     for number, levels in enumerate(_cells(candidates)):
@@ -96,23 +104,29 @@ def choose(candidates: Sequence[Candidate], count: int, per_picture: int, rng: n
     waiting = [[cells[levels][place] for place in rng.permutation(len(cells[levels]))] for levels in order]
     chosen: list[Candidate] = []
     taken: dict[tuple[int, int | None], int] = {}
-    thumbnails = np.zeros((count, THUMBNAIL**2), np.float32)
-    duplicates = 0
+    known = [_thumbnail(candidate) for candidate in avoid]
+    thumbnails = np.concatenate([np.reshape(known, (-1, THUMBNAIL**2)), np.zeros((count, THUMBNAIL**2))]).astype(np.float32)
+    filled, duplicates = len(known), 0
     while len(chosen) < count and any(waiting):
         for cell in waiting:
             while cell and len(chosen) < count:
                 candidate = candidates[cell.pop()]
                 if taken.get(candidate.picture, 0) >= per_picture:
                     continue
-                thumbnail = np.frombuffer(candidate.look.thumbnail, np.uint8).astype(np.float32)
-                if chosen and np.abs(thumbnails[: len(chosen)] - thumbnail).mean(axis=1).min() < LEAST_DIFFERENCE:
+                thumbnail = _thumbnail(candidate)
+                if filled and np.abs(thumbnails[:filled] - thumbnail).mean(axis=1).min() < LEAST_DIFFERENCE:
                     duplicates += 1
                     continue
-                thumbnails[len(chosen)] = thumbnail
+                thumbnails[filled] = thumbnail
+                filled += 1
                 chosen.append(candidate)
                 taken[candidate.picture] = taken.get(candidate.picture, 0) + 1
                 break
     return chosen, duplicates
+
+
+def _thumbnail(candidate: Candidate) -> NDArray[np.float32]:
+    return np.frombuffer(candidate.look.thumbnail, np.uint8).astype(np.float32)
 
 
 def _cells(candidates: Sequence[Candidate]) -> list[tuple[int, ...]]:

@@ -1,0 +1,386 @@
+"""Choose calibration samples from images, videos, a CSV or made-up pictures: spread, without duplicates.
+
+Example:
+    python -m tools.prepare_calibration photos video.mp4 -o tiles --tile-size 224 --holdout 16
+
+Static quantization is only as good as what it is calibrated with; what is held out shows how good that was.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import typer
+from rich.console import Group as Lines
+from rich.console import RenderableType
+from rich.table import Column, Table
+
+from shared import artifacts
+from shared.artifacts import Plan, Product
+from shared.calibration import MANIFEST_NAME, InputRange
+from shared.calibration_writer import ArrayForm, new_folder, write_arrays, write_sample, write_sheet
+from shared.cli import Overwrite, Refresh, Seed, run, step_progress
+from shared.errors import ToolError
+from shared.images import Pixels, stretch
+from shared.machine import require_disk
+from shared.sampling import Box, Candidate, Look, choose, draw_boxes, look_at
+from shared.sheets import Point, write_coverage_plot
+from shared.sources import Columns, Picture, Source, find_sources, read_pictures, synthetic_sources
+
+PACKAGES = ("numpy", "pillow", "opencv-python-headless")
+TILE_SIZE = 224  # pixels
+CONSIDERED = 8  # sources looked at for each sample wanted; more add little but time
+SHEET, PLOT, ARRAYS, HELD_ARRAYS = "contact_sheet.png", "coverage.png", "samples.npz", "holdout.npz"
+SHOWN = 12  # skipped files in the terminal; the manifest has all
+FEW_SOURCES = 4  # below this many, pictures are held out instead of whole sources
+SAMPLE_BYTES = 6  # on disk for each pixel at most, arrays included
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A source that gave no sample, and why."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What was chosen.
+
+    Args:
+        sources: Sources that were given.
+        considered: How many of them were looked at.
+        candidates: Samples that could have been taken.
+        samples: Samples taken.
+        holdout: Samples held out.
+        duplicates: Near-duplicates passed over.
+        synthetic: How many of the samples and held-out ones are made up.
+        skipped: Sources that could not be read or were too small.
+    """
+
+    sources: int
+    considered: int
+    candidates: int
+    samples: int
+    holdout: int
+    duplicates: int
+    synthetic: int
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CalibrationSamples:
+    """Result of prepare_calibration."""
+
+    folder: Path
+    manifest: Product
+    found: Chosen
+    message: str
+
+    def __rich__(self) -> RenderableType:
+        skipped = Table("skipped", Column("why", overflow="fold"))
+        for one in self.found.skipped[:SHOWN]:
+            skipped.add_row(one.source, one.reason)
+        more = len(self.found.skipped) - SHOWN
+        shown: list[RenderableType] = [skipped] if self.found.skipped else []
+        shown += [f"and {more} more; {MANIFEST_NAME} has all"] if more > 0 else []
+        return Lines(*shown, self.message)
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What is wanted; see the function's options."""
+
+    tile_size: int | None
+    resize: tuple[int, int] | None
+    tiles_per_image: int
+    max_samples: int
+    min_samples: int
+    holdout: int
+    seed: int
+    frames_per_video: int
+    scene_changes: bool
+    arrays: ArrayForm | None
+
+    def pictures(self, source: Source) -> Iterator[Picture]:
+        """Yield what a source shows."""
+        size = max(self.resize or (self.tile_size or TILE_SIZE,))
+        return read_pictures(source, frames=self.frames_per_video, at_scene_changes=self.scene_changes, size=size)
+
+    def cut(self, pixels: Pixels, box: Box | None) -> Pixels:
+        """Return a sample of a picture."""
+        if box is not None:
+            left, top, right, bottom = box
+            return np.ascontiguousarray(pixels[top:bottom, left:right])
+        return stretch(pixels, *self.resize) if self.resize else pixels
+
+
+def _look_at_all(sources: Sequence[Source], wish: _Wish) -> tuple[list[Candidate], list[Skipped]]:
+    """Return every sample that could be taken, pixels not kept, and the sources that gave none."""
+    candidates: list[Candidate] = []
+    skipped: list[Skipped] = []
+    with step_progress("look at the sources", len(sources)) as advance:
+        for number, source in enumerate(sources):
+            found: list[Candidate] = []
+            try:
+                for picture in wish.pictures(source):
+                    found += _candidates(number, picture, wish)
+            except ToolError as error:
+                skipped.append(Skipped(source.name, str(error).removeprefix(f"{source.path}: ")))
+            else:
+                if not found:
+                    skipped.append(Skipped(source.name, f"smaller than a tile of {wish.tile_size} pixels"))
+                candidates += found
+            advance(source.name)
+    return candidates, skipped
+
+
+def _candidates(number: int, picture: Picture, wish: _Wish) -> list[Candidate]:
+    boxes: list[Box | None] = [None]
+    if wish.tile_size is not None:
+        rng = np.random.default_rng([wish.seed, number, picture.frame or 0])
+        boxes = list(draw_boxes(picture.pixels, wish.tile_size, wish.tiles_per_image, rng))
+    return [Candidate(number, picture.frame, box, look_at(wish.cut(picture.pixels, box)), picture.time_s) for box in boxes]
+
+
+def _split(candidates: list[Candidate], wish: _Wish, rng: np.random.Generator) -> tuple[list[Candidate], list[Candidate]]:
+    """Part what may be calibrated with from what may be held out: by source where there are some, else by picture."""
+    if not wish.holdout:
+        return candidates, []
+    by_source = len({candidate.source for candidate in candidates}) >= FEW_SOURCES
+    groups = sorted({(c.source, None) if by_source else (c.source, c.frame) for c in candidates}, key=str)
+    if len(groups) < 2:
+        got = "all samples come from one picture"
+        raise ToolError("nothing can be held out", got=got, remedy="give more images or frames, or leave out --holdout")
+    share = wish.holdout / (wish.holdout + wish.max_samples)
+    capacity = wish.tiles_per_image * len({candidate.picture for candidate in candidates}) / len(groups)
+    count = min(max(1, round(share * len(groups)), math.ceil(wish.holdout / capacity)), max(1, len(groups) // 2))
+    held = {groups[place] for place in rng.permutation(len(groups))[:count]}
+    inside = [((c.source, None) if by_source else (c.source, c.frame)) in held for c in candidates]
+    pairs = list(zip(candidates, inside, strict=True))
+    return [c for c, is_held in pairs if not is_held], [c for c, is_held in pairs if is_held]
+
+
+def _write_samples(
+    folder: Path, sources: Sequence[Source], parts: dict[str, list[Candidate]], wish: _Wish, hashes: dict[str, str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Read what was chosen once more, one picture at a time, and write it; return the manifest's entries."""
+    wanted: dict[int, list[tuple[str, int, Candidate]]] = {}
+    for part, chosen in parts.items():
+        for number, candidate in enumerate(chosen):
+            wanted.setdefault(candidate.source, []).append((part, number, candidate))
+    entries: dict[str, list[dict[str, Any]]] = {part: [{}] * len(chosen) for part, chosen in parts.items()}
+    with step_progress("write the samples", sum(map(len, parts.values()))) as advance:
+        for place in sorted(wanted):
+            source = sources[place]
+            for picture in wish.pictures(source):
+                for part, number, candidate in wanted[place]:
+                    if candidate.frame == picture.frame:
+                        pixels = wish.cut(picture.pixels, candidate.box)
+                        name, digest = write_sample(folder, f"{part[0]}{number:04d}", pixels)
+                        entries[part][number] = _entry(name, digest, source, candidate, hashes)
+                        advance(name)
+    return entries
+
+
+def _entry(name: str, digest: str, source: Source, candidate: Candidate, hashes: dict[str, str]) -> dict[str, Any]:
+    """Return what the manifest says of a sample."""
+    look: Look = candidate.look
+    entry: dict[str, Any] = {"file": name, "sha256": digest, "source": source.name, "synthetic": source.path is None}
+    if source.path is not None:
+        entry["source_sha256"] = hashes[str(source.path)]
+    if candidate.box is not None:
+        entry["box"] = list(candidate.box)
+    if candidate.frame is not None:
+        entry |= {"frame": candidate.frame, "time_s": candidate.time_s}
+    return entry | {name: round(getattr(look, name), 3) for name in ("brightness", "contrast", "detail")}
+
+
+def _prepare(folder: Path, sources: Sequence[Source], given: int, wish: _Wish, draft: Path) -> Chosen:
+    """Choose and write all samples, and the manifest to `draft`."""
+    candidates, skipped = _look_at_all(sources, wish)
+    rng = np.random.default_rng([wish.seed, len(candidates)])
+    free, held = _split(candidates, wish, rng) if candidates else ([], [])
+    samples, duplicates = choose(free, wish.max_samples, wish.tiles_per_image, rng)
+    holdout, more = choose(held, wish.holdout, wish.tiles_per_image, rng, avoid=samples)
+    for what, chosen, least in (("samples", samples, wish.min_samples), ("held-out samples", holdout, min(1, wish.holdout))):
+        if len(chosen) < least:
+            got = f"{len(chosen)} of {len(sources)} sources ({_reasons(skipped)}{duplicates + more} near-duplicates)"
+            remedy = "give more or larger images, raise --tiles-per-image, or lower --tile-size or --min-samples"
+            raise ToolError(f"too few {what}", where=folder, got=got, expected=f"at least {least}", remedy=remedy)
+    hashes = {str(source.path): artifacts.record(source.path).sha256 for source in sources if source.path is not None}
+    parts = {"samples": samples, "holdout": holdout}
+    entries = _write_samples(folder, sources, parts, wish, hashes)
+    files = {part: [folder / entry["file"] for entry in entries[part]] for part in parts}
+    extra = [SHEET, PLOT]
+    write_sheet(folder / SHEET, [*files["samples"], *files["holdout"]])
+    with artifacts.draft_beside(folder / PLOT) as plot:
+        write_coverage_plot(plot, _points(candidates), _points(samples), _points(holdout))
+        plot.replace(folder / PLOT)
+    if wish.arrays is not None:
+        for name, part in ((ARRAYS, "samples"), (HELD_ARRAYS, "holdout")):
+            if files[part]:
+                write_arrays(folder / name, files[part], wish.arrays)
+                extra.append(name)
+    versions = {name: metadata.version(name) for name in PACKAGES if any(metadata.distributions(name=name))}
+    content = {
+        "tool": "prepare_calibration",
+        "settings": asdict(wish),
+        "versions": versions,
+        "sources": given,
+        "considered": len(sources),
+        **entries,
+        "files": extra,
+        "skipped": [asdict(one) for one in skipped],
+    }
+    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    made_up = sum(entry["synthetic"] for part in entries.values() for entry in part)
+    return Chosen(given, len(sources), len(candidates), len(samples), len(holdout), duplicates + more, made_up, skipped)
+
+
+def _reasons(skipped: list[Skipped]) -> str:
+    """Return how many sources were skipped for what, in a few words."""
+    counts = Counter(one.reason.partition(";")[0] for one in skipped)
+    return "".join(f"{count} {reason}, " for reason, count in counts.most_common(3))
+
+
+def _points(candidates: Sequence[Candidate]) -> list[Point]:
+    return [(c.look.brightness, c.look.contrast, c.look.detail) for c in candidates]
+
+
+def _companions(manifest: Path) -> list[Path]:
+    """Return the files that a manifest of ours names."""
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    names = [entry["file"] for part in ("samples", "holdout") for entry in content[part]]
+    return [manifest.parent / name for name in (*names, *content["files"])]
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """Return height and width of `--resize`: 256, or 320x240 for width x height."""
+    if text is None:
+        return None
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and (height or width).isdecimal()):
+        raise ToolError("--resize is no size", got=text, expected="pixels, such as 256 or 320x240 (width x height)")
+    sides = int(height or width), int(width)
+    if not all(1 <= side <= 16384 for side in sides):
+        raise ToolError("--resize is out of range", got=text, expected="1 to 16384 pixels")
+    return sides
+
+
+def prepare_calibration(
+    sources: Annotated[list[Path] | None, typer.Argument(help="Images, videos, folders, or CSV files that name them.")] = None,
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    tile_size: Annotated[
+        int | None, typer.Option(min=8, max=16384, help=f"Cut square tiles of this many pixels; default: {TILE_SIZE}.")
+    ] = None,
+    resize: Annotated[str | None, typer.Option(help="Take whole images instead, stretched: 256, or 320x240.")] = None,
+    tiles_per_image: Annotated[int, typer.Option(min=1, max=1000, help="Most tiles of one image or frame.")] = 4,
+    max_samples: Annotated[int, typer.Option(min=1, max=100_000, help="Samples to calibrate with, at most.")] = 100,
+    min_samples: Annotated[int, typer.Option(min=1, help="Fewer are an error.")] = 8,
+    holdout: Annotated[int, typer.Option(min=0, max=100_000, help="Further samples of other sources, to measure on.")] = 0,
+    frames_per_video: Annotated[int, typer.Option(min=1, max=100_000, help="Frames to look at, spread evenly.")] = 16,
+    scene_changes: Annotated[bool, typer.Option("--scene-changes", help="Frames at scene changes instead.")] = False,
+    file_column: Annotated[str | None, typer.Option(help="CSV column of files; default: file, path, image and the like.")] = None,
+    frame_column: Annotated[str | None, typer.Option(help="CSV column of frame numbers; default: frame and the like.")] = None,
+    time_column: Annotated[str | None, typer.Option(help="CSV column of seconds; default: time and the like.")] = None,
+    synthetic: Annotated[int, typer.Option(min=0, max=100_000, help="Made-up pictures to add, named so in the manifest.")] = 0,
+    npz: Annotated[bool, typer.Option("--npz", help=f"Also write {ARRAYS}, and {HELD_ARRAYS}.")] = False,
+    input_name: Annotated[str, typer.Option(help="Name of the array: the model's input.")] = "images",
+    input_range: Annotated[InputRange, typer.Option(help="Range of the array's values.")] = "0..1",
+    layout: Annotated[Literal["nchw", "nhwc"], typer.Option(help="Order of the array's axes.")] = "nchw",
+    channels: Annotated[Literal["3", "1"], typer.Option(help="3 for RGB, 1 for luma.")] = "3",
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    refresh: Refresh = False,
+) -> CalibrationSamples:
+    """Choose calibration samples from images, videos, a CSV or made-up pictures: spread, without duplicates.
+
+    Samples come evenly from dark to bright, flat to contrasty, smooth to detailed. The same sources and seed give the same bytes.
+    Sources that can't be read are named and counted.
+
+    Raises:
+        ToolError: No such source, too few samples, or a folder that holds something else.
+    """
+    if resize is not None and tile_size is not None:
+        raise ToolError("--resize takes whole images, --tile-size cuts them", remedy="give one of them")
+    if not sources and not synthetic:
+        raise ToolError("there is nothing to take samples from", remedy="name images, folders, videos or a CSV, or use --synthetic")
+    arrays = ArrayForm(input_name, layout, int(channels), input_range) if npz else None
+    size = _size(resize)
+    wish = _Wish(
+        tile_size=None if size else tile_size or TILE_SIZE,
+        resize=size,
+        tiles_per_image=1 if size else tiles_per_image,
+        max_samples=max_samples,
+        min_samples=min(min_samples, max_samples),
+        holdout=holdout,
+        seed=seed,
+        frames_per_video=frames_per_video,
+        scene_changes=scene_changes,
+        arrays=arrays,
+    )
+    found = find_sources(sources or [], Columns(file_column, frame_column, time_column))
+    most = CONSIDERED * (max_samples + holdout)
+    considered = found
+    if len(found) > most:
+        places = np.random.default_rng([seed, len(found)]).permutation(len(found))[:most]
+        considered = [found[place] for place in sorted(places)]
+    considered = [*considered, *synthetic_sources(synthetic)]
+    manifest = output / MANIFEST_NAME
+    _require_folder(output, manifest, overwrite=overwrite)
+    read = [source.path for source in considered if source.path is not None]
+    missing = [path for path in read if not path.is_file()]
+    given = len(found) + synthetic
+    with new_folder(output):
+        pixels = (max(size) if size else wish.tile_size or TILE_SIZE) ** 2
+        require_disk(pixels * SAMPLE_BYTES * (max_samples + holdout), output, "write the samples")
+        arguments: dict[str, object] = {**asdict(wish), "sources": [source.name for source in considered], "given": given}
+        present = [path for path in read if path not in missing]
+        plan = Plan(
+            manifest,
+            "prepare_calibration",
+            arguments,
+            present,
+            PACKAGES,
+            overwrite=overwrite,
+            refresh=refresh,
+            companions=_companions,
+        )
+        product, chosen = artifacts.build(plan, Chosen, lambda draft: _prepare(output, considered, given, wish, draft))
+    return CalibrationSamples(output, product, chosen, _message(output, chosen, product, max_samples, holdout))
+
+
+def _require_folder(output: Path, manifest: Path, *, overwrite: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise ToolError("the output is no folder", where=output, remedy="choose another with -o")
+    if output.is_dir() and any(output.iterdir()) and not manifest.exists() and not overwrite:
+        raise ToolError(
+            "the folder holds other files", where=output, remedy="use --overwrite to write among them, or choose another"
+        )
+
+
+def _message(output: Path, chosen: Chosen, product: Product, wanted: int, held_wanted: int) -> str:
+    head = "up to date: " if product.up_to_date else ""
+    held = f" and {chosen.holdout}{f' of {held_wanted}' * (chosen.holdout < held_wanted)} held out" if held_wanted else ""
+    looked = f"{chosen.considered} of {chosen.sources}" if chosen.considered < chosen.sources else str(chosen.sources)
+    text = f"{head}{output}: {chosen.samples} samples{held} from {looked} sources; {chosen.duplicates} near-duplicates passed over"
+    if chosen.skipped:
+        text += f"; {len(chosen.skipped)} sources SKIPPED"
+    if chosen.synthetic:
+        text += f"; {chosen.synthetic} samples are MADE UP"
+    if chosen.samples < wanted:
+        text += f"; fewer than the {wanted} asked for"
+    return f"{text}; see {output / SHEET}"
+
+
+if __name__ == "__main__":
+    run(prepare_calibration)
