@@ -68,6 +68,10 @@ class CalibrationSet:
         manifests = [path for path in (self.path, self.path / MANIFEST_NAME) if path.is_file()]
         return [*manifests, *_listed_images(self.path, self.part)]
 
+    def images(self) -> list[Path]:
+        """Return the image files of a folder or manifest, in order."""
+        return _listed_images(self.path, self.part)
+
     def has_holdout(self) -> bool:
         """Return whether a manifest names samples that were held out of calibration."""
         manifest = self.path / MANIFEST_NAME if self.path.is_dir() else self.path

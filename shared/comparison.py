@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rich.table import Column, Table
 
 from shared.cli import size_text
+from shared.image_quality import TruthScores
 from shared.robustness import Accuracy
 from shared.trials import Measured
 
@@ -23,6 +24,42 @@ class Gate:
     value: float | None
     limit: float
     ok: bool
+
+
+@dataclass(frozen=True)
+class ImageFindings:
+    """How good the images are that a candidate makes.
+
+    Args:
+        psnr_db: Against the reference's, over all samples together.
+        worst_psnr_db: Of the worst sample.
+        ssim: Mean over the samples; None where one is too small.
+        truth: Against the truth, where that is known.
+        samples: PSNR against the reference's, of each sample.
+    """
+
+    psnr_db: float
+    worst_psnr_db: float
+    ssim: float | None
+    truth: TruthScores | None
+    samples: list[float]
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """The images that went in, where models make images.
+
+    Args:
+        files: One for each sample; empty for seeded samples.
+        truths: What each should become, where known.
+        reference: How near the reference's are to that.
+        bicubic: How near plain enlargement is.
+    """
+
+    files: list[Path]
+    truths: list[Path]
+    reference: TruthScores | None
+    bicubic: TruthScores | None
 
 
 @dataclass(frozen=True)
@@ -43,6 +80,7 @@ class Candidate:
     max_abs_error: float | None = None
     bit_agreement: float | None = None
     accuracy: Accuracy | None = None
+    images: ImageFindings | None = None
     error: str | None = None
     gates: list[Gate] = field(default_factory=list)
     verdict: str = ""
@@ -69,6 +107,7 @@ class Findings:
     cpu: str
     smallest: Path | None = None
     fastest: Path | None = None
+    images: ImageTask | None = None
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -173,6 +212,8 @@ def rows(findings: Findings) -> Iterator[tuple[str, str, Callable[[Candidate], s
     yield "cosine, worst", "1", number(lambda c: c.cosine, ".6f")
     yield "relative error, worst", "0", number(lambda c: c.relative_error, ".3g")
     yield "largest difference", "0", number(lambda c: c.max_abs_error, ".3g")
+    if findings.images is not None:
+        yield from _image_rows(findings.images)
     if accuracy is None:
         return
 
@@ -186,6 +227,25 @@ def rows(findings: Findings) -> Iterator[tuple[str, str, Callable[[Candidate], s
     if accuracy.clean.auc is not None:
         yield "unmarked but detected", *answered(lambda a: f"{a.clean.false_positives:.1%}")
         yield "AUC of the confidence", *answered(lambda a: f"{a.clean.auc:.4f}")
+
+
+def _image_rows(task: ImageTask) -> Iterator[tuple[str, str, Callable[[Candidate], str]]]:
+    def told(text: Callable[[ImageFindings], str]) -> Callable[[Candidate], str]:
+        return lambda c: text(c.images) if c.images else "-"
+
+    yield "PSNR to the reference", "-", told(lambda i: f"{i.psnr_db:.2f} dB")
+    yield "PSNR, worst sample", "-", told(lambda i: f"{i.worst_psnr_db:.2f} dB")
+    yield "SSIM to the reference", "-", told(lambda i: "-" if i.ssim is None else f"{i.ssim:.5f}")
+    if task.reference is None or task.bicubic is None:
+        return
+    plain, reference = task.bicubic, task.reference
+
+    def against(scores: TruthScores | None) -> str:
+        return "-" if scores is None else f"{scores.psnr_db:.2f} dB ({scores.psnr_db - plain.psnr_db:+.2f} to bicubic)"
+
+    yield "luma PSNR to the truth", against(reference), told(lambda i: against(i.truth))
+    similar = "-" if reference.ssim is None else f"{reference.ssim:.4f}"
+    yield "luma SSIM to the truth", similar, told(lambda i: "-" if not i.truth or i.truth.ssim is None else f"{i.truth.ssim:.4f}")
 
 
 def _change(reduction: float) -> str:

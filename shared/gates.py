@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from shared.attacks import Attack
-from shared.comparison import Candidate, Gate
+from shared.comparison import Candidate, Gate, ImageTask
 from shared.errors import ToolError
 from shared.machine import MIB
 from shared.robustness import Accuracy, largest_drop
@@ -22,7 +22,7 @@ class Limits:
     of_numbers: dict[str, float | None]
     under_attack: dict[str, float]
 
-    def gates(self, candidate: Candidate, reference: Accuracy | None) -> list[Gate]:
+    def gates(self, candidate: Candidate, reference: Accuracy | None, task: ImageTask | None = None) -> list[Gate]:
         """Return every limit with the candidate's value; a value that could not be measured breaks its limit."""
         measured, accuracy = candidate.measured, candidate.accuracy
         values: dict[str, float | None] = {
@@ -34,11 +34,24 @@ class Limits:
             "min_bit_accuracy": accuracy.clean.bit_accuracy if accuracy else None,
             "max_accuracy_drop": largest_drop(reference, accuracy) if accuracy and reference else None,
             "min_auc": accuracy.clean.auc if accuracy else None,
+            **_image_values(candidate, task),
         }
         under = {attack: accuracy.under(attack).bit_accuracy if accuracy else None for attack in self.under_attack}
         limits = [(name, values[name], limit) for name, limit in self.of_numbers.items() if limit is not None]
         limits += [(f"min_accuracy_under {attack}", under[attack], limit) for attack, limit in self.under_attack.items()]
         return [Gate(name, value, limit, _keeps(name, value, limit)) for name, value, limit in limits]
+
+
+def _image_values(candidate: Candidate, task: ImageTask | None) -> dict[str, float | None]:
+    """Return what the limits on images are about; None where it is not known."""
+    images = candidate.images
+    truth, before, plain = images and images.truth, task and task.reference, task and task.bicubic
+    return {
+        "min_psnr": images.psnr_db if images else None,
+        "min_ssim": images.ssim if images else None,
+        "max_psnr_drop": before.psnr_db - truth.psnr_db if truth and before else None,
+        "min_psnr_gain": truth.psnr_db - plain.psnr_db if truth and plain else None,
+    }
 
 
 def _keeps(name: str, value: float | None, limit: float) -> bool:

@@ -35,6 +35,21 @@ def image_files(folder: Path) -> list[Path]:
     return files
 
 
+def images_at(path: Path) -> list[Path]:
+    """Return one image file, those in a folder and below, or those that match a pattern such as `photos/*_small.png`, sorted.
+
+    Raises:
+        ToolError: There is none.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir() and any(sign in path.name for sign in "*?["):
+        if files := sorted(file for file in path.parent.glob(path.name) if file.suffix.lower() in SUFFIXES and file.is_file()):
+            return files
+        raise ToolError("no images match", where=path, expected="files ending in " + ", ".join(SUFFIXES))
+    return image_files(path)
+
+
 def read_pixels(path: Path) -> Pixels:
     """Return an image file as uint8 (H, W, 3) RGB at its own size, turned as its EXIF says.
 

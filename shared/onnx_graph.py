@@ -18,6 +18,7 @@ METADATA_KEY = "edgepress"  # of metadata_props
 MAX_PROTOBUF_BYTES = 2**31 - 1
 MAX_METADATA_BYTES = 2**16
 LONGEST_CONSTANT = 64  # elements of an unnamed operand that counts as shape or axis, not as weights
+FLOAT16 = 10  # of onnx.TensorProto.DataType
 FLOAT_TYPES = {"FLOAT", "FLOAT16", "DOUBLE", "BFLOAT16"}
 Model = Any  # onnx.ModelProto; the package has no stubs that mypy would follow
 
@@ -226,6 +227,19 @@ def read_metadata(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def why_slower(path: Path) -> str:
+    """Return why a model is slow on a CPU, from the ops that it holds, and what to take instead; empty where that is not known."""
+    kinds = {node.op_type for node in read_model(path).graph.node}
+    if kinds & {"DynamicQuantizeLinear", "ConvInteger", "MatMulInteger", "DynamicQuantizeLSTM"}:
+        return (
+            "ONNX Runtime finds the range of every activation at each run and has no fast convolution for what comes of it; "
+            "quantize it statically, with samples"
+        )
+    if any(tensor.data_type == FLOAT16 for tensor in read_model(path).graph.initializer):
+        return "this CPU computes float16 by way of float32; it saves size, and time only on GPUs and NPUs"
+    return ""
 
 
 def declared_range(path: Path) -> tuple[float, float] | None:

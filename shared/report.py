@@ -14,6 +14,7 @@ from markupsafe import Markup
 from shared.cli import size_text
 from shared.comparison import Findings, rows
 from shared.errors import ToolError
+from shared.image_views import worst_views
 from shared.images import Pixels, read_pixels
 from shared.pages import TEMPLATES, Bar, write_template
 from shared.plots import line_plot, scatter_plot
@@ -52,7 +53,7 @@ def write_page(path: Path, findings: Findings) -> Page:
     answered = [(n, labels[n], c.accuracy) for n, c in enumerate(findings.candidates, start=1) if c.accuracy is not None]
     attacks = list(_attack_plots(findings)) if findings.accuracy else []
     scatters = list(_scatter_plots(findings.accuracy, answered)) if findings.accuracy else []
-    pictures = list(_pictures(answered[0][1], answered[0][2])) if answered else []
+    pictures = list(_pictures(answered[0][1], answered[0][2])) if answered else list(_images(findings))
     write_template(
         path,
         TEMPLATE.name,
@@ -64,6 +65,7 @@ def write_page(path: Path, findings: Findings) -> Page:
         attacks=attacks,
         scatters=scatters,
         pictures=pictures,
+        pictures_title="Images with the smallest margins" if answered else "Images furthest from the reference",
     )
     return Page(len(pictures), len(attacks) + len(scatters))
 
@@ -118,6 +120,13 @@ def _pictures(candidate: str, accuracy: Accuracy) -> Iterator[_Picture]:
             ],
             views=list(_views(reading)),
         )
+
+
+def _images(findings: Findings) -> Iterator[_Picture]:
+    """Yield what models make of the images on which they differ most."""
+    for file, decibel, views in worst_views(findings, WORST):
+        lines = [f"{decibel:.2f} dB to the reference, over the whole image; cut out where they differ most"]
+        yield _Picture(file.name, lines, [(caption, _data_address(pixels, "PNG")) for caption, pixels in views])
 
 
 def _views(reading: Reading) -> Iterator[tuple[str, str]]:

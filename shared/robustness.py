@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared import metrics
+from shared import metrics, runtime
 from shared.attacks import Attack
 from shared.child import ChildError
-from shared.images import Pixels, read_pixels, stretch_image, to_image, to_layout
+from shared.images import Pixels, read_pixels, stretch_image, to_form, to_image, to_layout
 from shared.messages import Labelled, chance_of_agreement
 from shared.runtime import TensorSpec, describe, image_spec
 from shared.trials import Inputs
@@ -137,16 +137,18 @@ def labelled_inputs(labelled: Sequence[Labelled], attacks: Sequence[Attack | Non
 
 
 def image_input(specs: list[TensorSpec], pixels: Pixels) -> dict[str, NDArray[Any]]:
-    """Return pixels as the one image input of a model.
+    """Return pixels as the one image input of a model, stretched where it takes one size only.
 
     Raises:
         ChildError: The model takes something else.
     """
-    image = image_spec(specs)
-    if image is None:
-        raise ChildError(f"it takes {describe(specs)}, not one square RGB float32 image; compare it on seeded samples")
-    name, layout, size = image
-    return {name: to_layout(stretch_image(to_image(pixels), size), layout)}
+    if (image := image_spec(specs)) is not None:
+        name, layout, size = image
+        return {name: to_layout(stretch_image(to_image(pixels), size), layout)}
+    if (found := runtime.image_input(specs)) is None:
+        raise ChildError(f"it takes {describe(specs)}, not one float32 image; compare it on seeded samples")
+    name, form = found
+    return {name: to_form(pixels, form)}
 
 
 def read_accuracy(labelled: Sequence[Labelled], attacks: Sequence[Attack | None], answers: Sequence[NDArray[Any]]) -> Accuracy:

@@ -12,6 +12,7 @@ CANDIDATES = 4  # boxes drawn for each tile that an image may give
 LEVELS = 3  # of brightness, contrast and detail each, with as many candidates in each
 THUMBNAIL = 8  # pixels a side, for telling near-duplicates
 LEAST_DIFFERENCE = 2.0  # grey levels of 256, mean over the thumbnail; less is a near-duplicate
+MOST_OVERLAP = 0.5  # of a tile with another of the same picture
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
@@ -103,7 +104,7 @@ def choose(
     rng.shuffle(order)
     waiting = [[cells[levels][place] for place in rng.permutation(len(cells[levels]))] for levels in order]
     chosen: list[Candidate] = []
-    taken: dict[tuple[int, int | None], int] = {}
+    taken: dict[tuple[int, int | None], list[Box | None]] = {}
     known = [_thumbnail(candidate) for candidate in avoid]
     thumbnails = np.concatenate([np.reshape(known, (-1, THUMBNAIL**2)), np.zeros((count, THUMBNAIL**2))]).astype(np.float32)
     filled, duplicates = len(known), 0
@@ -111,7 +112,11 @@ def choose(
         for cell in waiting:
             while cell and len(chosen) < count:
                 candidate = candidates[cell.pop()]
-                if taken.get(candidate.picture, 0) >= per_picture:
+                boxes = taken.setdefault(candidate.picture, [])
+                if len(boxes) >= per_picture:
+                    continue
+                if any(_overlap(candidate.box, other) > MOST_OVERLAP for other in boxes):
+                    duplicates += 1
                     continue
                 thumbnail = _thumbnail(candidate)
                 if filled and np.abs(thumbnails[:filled] - thumbnail).mean(axis=1).min() < LEAST_DIFFERENCE:
@@ -120,9 +125,18 @@ def choose(
                 thumbnails[filled] = thumbnail
                 filled += 1
                 chosen.append(candidate)
-                taken[candidate.picture] = taken.get(candidate.picture, 0) + 1
+                boxes.append(candidate.box)
                 break
     return chosen, duplicates
+
+
+def _overlap(one: Box | None, other: Box | None) -> float:
+    """Return which share of a box another of the same size covers; whole pictures cover each other."""
+    if one is None or other is None:
+        return 1.0
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(width, 0) * max(height, 0) / ((one[2] - one[0]) * (one[3] - one[1]))
 
 
 def _thumbnail(candidate: Candidate) -> NDArray[np.float32]:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from shared.child import ChildError
 from shared.cli import step, step_progress
-from shared.images import image_layout
-from shared.runtime import Model, ModelSource, TensorSpec, open_model
+from shared.images import image_form, image_layout
+from shared.runtime import Model, ModelSource, TensorSpec, image_input, open_model
 
 Array = NDArray[Any]
 Inputs = Callable[[list[TensorSpec]], dict[str, Array]]  # a model's input specs -> one sample by input name
@@ -43,11 +43,13 @@ class Shown:
         measured: Times, size and memory.
         outputs: For each sample of the protocol, the model's outputs in its own order.
         answers: The same for each further sample.
+        makes_images: Whether it makes an image of an image.
     """
 
     measured: Measured
     outputs: list[list[Array]]
     answers: list[list[Array]]
+    makes_images: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class _Trial:
     def shown(self) -> Shown:
         measured = Measured(
             path=self.source.path,
-            size_bytes=self.source.path.stat().st_size,
+            size_bytes=self.source.size_bytes,
             load_ms=self.model.load_ms,
             median_ms=statistics.median(self.latencies),
             p90_ms=float(np.percentile(self.latencies, 90)),
@@ -112,13 +114,18 @@ class _Trial:
             peak_rss_bytes=self.model.peak_rss_bytes,
             inputs=[_describe(spec) for spec in self.model.inputs],
         )
-        return Shown(measured, self.outputs, self.answers)
+        makes_images = image_input(self.model.inputs) is not None and image_form(self.model.outputs[0].shape) is not None
+        return Shown(measured, self.outputs, self.answers, makes_images)
 
 
 def _describe(spec: TensorSpec) -> str:
     """Return what a model takes; an image in either layout is the same."""
-    layout = image_layout(spec.shape)
-    return f"{spec.dtype} image of {layout[1]} pixels" if layout else f"{spec.dtype} {spec.shape}"
+    if layout := image_layout(spec.shape):
+        return f"{spec.dtype} image of {layout[1]} pixels"
+    if (form := image_form(spec.shape)) is None:
+        return f"{spec.dtype} {spec.shape}"
+    kind = "luma image" if form.channels == 1 else "image"
+    return f"{spec.dtype} {kind} of {form.width or 'any'}x{form.height or 'any'} pixels"
 
 
 def _in_turns(sources: list[ModelSource], protocol: Protocol, name: str) -> list[Shown | ChildError]:

@@ -3,7 +3,8 @@
 Example:
     python -m tools.compare model.tflite model_int8.tflite --min-cosine 0.999 --min-speedup 1.5
 
-A reference may be a checkpoint (with --model), run in torch. With --messages a detector's answers meet the truth too.
+TFLite, ONNX and torch (a checkpoint, with --model) in any mix. With --messages a detector's answers meet the truth too; models that
+make images are compared image by image, with --truth against what they should make.
 """
 
 import hashlib
@@ -24,24 +25,30 @@ from rich.console import RenderableType
 from shared import artifacts, metrics
 from shared.artifacts import Plan, Product
 from shared.attacks import Attack, parse_attacks
+from shared.calibration import MANIFEST_NAME, CalibrationSet
 from shared.cards import load_card
 from shared.child import ChildError
 from shared.cli import Overwrite, Refresh, Seed, Threads, run, to_json
-from shared.comparison import Candidate, Findings
+from shared.comparison import Candidate, Findings, ImageFindings, ImageTask
 from shared.errors import ToolError
+from shared.fidelity import measure_fidelity
+from shared.formats import format_of, model_files
 from shared.gates import Limits, limits_under_attack
-from shared.images import image_files, read_pixels
+from shared.image_quality import TruthScores, as_image, bicubic_scores, find_truths, score, score_against_truth
+from shared.images import images_at, read_pixels
 from shared.machine import MIB, available_memory_bytes, cpu_count, cpu_name, require_disk
 from shared.messages import Labelled, read_messages
+from shared.onnx_graph import why_slower
 from shared.robustness import Accuracy, image_input, labelled_inputs, read_accuracy
 from shared.runtime import ModelSource, TensorSpec, memory_need_bytes, sample_inputs
-from shared.tflite import check_is_tflite, read_dequantized_types
+from shared.tflite import read_dequantized_types
 from shared.trials import Inputs, Protocol, Shown, run_trials
 
-PACKAGES = ("ai-edge-litert", "torch", "numpy", "pillow")
+PACKAGES = ("ai-edge-litert", "onnxruntime", "torch", "numpy", "pillow", "scikit-image")
 LARGE_BYTES = 512 * MIB  # models above this take seconds a run
 SMALL_BYTES = 16 * MIB  # models below this take milliseconds a run, and more runs to tell anything
 SAMPLES, LARGE_SAMPLES = 8, 3
+ALL = 10**6  # samples; with a truth every image counts
 SMALL_RUNS, RUNS, LARGE_RUNS = 200, 20, 3
 SLOWER = 0.97  # speed-ups below this count as slower; repeated runs of one model differ by less
 MEMORY_SHARE = 0.8  # of the free memory that models loaded side by side may take
@@ -70,7 +77,7 @@ class Comparison:
 def _against(reference: Shown, number: int, shown: Shown | ChildError, task: "_Task") -> Candidate:
     """Compare the candidate of that number, counted from 1, with the reference, without gates."""
     source = task.sources[number]
-    size = source.path.stat().st_size
+    size = source.size_bytes
     is_alternative = number > len(task.sources) - 1 - task.alternatives
     candidate = Candidate(source.path, size, 1 - size / reference.measured.size_bytes, is_alternative)
     if isinstance(shown, ChildError):
@@ -90,6 +97,7 @@ def _against(reference: Shown, number: int, shown: Shown | ChildError, task: "_T
             max_abs_error=max(metrics.max_abs_error(one, other) for one, other in pairs),
             bit_agreement=None if task.nbits is None else _bit_agreement(reference.outputs, shown.outputs, task.nbits),
             accuracy=task.accuracy(shown),
+            images=task.images(reference, shown),
             verdict=_verdict(source, speedup),
         )
     except ValueError as error:
@@ -114,10 +122,13 @@ def _verdict(source: ModelSource, speedup: float) -> str:
     if speedup >= 1 / SLOWER:
         return f"{speedup:.2f} times faster than its reference"
     relation = f"slower than its reference ({speedup:.2f} times as fast)" if speedup < SLOWER else "as fast as its reference"
-    unpacked = sorted(read_dequantized_types(source.path)) if source.card is None else []
+    is_tflite = source.card is None and format_of(source.path) == "tflite"
+    unpacked = sorted(read_dequantized_types(source.path)) if is_tflite else []
     if unpacked:
         weights = ", ".join(unpacked)
         return f"{relation}: its {weights} weights are unpacked to float32, which saves size, not time; for speed take int8"
+    if source.card is None and not is_tflite and (why := why_slower(source.path)):
+        return f"{relation}: {why}"
     return f"{relation}: this CPU has no faster kernels for what it computes with; measure on the target device"
 
 
@@ -133,6 +144,7 @@ class _Task:
         runs: Timed runs per model.
         threads: Threads of the runtime.
         files: The images the samples come from; empty for seeded samples.
+        truths: What each of them should become; empty where that is not known.
         labelled: The images whose messages are known.
         attacks: None, then what these meet too.
     """
@@ -144,6 +156,7 @@ class _Task:
     runs: int
     threads: int
     files: list[Path]
+    truths: list[Path]
     labelled: list[Labelled]
     attacks: list[Attack | None]
 
@@ -158,10 +171,38 @@ class _Task:
             return None
         return read_accuracy(self.labelled, self.attacks, [outputs[0] for outputs in shown.answers])
 
+    def images(self, reference: Shown, shown: Shown) -> ImageFindings | None:
+        """Return how good a model's images are, where it makes any and its reference does."""
+        if not (reference.makes_images and shown.makes_images) or self.nbits is not None:
+            return None
+        pairs = [(as_image(one[0]), as_image(other[0])) for one, other in zip(reference.outputs, shown.outputs, strict=True)]
+        scores = [score(one, other, 1.0) for one, other in pairs]
+        whole = measure_fidelity([[one] for one, _ in pairs], [[other] for _, other in pairs], 1.0)
+        similarities = [one.ssim for one in scores if one.ssim is not None]
+        assert whole.psnr_db is not None and whole.worst_psnr_db is not None
+        return ImageFindings(
+            psnr_db=whole.psnr_db,
+            worst_psnr_db=whole.worst_psnr_db,
+            ssim=float(np.mean(similarities)) if len(similarities) == len(scores) else None,
+            truth=self.truth(shown),
+            samples=[one.psnr_db for one in scores],
+        )
+
+    def truth(self, shown: Shown) -> TruthScores | None:
+        """Return how near a model's images are to the truth."""
+        return score_against_truth([outputs[0] for outputs in shown.outputs], self.files, self.truths) if self.truths else None
+
+    def image_task(self, reference: Shown) -> ImageTask | None:
+        """Return what went in and how good the reference's images are, where it makes any."""
+        if not reference.makes_images or self.nbits is not None:
+            return None
+        plain = bicubic_scores(self.files, self.truths) if self.truths else None
+        return ImageTask(self.files, self.truths, self.truth(reference), plain)
+
     def pictures(self) -> list[Path]:
         """Return every image that is read or shown, once."""
         originals = [image.original for image in self.labelled if image.original is not None]
-        return list(dict.fromkeys([*self.files, *(image.file for image in self.labelled), *originals]))
+        return list(dict.fromkeys([*self.files, *self.truths, *(image.file for image in self.labelled), *originals]))
 
     def find(self, limits: Limits) -> Findings:
         """Run all models and compare them."""
@@ -174,12 +215,15 @@ class _Task:
         if self.nbits is not None and (shape := first.outputs[0][0].shape) != (1, 1 + self.nbits):
             raise ToolError(f"the reference's output holds no message of {self.nbits} bits", where=reference, got=shape)
         try:
-            accuracy = self.accuracy(first)
+            accuracy, images = self.accuracy(first), self.image_task(first)
         except ValueError as error:
             raise ToolError("the reference's answers can't be read", where=reference, got=error) from None
         compared = [_against(first, number, shown, self) for number, shown in enumerate(others, start=1)]
-        compared = [replace(candidate, gates=limits.gates(candidate, accuracy)) for candidate in compared]
-        found = Findings(first.measured, accuracy, compared, len(self.samples), self.threads, interleaved, cpu_name())
+        compared = [replace(candidate, gates=limits.gates(candidate, accuracy, images)) for candidate in compared]
+        if self.truths and images is None:
+            raise ToolError("--truth is for models that make images", where=reference, remedy="leave it out")
+        count = len(self.samples)
+        found = Findings(first.measured, accuracy, compared, count, self.threads, interleaved, cpu_name(), images=images)
         return _recommend(found)
 
 
@@ -193,8 +237,14 @@ def _samples(images: Path | None, labelled: list[Labelled], seed: int, count: in
         return labelled_inputs(marked, [None]), [image.file for image in marked]
     if images is None:
         return [partial(sample_inputs, seed=seed + number) for number in range(count)], []
-    files = image_files(images)[:count]
+    files = _listed(images)[:count]
     return [partial(_from_file, file=file) for file in files], files
+
+
+def _listed(images: Path) -> list[Path]:
+    """Return image files; of a calibration set those that were held out, or else its samples."""
+    given = CalibrationSet(images, part="holdout") if CalibrationSet(images).has_holdout() else CalibrationSet(images)
+    return given.images() if (images / MANIFEST_NAME).is_file() else images_at(images)
 
 
 def _from_file(specs: list[TensorSpec], file: Path) -> dict[str, Array]:
@@ -221,8 +271,8 @@ def _recommend(findings: Findings) -> Findings:
 
 
 def compare(
-    reference: Annotated[Path, typer.Argument(help="A .tflite model, or a checkpoint with --model.")],
-    candidates: Annotated[list[Path], typer.Argument(help="One or more .tflite models.")],
+    reference: Annotated[Path, typer.Argument(help="A .tflite or .onnx model, or a checkpoint with --model.")],
+    candidates: Annotated[list[Path], typer.Argument(help="One or more .tflite or .onnx models.")],
     *,
     alternatives: Annotated[
         list[Path] | None, typer.Option("--alternative", help="A further candidate that may break limits; can be repeated.")
@@ -230,7 +280,10 @@ def compare(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the comparison as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the comparison as one HTML page.")] = None,
     model: Annotated[str | None, typer.Option(help="Model card of a reference that is a checkpoint.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of images; default: seeded samples.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Image, folder, pattern or calibration set; default: seeded samples.")] = None,
+    truth: Annotated[
+        Path | None, typer.Option(help="Folder or pattern of what --images should become, by name; for super-resolution.")
+    ] = None,
     messages: Annotated[Path | None, typer.Option(help="JSON file of images and their messages; in place of --images.")] = None,
     attacks: Annotated[
         str | None, typer.Option(help="What images of --messages meet: standard (default), none, or as jpeg-50,crop-0.9.")
@@ -252,6 +305,10 @@ def compare(
     max_accuracy_drop: Annotated[
         float | None, typer.Option(min=0, max=1, help="Gate: share of bits lost under any attack that leaves some to lose.")
     ] = None,
+    min_psnr: Annotated[float | None, typer.Option(min=0, help="Gate: PSNR of images to the reference's, in dB.")] = None,
+    min_ssim: Annotated[float | None, typer.Option(min=0, max=1, help="Gate: mean SSIM of images to the reference's.")] = None,
+    max_psnr_drop: Annotated[float | None, typer.Option(help="Gate: luma PSNR to the truth lost, in dB.")] = None,
+    min_psnr_gain: Annotated[float | None, typer.Option(help="Gate: luma PSNR to the truth above bicubic's, in dB.")] = None,
     min_auc: Annotated[float | None, typer.Option(min=0, max=1, help="Gate: how well confidence tells marked images.")] = None,
     overwrite: Overwrite = False,
     refresh: Refresh = False,
@@ -275,6 +332,10 @@ def compare(
             "min_bit_accuracy": min_bit_accuracy,
             "max_accuracy_drop": max_accuracy_drop,
             "min_auc": min_auc,
+            "min_psnr": min_psnr,
+            "min_ssim": min_ssim,
+            "max_psnr_drop": max_psnr_drop,
+            "min_psnr_gain": min_psnr_gain,
         },
         limits_under_attack(min_accuracy_under or [], met),
     )
@@ -284,14 +345,12 @@ def compare(
     if twice := next((path for number, path in enumerate(pressed) if path in pressed[:number]), None):
         raise ToolError("a candidate is named twice", where=twice)
     for source in sources:
-        if source.card is None:
-            check_is_tflite(source.path)
-        elif not source.path.is_file():
-            raise ToolError("no such checkpoint file", where=source.path)
-    size = reference.stat().st_size
-    is_large, is_small = size > LARGE_BYTES, size < SMALL_BYTES
+        source.check()
+    size = sources[0].size_bytes
+    is_large, is_small = size > LARGE_BYTES, size < SMALL_BYTES and images is None
     labelled = _labelled(messages, samples)
-    inputs, files = _samples(images, labelled, seed, samples or (LARGE_SAMPLES if is_large else SAMPLES))
+    wanted = samples or (ALL if truth else LARGE_SAMPLES if is_large else SAMPLES)
+    inputs, files = _samples(images, labelled, seed, wanted)
     task = _Task(
         sources=sources,
         alternatives=len(alternatives),
@@ -300,10 +359,11 @@ def compare(
         runs=max(len(inputs), runs or (LARGE_RUNS if is_large else SMALL_RUNS if is_small else RUNS)),
         threads=threads or cpu_count(),
         files=files,
+        truths=find_truths(files, truth) if truth else [],
         labelled=labelled,
         attacks=[None, *met],
     )
-    read = [*(source.path for source in sources), *([messages] if messages else []), *task.pictures()]
+    read = [*(file for source in sources for file in _files(source)), *([messages] if messages else []), *task.pictures()]
     if html is not None:
         _require_page_writable(html, output, read, overwrite=overwrite, refresh=refresh)
 
@@ -326,9 +386,18 @@ def _require_sense(options: dict[str, Any]) -> None:
     limits = {name: value for name, value in options.items() if name.startswith(("min_", "max_")) and value is not None}
     if any(isinstance(limit, float) and not math.isfinite(limit) for limit in limits.values()):
         raise ToolError("a limit is not finite", remedy="leave it out")
+    if options["truth"] is not None and options["images"] is None:
+        raise ToolError("--truth needs the images to make it from", remedy="give --images")
+    for name in ("max_psnr_drop", "min_psnr_gain"):
+        if options[name] is not None and options["truth"] is None:
+            raise ToolError(f"--{name.replace('_', '-')} needs the truth", remedy="give --images and --truth")
     for name in ("attacks", "min_bit_accuracy", "min_accuracy_under", "max_accuracy_drop", "min_auc"):
         if options[name] is not None and options["messages"] is None:
             raise ToolError(f"--{name.replace('_', '-')} needs images whose messages are known", remedy="give --messages FILE")
+
+
+def _files(source: ModelSource) -> list[Path]:
+    return model_files(source.path) if source.card is None else [source.path]
 
 
 def _message_length(bits: int | None, labelled: list[Labelled], sources: list[ModelSource]) -> int | None:

@@ -1,4 +1,4 @@
-"""Check that a TFLite model loads, runs, repeats itself and stays in range.
+"""Check that a TFLite or ONNX model loads, runs, repeats itself and stays in range.
 
 Example:
     python -m tools.verify model.tflite
@@ -22,16 +22,17 @@ from shared import artifacts
 from shared.artifacts import Plan, Product
 from shared.child import ChildError
 from shared.cli import Overwrite, Refresh, Seed, Threads, run, size_text, step, to_json
+from shared.formats import format_of, model_files
 from shared.machine import cpu_count
 from shared.metrics import message_bits
 from shared.runtime import Model, ModelSource, describe, open_model, sample_inputs
-from shared.tflite import check_is_tflite
 
-PACKAGES = ("ai-edge-litert", "numpy")
+PACKAGES = ("ai-edge-litert", "onnxruntime", "numpy")
 REPEATS = 3
 MAX_ABS = 1e4  # logits, coordinates and pixels stay far below; an overflow in some layer does not
 MAX_THREADS_ERROR = 1e-5  # relative to the largest output; threads may only change the order of float sums
 SHOWN_BITS = 32
+FREE = -1  # an axis of any length
 
 Outputs = list[NDArray[Any]]
 
@@ -126,6 +127,7 @@ def _check_detector(output: NDArray[Any], nbits: int) -> Iterator[Check]:
 def _verify(source: ModelSource, threads: int, seed: int, nbits: int | None) -> Findings:
     """Go through the checks in order; stop at the first that makes the next ones pointless."""
     checks: list[Check] = []
+    is_onnx = format_of(source.path) == "onnx"
     load_ms = run_ms = 0.0
     peak = 0
     stage = "loads"
@@ -134,8 +136,9 @@ def _verify(source: ModelSource, threads: int, seed: int, nbits: int | None) -> 
             load_ms = model.load_ms
             checks.append(Check("loads", f"{load_ms:.0f} ms, {model.kernels} kernels", "", ok=True))
             for name, specs in (("inputs", model.inputs), ("outputs", model.outputs)):
-                static = bool(specs) and all(size > 0 for spec in specs for size in spec.shape)
-                checks.append(Check(name, describe(specs), "at least one, of fixed shape", static))
+                known = bool(specs) and all(size > 0 or (size == FREE and is_onnx) for spec in specs for size in spec.shape)
+                limit = "at least one; -1 is any size" if is_onnx else "at least one, of fixed shape"
+                checks.append(Check(name, describe(specs), limit, known))
             if not all(check.ok for check in checks):
                 return Findings(checks, load_ms, run_ms, model.peak_rss_bytes)
             stage = "runs"
@@ -161,7 +164,7 @@ def _verify(source: ModelSource, threads: int, seed: int, nbits: int | None) -> 
 
 
 def verify(
-    model: Annotated[Path, typer.Argument(help="The .tflite model.")],
+    model: Annotated[Path, typer.Argument(help="The .tflite or .onnx model.")],
     *,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the checks as JSON.")] = None,
     threads: Threads = None,
@@ -170,15 +173,15 @@ def verify(
     overwrite: Overwrite = False,
     refresh: Refresh = False,
 ) -> Verification:
-    """Check that a TFLite model loads, runs, repeats itself and stays in range.
+    """Check that a TFLite or ONNX model loads, runs, repeats itself and stays in range.
 
     The model runs in a process of its own: one that crashes the runtime is a failed check.
 
     Raises:
-        ToolError: The file is missing or no TFLite model.
+        ToolError: The file is missing or no model.
     """
-    check_is_tflite(model)
     source = ModelSource(model)
+    source.check()
     count = threads or cpu_count()
     nbits = bits or source.nbits()
     if output is None:
@@ -191,7 +194,7 @@ def verify(
             return found
 
         arguments = {"threads": count, "seed": seed, "bits": nbits}
-        plan = Plan(output, "verify", arguments, [model], PACKAGES, overwrite=overwrite, refresh=refresh)
+        plan = Plan(output, "verify", arguments, model_files(model), PACKAGES, overwrite=overwrite, refresh=refresh)
         report, findings = artifacts.build(plan, Findings, make)
     failed = [check.name for check in findings.checks if not check.ok]
     verdict = f"FAILED: {', '.join(failed)}" if failed else f"all {len(findings.checks)} checks passed"

@@ -1,0 +1,143 @@
+"""How good images are that models make: against the reference's, and against the truth where it is known.
+
+Against the truth as super-resolution papers measure: PSNR and SSIM of the luma, rounded to 8 bits, without a border as wide as the
+image was enlarged; bicubic enlargement beside it, the least that a network must beat.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import ToolError
+from shared.fidelity import MOST_DB
+from shared.images import Pixels, from_form, image_form, read_pixels
+
+LUMA = np.array([65.481, 128.553, 24.966]) / 255  # of ITU-R BT.601, to 16..235, from RGB in 0..255
+LUMA_OFFSET = 16.0
+PEAK = 255.0
+SSIM_WINDOW = 7  # pixels; skimage's default
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """How near one image is to another.
+
+    Args:
+        psnr_db: Peak signal-to-noise ratio, at most MOST_DB.
+        ssim: Structural similarity; None where the image is smaller than its window.
+    """
+
+    psnr_db: float
+    ssim: float | None
+
+
+@dataclass(frozen=True)
+class TruthScores:
+    """How near a model's images are to the truth.
+
+    Args:
+        psnr_db: Mean over the images.
+        ssim: Mean over the images; None where one is too small.
+        images: Of each image, in their order.
+    """
+
+    psnr_db: float
+    ssim: float | None
+    images: list[ImageScore]
+
+
+def find_truths(files: Sequence[Path], folder: Path) -> list[Path]:
+    """Return for each image the one in a folder that it should become: of its name, or of the longest that its name begins with.
+
+    Raises:
+        ToolError: There is none for an image.
+    """
+    from shared.images import images_at
+
+    known = {path.stem: path for path in reversed(images_at(folder))}
+    found, missing = [], []
+    for file in files:
+        names = sorted((stem for stem in known if file.stem.startswith(stem)), key=len, reverse=True)
+        others = [known[name] for name in names if known[name].resolve() != file.resolve()]
+        found += others[:1]
+        missing += [] if others else [file.name]
+    if missing:
+        expected = "an image of the same name, or of a name that its own begins with"
+        raise ToolError("images have no truth", where=folder, got=", ".join(missing[:5]), expected=expected)
+    return found
+
+
+def score(one: Array, other: Array, peak: float) -> ImageScore:
+    """Compare two images, (H, W, C) or (H, W), whose values span `peak`.
+
+    Raises:
+        ValueError: They differ in shape, or hold NaN.
+    """
+    from skimage.metrics import structural_similarity
+
+    from shared.metrics import psnr_db
+
+    decibel = min(psnr_db(one, other, peak), MOST_DB)
+    if min(one.shape[:2]) < SSIM_WINDOW:
+        return ImageScore(decibel, None)
+    axis = 2 if one.ndim == 3 else None
+    similarity = structural_similarity(one.astype(np.float64), other.astype(np.float64), data_range=peak, channel_axis=axis)
+    return ImageScore(decibel, float(similarity))
+
+
+def as_image(output: Array) -> Array:
+    """Return a model's image output, (1, C, H, W) or (1, H, W, C), as (H, W, C)."""
+    form = image_form(output.shape)
+    assert form is not None, output.shape
+    return from_form(output, form)
+
+
+def score_against_truth(outputs: Sequence[Array], files: Sequence[Path], truths: Sequence[Path]) -> TruthScores:
+    """Compare a model's images, values in [0, 1], with the truth.
+
+    Raises:
+        ValueError: An image is not of its truth's size.
+    """
+    scores = [
+        _luma_score(np.rint(np.clip(as_image(output), 0, 1) * PEAK), read_pixels(truth), read_pixels(file).shape[0])
+        for output, file, truth in zip(outputs, files, truths, strict=True)
+    ]
+    return _mean(scores)
+
+
+def bicubic_scores(files: Sequence[Path], truths: Sequence[Path]) -> TruthScores:
+    """Compare the images themselves, enlarged by bicubic interpolation, with the truth."""
+    from PIL import Image
+
+    scores = []
+    for file, truth in zip(files, truths, strict=True):
+        small, large = read_pixels(file), read_pixels(truth)
+        picture = Image.fromarray(small).resize((large.shape[1], large.shape[0]), Image.Resampling.BICUBIC)
+        scores.append(_luma_score(np.asarray(picture, np.float64), large, small.shape[0]))
+    return _mean(scores)
+
+
+def _luma_score(made: Array, truth: Pixels, small_height: int) -> ImageScore:
+    """Compare uint8 values; a model of the luma alone makes it over the full range, as it gets it."""
+    if made.shape[:2] != truth.shape[:2]:
+        raise ValueError(f"an image is {made.shape[1]}x{made.shape[0]} pixels, its truth {truth.shape[1]}x{truth.shape[0]}")
+    border = max(round(truth.shape[0] / small_height), 0)
+    if made.shape[2] == 1:
+        from PIL import Image
+
+        one, other = made[..., 0], np.asarray(Image.fromarray(truth).convert("L"), np.float64)
+    else:
+        one, other = (image.astype(np.float64) @ LUMA + LUMA_OFFSET for image in (made, truth))
+    inside = (slice(border, -border or None),) * 2
+    return score(one[inside], other[inside], PEAK)
+
+
+def _mean(scores: list[ImageScore]) -> TruthScores:
+    similarities = [one.ssim for one in scores if one.ssim is not None]
+    ssim = float(np.mean(similarities)) if len(similarities) == len(scores) else None
+    return TruthScores(float(np.mean([one.psnr_db for one in scores])), ssim, scores)
