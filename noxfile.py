@@ -5,6 +5,7 @@ nox -s chunkyseal_int8                              # rehearsal with seeded weig
 nox -s chunkyseal_int8 -- --checkpoint FILE         # from your checkpoint
 nox -s chunkyseal_int8 -- --download                # from the published one
 nox -s face_landmarker_int8 -- --bundle FILE        # a MediaPipe bundle
+nox -s superres_int8 -- --model FILE --images DIR   # a super-resolution network
 nox -s verify -- model.tflite                       # one tool
 """
 
@@ -25,6 +26,7 @@ nox.options.default_venv_backend = "virtualenv"  # pip finds a CPU build of torc
 nox.options.reuse_venv = "yes"  # the environments are large; constraints.txt pins what is in them
 
 MODELS = Path("models")
+MINISR_LIMITS = ("--min-psnr-gain=0.5", "--max-psnr-drop=0.3")  # dB: above bicubic enlargement, and below the float32 model
 FACE_LANDMARKER = (
     "https://storage.googleapis.com/mediapipe-models/face_landmarker/face_landmarker/float16/latest/face_landmarker.task"
 )
@@ -40,9 +42,11 @@ FACE_LANDMARKER_LIMITS = (
 )
 TOOLS = {
     "extract_weights": "Take one component's weights out of a full training checkpoint.",
-    "convert_detector": "Convert a watermark detector to TFLite, checked against torch.",
+    "convert_detector": "Convert a watermark detector to TFLite or ONNX, checked against torch.",
     "quantize_tflite": "Quantize a TFLite model or a MediaPipe bundle, and say what became of every layer.",
-    "verify": "Check that a TFLite model loads, runs, repeats itself and stays in range.",
+    "quantize_onnx": "Quantize an ONNX model, and say what became of every layer, its speed and its answers.",
+    "prepare_calibration": "Choose calibration samples from images, videos, a CSV or made-up pictures.",
+    "verify": "Check that a TFLite or ONNX model loads, runs, repeats itself and stays in range.",
     "compare": "Compare quantized models with their reference: size, speed, answers.",
 }
 
@@ -76,25 +80,10 @@ def press_detector(
         messages: Images whose messages are known.
         report: The HTML page; default: named after the product.
     """
-    parser = argparse.ArgumentParser(prog=f"nox -s {session.name} --")
-    parser.add_argument("--checkpoint", type=Path, help="full or detector-only checkpoint, .pth or .safetensors")
-    parser.add_argument("--download", action="store_true", help="fetch the published checkpoint if none is found")
-    options = parser.parse_args(session.posargs)
+    options = detector_options(session).parse_args(session.posargs)
     install(session, "recipe")
-
-    # A detector-only file; left out when there is no checkpoint anywhere.
-    weights = MODELS / f"{model}_detector.safetensors"
-    given = [options.checkpoint.absolute()] if options.checkpoint else []
-    wanted = ["--download"] if options.download else ["--allow-missing"]
-    tool(session, "extract_weights", *given, "--model", model, "-o", weights, *wanted, "--refresh")
-    rehearsal = not weights.exists()
-
-    # The float32 model, checked against torch.
-    card = nox.project.load_toml(MODELS / f"{model}.toml")
-    stem = f"{card['output_prefix']}{'_rehearsal' if rehearsal else ''}_{card['image_size']}"
-    float_model = MODELS / f"{stem}.tflite"
-    source = ["--rehearsal"] if rehearsal else ["--checkpoint", weights]
-    tool(session, "convert_detector", "--model", model, *source, "-o", float_model, "--refresh")
+    float_model, rehearsal = float_detector(session, model, options, "tflite")
+    stem, card = float_model.stem, nox.project.load_toml(MODELS / f"{model}.toml")
 
     # The product and what else could be shipped, each proven to run.
     pressed = {recipe: MODELS / f"{stem}_{recipe}.tflite" for recipe in (precision, *alternatives)}
@@ -109,8 +98,95 @@ def press_detector(
     found, page = product.with_name(f"{product.stem}_compare.json"), report or product.with_name(f"{product.stem}_report.html")
     limits = [*gates(card["gates"][precision]), "--refresh"]
     tool(session, "compare", float_model, product, *others, *labelled, "-o", found, "--html", page, *limits)
+    warn_of_rehearsal(session, product, rehearsal=rehearsal)
+
+
+def press_detector_onnx(session: nox.Session, model: str, samples: int) -> None:
+    """Extract, convert, calibrate, quantize, verify and compare one detector for ONNX Runtime.
+
+    Args:
+        session: Where to run.
+        model: Name of the model card; its gates are those of `onnx_int8`.
+        samples: Images to calibrate with, at most.
+    """
+    parser = detector_options(session)
+    parser.add_argument("--images", type=Path, help="images like those the detector will see; default: miniseal's samples")
+    options = parser.parse_args(session.posargs)
+    install(session, "recipe-onnx")
+    float_model, rehearsal = float_detector(session, model, options, "onnx")
+    product = float_model.with_name(f"{float_model.stem}_int8.onnx")
+    images = options.images or MODELS / "miniseal" / "samples"
+    calibration = MODELS / f"{float_model.stem}_calibration"
+    wanted = ["--model", float_model, "--max-samples", str(samples), "--min-samples", str(min(samples, 8)), "--holdout", "2"]
+    tool(session, "prepare_calibration", images, "-o", calibration, *wanted, "--refresh")
+    tool(session, "quantize_onnx", float_model, "-o", product, "--mode", "static", "--calibration", calibration, "--refresh")
+    tool(session, "verify", product, "-o", product.with_name(f"{product.stem}_onnx_verify.json"), "--refresh")
+    found, page = (product.with_name(f"{product.stem}_onnx_{name}") for name in ("compare.json", "report.html"))
+    limits = gates(nox.project.load_toml(MODELS / f"{model}.toml")["gates"]["onnx_int8"])
+    tool(session, "compare", float_model, product, "-o", found, "--html", page, *limits, "--refresh")
+    warn_of_rehearsal(session, product, rehearsal=rehearsal)
+
+
+def detector_options(session: nox.Session) -> argparse.ArgumentParser:
+    """Return the options that all recipes of detectors have."""
+    parser = argparse.ArgumentParser(prog=f"nox -s {session.name} --")
+    parser.add_argument("--checkpoint", type=Path, help="full or detector-only checkpoint, .pth or .safetensors")
+    parser.add_argument("--download", action="store_true", help="fetch the published checkpoint if none is found")
+    return parser
+
+
+def float_detector(session: nox.Session, model: str, options: argparse.Namespace, suffix: str) -> tuple[Path, bool]:
+    """Make the float32 model, checked against torch; return it, and whether it is a rehearsal's."""
+    # A detector-only file; left out when there is no checkpoint anywhere.
+    weights = MODELS / f"{model}_detector.safetensors"
+    given = [options.checkpoint.absolute()] if options.checkpoint else []
+    wanted = ["--download"] if options.download else ["--allow-missing"]
+    tool(session, "extract_weights", *given, "--model", model, "-o", weights, *wanted, "--refresh")
+    rehearsal = not weights.exists()
+    card = nox.project.load_toml(MODELS / f"{model}.toml")
+    float_model = MODELS / f"{card['output_prefix']}{'_rehearsal' if rehearsal else ''}_{card['image_size']}.{suffix}"
+    source = ["--rehearsal"] if rehearsal else ["--checkpoint", weights]
+    tool(session, "convert_detector", "--model", model, *source, "-o", float_model, "--refresh")
+    return float_model, rehearsal
+
+
+def warn_of_rehearsal(session: nox.Session, product: Path, *, rehearsal: bool) -> None:
+    """Say loudly what a product without a checkpoint is."""
     if rehearsal:
         session.warn(f"REHEARSAL: {product} holds seeded, untrained weights. Give a checkpoint for a model that reads messages.")
+
+
+def press_superres(session: nox.Session, mode: str, precision: str, min_psnr: float) -> None:
+    """Calibrate, quantize, verify and compare a network that makes images of images.
+
+    Args:
+        session: Where to run.
+        mode: Of quantize_onnx.
+        precision: What the product is called after.
+        min_psnr: Least PSNR to the float32 model's images in dB, unless the user says another.
+    """
+    parser = argparse.ArgumentParser(prog=f"nox -s {session.name} --")
+    parser.add_argument("--model", type=Path, help="a super-resolution network, .onnx; default: minisr")
+    parser.add_argument("--images", type=Path, help="images like those it will get")
+    parser.add_argument("--min-psnr", type=float, default=min_psnr, help="least PSNR to the float32 model's images, dB")
+    options = parser.parse_args(session.posargs)
+    if (options.model is None) != (options.images is None):
+        session.error("give --model and --images, or neither")
+    install(session, "superres")
+    samples = MODELS / "minisr" / "samples"
+    model = options.model or MODELS / "minisr" / "minisr_x2.onnx"
+    product = MODELS / f"{model.stem}_{precision}.onnx"
+    calibration = MODELS / f"{model.stem}_calibration"
+    cut = ["--model", model, *([] if options.model else ["--tile-size", "64"]), "--holdout", "8", "--refresh"]
+    tool(session, "prepare_calibration", options.images or samples / "calibration", "-o", calibration, *cut)
+    given = ["--calibration", calibration] if mode == "static" else []
+    limit = f"--min-psnr={options.min_psnr}"
+    tool(session, "quantize_onnx", model, "-o", product, "--mode", mode, *given, limit, "--refresh")
+    tool(session, "verify", product, "-o", product.with_name(f"{product.stem}_verify.json"), "--refresh")
+    found, page = (product.with_name(f"{product.stem}_{name}") for name in ("compare.json", "report.html"))
+    images = ["--images", calibration] if options.model else ["--images", samples / "small", "--truth", samples / "large"]
+    limits = [limit, *([] if options.model else MINISR_LIMITS)]
+    tool(session, "compare", model, product, *images, "-o", found, "--html", page, *limits, "--refresh")
 
 
 def gates(limits: dict[str, Any]) -> list[str]:
@@ -193,6 +269,30 @@ def face_landmarker_int8(session: nox.Session) -> None:
     session.run("python", "-m", "models.face_landmarker.check", options.bundle, product, *photos, "-o", checked, "--refresh")
 
 
+@nox.session(default=False, tags=["recipe"])
+def videoseal_onnx_int8(session: nox.Session) -> None:
+    """VideoSeal 1.0's detector as verified INT8 ONNX."""
+    press_detector_onnx(session, "videoseal", samples=24)
+
+
+@nox.session(default=False, tags=["recipe"])
+def chunkyseal_onnx_int8(session: nox.Session) -> None:
+    """ChunkySeal's detector as verified INT8 ONNX."""
+    press_detector_onnx(session, "chunkyseal", samples=4)
+
+
+@nox.session(default=False, tags=["recipe"])
+def superres_int8(session: nox.Session) -> None:
+    """A super-resolution network as verified INT8 ONNX, with layers left in float where the images would suffer."""
+    press_superres(session, "static", "int8", min_psnr=40)
+
+
+@nox.session(default=False, tags=["recipe"])
+def superres_fp16(session: nox.Session) -> None:
+    """A super-resolution network as verified float16 ONNX, float32 in and out."""
+    press_superres(session, "fp16", "fp16", min_psnr=60)
+
+
 def tool_session(name: str, summary: str) -> Callable[[nox.Session], None]:
     """Make the session of one tool: `nox -s NAME -- ARGUMENTS`."""
 
@@ -244,6 +344,20 @@ def train_miniseal(session: nox.Session) -> None:
     limits = gates(nox.project.load_toml(MODELS / "miniseal.toml")["gates"]["fp32"])
     labelled: list[str | Path] = ["--model", "miniseal", "--messages", samples / "messages.json"]
     tool(session, "compare", checkpoint, float_model, *labelled, "-o", folder / "compare.json", "--refresh", *limits)
+
+
+@nox.session(default=False)
+def train_minisr(session: nox.Session) -> None:
+    """Train minisr from scratch, a quarter of an hour on two cores, and check what came out."""
+    install(session, "train-minisr")
+    folder = MODELS / "minisr_retrained"  # beside the shipped one, which it does not touch
+    model, samples = folder / "minisr_x2.onnx", folder / "samples"
+    if session.posargs or not model.exists():
+        session.run("python", "-m", "models.minisr.train", "-o", model, *session.posargs)
+    session.run("python", "-m", "models.minisr.make_samples", "-o", samples, "--overwrite")
+    images = ["--images", samples / "small", "--truth", samples / "large"]
+    shipped = MODELS / "minisr" / "minisr_x2.onnx"
+    tool(session, "compare", shipped, model, *images, "-o", folder / "compare.json", "--refresh", *MINISR_LIMITS)
 
 
 @nox.session(default=False)

@@ -89,4 +89,4 @@ def _place(difference: NDArray[np.float32]) -> tuple[int, int]:
 
 
 def _pixels(image: NDArray[np.floating]) -> Pixels:
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(image), 0, 255), np.uint8)

@@ -25,10 +25,12 @@ from shared import artifacts
 from shared.artifacts import Plan, Product
 from shared.calibration import MANIFEST_NAME, InputRange
 from shared.calibration_writer import ArrayForm, new_folder, write_arrays, write_sample, write_sheet
+from shared.child import ChildError
 from shared.cli import Overwrite, Refresh, Seed, run, step_progress
 from shared.errors import ToolError
-from shared.images import Pixels, stretch
+from shared.images import ImageForm, Pixels, stretch
 from shared.machine import require_disk
+from shared.runtime import ModelSource, describe, image_input, open_model
 from shared.sampling import Box, Candidate, Look, choose, draw_boxes, look_at
 from shared.sheets import Point, write_coverage_plot
 from shared.sources import Columns, Picture, Source, find_sources, read_pictures, synthetic_sources
@@ -262,6 +264,19 @@ def _companions(manifest: Path) -> list[Path]:
     return [manifest.parent / name for name in (*names, *content["files"])]
 
 
+def _input(model: Path) -> tuple[str, ImageForm]:
+    """Return name and form of a model's image input."""
+    try:
+        with open_model(ModelSource(model)) as opened:
+            found = image_input(opened.inputs)
+            if found is None:
+                got = describe(opened.inputs)
+                raise ToolError("the model does not take one image", where=model, got=got, remedy="say --tile-size instead")
+            return found
+    except ChildError as error:
+        raise ToolError("the model does not load", where=model, got=error) from None
+
+
 def _size(text: str | None) -> tuple[int, int] | None:
     """Return height and width of `--resize`: 256, or 320x240 for width x height."""
     if text is None:
@@ -279,6 +294,9 @@ def prepare_calibration(
     sources: Annotated[list[Path] | None, typer.Argument(help="Images, videos, folders, or CSV files that name them.")] = None,
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Take size, and with --npz name, layout and channels, from this model's image input.")
+    ] = None,
     tile_size: Annotated[
         int | None, typer.Option(min=8, max=16384, help=f"Cut square tiles of this many pixels; default: {TILE_SIZE}.")
     ] = None,
@@ -294,10 +312,10 @@ def prepare_calibration(
     time_column: Annotated[str | None, typer.Option(help="CSV column of seconds; default: time and the like.")] = None,
     synthetic: Annotated[int, typer.Option(min=0, max=100_000, help="Made-up pictures to add, named so in the manifest.")] = 0,
     npz: Annotated[bool, typer.Option("--npz", help=f"Also write {ARRAYS}, and {HELD_ARRAYS}.")] = False,
-    input_name: Annotated[str, typer.Option(help="Name of the array: the model's input.")] = "images",
+    input_name: Annotated[str | None, typer.Option(help="Name of the array: the model's input; default: images.")] = None,
     input_range: Annotated[InputRange, typer.Option(help="Range of the array's values.")] = "0..1",
-    layout: Annotated[Literal["nchw", "nhwc"], typer.Option(help="Order of the array's axes.")] = "nchw",
-    channels: Annotated[Literal["3", "1"], typer.Option(help="3 for RGB, 1 for luma.")] = "3",
+    layout: Annotated[Literal["nchw", "nhwc"] | None, typer.Option(help="Order of the array's axes; default: nchw.")] = None,
+    channels: Annotated[Literal["3", "1"] | None, typer.Option(help="3 for RGB, 1 for luma; default: 3.")] = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     refresh: Refresh = False,
@@ -314,10 +332,14 @@ def prepare_calibration(
         raise ToolError("--resize takes whole images, --tile-size cuts them", remedy="give one of them")
     if not sources and not synthetic:
         raise ToolError("there is nothing to take samples from", remedy="name images, folders, videos or a CSV, or use --synthetic")
-    arrays = ArrayForm(input_name, layout, int(channels), input_range) if npz else None
+    name, form = _input(model) if model is not None else ("images", ImageForm("nchw", 3, None, None))
+    shape = ArrayForm(input_name or name, layout or form.layout, int(channels or form.channels), input_range)
     size = _size(resize)
+    if form.height and form.width and form.height != form.width and not (size or tile_size):
+        size = form.height, form.width
+    arrays = shape if npz else None
     wish = _Wish(
-        tile_size=None if size else tile_size or TILE_SIZE,
+        tile_size=None if size else tile_size or form.height or form.width or TILE_SIZE,
         resize=size,
         tiles_per_image=1 if size else tiles_per_image,
         max_samples=max_samples,
@@ -341,7 +363,7 @@ def prepare_calibration(
     missing = [path for path in read if not path.is_file()]
     given = len(found) + synthetic
     with new_folder(output):
-        pixels = (max(size) if size else wish.tile_size or TILE_SIZE) ** 2
+        pixels = max(size or (wish.tile_size or TILE_SIZE,)) ** 2
         require_disk(pixels * SAMPLE_BYTES * (max_samples + holdout), output, "write the samples")
         arguments: dict[str, object] = {**asdict(wish), "sources": [source.name for source in considered], "given": given}
         present = [path for path in read if path not in missing]
