@@ -117,7 +117,16 @@ def press_detector_onnx(session: nox.Session, model: str, samples: int) -> None:
     product = float_model.with_name(f"{float_model.stem}_int8.onnx")
     images = options.images or MODELS / "miniseal" / "samples"
     calibration = MODELS / f"{float_model.stem}_calibration"
-    wanted = ["--model", float_model, "--max-samples", str(samples), "--min-samples", str(min(samples, 8)), "--holdout", "2"]
+    wanted: list[str | Path] = [
+        "--model",
+        float_model,
+        "--max-samples",
+        str(samples),
+        "--min-samples",
+        str(min(samples, 8)),
+        "--holdout",
+        "2",
+    ]
     tool(session, "prepare_calibration", images, "-o", calibration, *wanted, "--refresh")
     tool(session, "quantize_onnx", float_model, "-o", product, "--mode", "static", "--calibration", calibration, "--refresh")
     tool(session, "verify", product, "-o", product.with_name(f"{product.stem}_onnx_verify.json"), "--refresh")
@@ -177,14 +186,16 @@ def press_superres(session: nox.Session, mode: str, precision: str, min_psnr: fl
     model = options.model or MODELS / "minisr" / "minisr_x2.onnx"
     product = MODELS / f"{model.stem}_{precision}.onnx"
     calibration = MODELS / f"{model.stem}_calibration"
-    cut = ["--model", model, *([] if options.model else ["--tile-size", "64"]), "--holdout", "8", "--refresh"]
+    cut: list[str | Path] = ["--model", model, *([] if options.model else ["--tile-size", "64"]), "--holdout", "8", "--refresh"]
     tool(session, "prepare_calibration", options.images or samples / "calibration", "-o", calibration, *cut)
-    given = ["--calibration", calibration] if mode == "static" else []
+    given: list[str | Path] = ["--calibration", calibration] if mode == "static" else []
     limit = f"--min-psnr={options.min_psnr}"
     tool(session, "quantize_onnx", model, "-o", product, "--mode", mode, *given, limit, "--refresh")
     tool(session, "verify", product, "-o", product.with_name(f"{product.stem}_verify.json"), "--refresh")
     found, page = (product.with_name(f"{product.stem}_{name}") for name in ("compare.json", "report.html"))
-    images = ["--images", calibration] if options.model else ["--images", samples / "small", "--truth", samples / "large"]
+    images: list[str | Path] = (
+        ["--images", calibration] if options.model else ["--images", samples / "small", "--truth", samples / "large"]
+    )
     limits = [limit, *([] if options.model else MINISR_LIMITS)]
     tool(session, "compare", model, product, *images, "-o", found, "--html", page, *limits, "--refresh")
 
@@ -355,7 +366,7 @@ def train_minisr(session: nox.Session) -> None:
     if session.posargs or not model.exists():
         session.run("python", "-m", "models.minisr.train", "-o", model, *session.posargs)
     session.run("python", "-m", "models.minisr.make_samples", "-o", samples, "--overwrite")
-    images = ["--images", samples / "small", "--truth", samples / "large"]
+    images: list[str | Path] = ["--images", samples / "small", "--truth", samples / "large"]
     shipped = MODELS / "minisr" / "minisr_x2.onnx"
     tool(session, "compare", shipped, model, *images, "-o", folder / "compare.json", "--refresh", *MINISR_LIMITS)
 

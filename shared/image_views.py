@@ -82,10 +82,9 @@ def _place(difference: NDArray[np.float32]) -> tuple[int, int]:
     size = min(WINDOW, *difference.shape)
     areas = sums[size:, size:] - sums[:-size, size:] - sums[size:, :-size] + sums[:-size, :-size]
     y, x = np.unravel_index(int(areas.argmax()), areas.shape)
-    return tuple(
-        int(np.clip(at + size // 2 - SIDE // 2, 0, max(length - SIDE, 0)))
-        for at, length in zip((y, x), difference.shape, strict=True)
-    )
+    places = ((int(y), difference.shape[0]), (int(x), difference.shape[1]))
+    top, left = (min(max(at + size // 2 - SIDE // 2, 0), max(length - SIDE, 0)) for at, length in places)
+    return top, left
 
 
 def _pixels(image: NDArray[np.floating]) -> Pixels:
