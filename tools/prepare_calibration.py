@@ -7,7 +7,6 @@ Static quantization is only as good as what it is calibrated with; what is held 
 """
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -152,22 +151,36 @@ def _candidates(number: int, picture: Picture, wish: _Wish) -> list[Candidate]:
     return [Candidate(number, picture.frame, box, look_at(wish.cut(picture.pixels, box)), picture.time_s) for box in boxes]
 
 
-def _split(candidates: list[Candidate], wish: _Wish, rng: np.random.Generator) -> tuple[list[Candidate], list[Candidate]]:
-    """Part what may be calibrated with from what may be held out: by source where there are some, else by picture."""
-    if not wish.holdout:
-        return candidates, []
+@dataclass(frozen=True)
+class _Parts:
+    """What was chosen to calibrate with, what to hold out, and how many near-duplicates were passed over."""
+
+    samples: list[Candidate]
+    holdout: list[Candidate]
+    duplicates: int
+
+
+def _choose(candidates: list[Candidate], wish: _Wish) -> _Parts:
+    """Choose samples and held-out ones from different sources, or pictures where sources are few; as few held out as will do."""
     by_source = len({candidate.source for candidate in candidates}) >= FEW_SOURCES
-    groups = sorted({(c.source, None) if by_source else (c.source, c.frame) for c in candidates}, key=str)
-    if len(groups) < 2:
+    group_of = {c.picture: (c.source, None) if by_source else c.picture for c in candidates}
+    groups = sorted(set(group_of.values()), key=str)
+    if wish.holdout and len(groups) == 1:
         got = "all samples come from one picture"
         raise ToolError("nothing can be held out", got=got, remedy="give more images or frames, or leave out --holdout")
-    share = wish.holdout / (wish.holdout + wish.max_samples)
-    capacity = wish.tiles_per_image * len({candidate.picture for candidate in candidates}) / len(groups)
-    count = min(max(1, round(share * len(groups)), math.ceil(wish.holdout / capacity)), max(1, len(groups) // 2))
-    held = {groups[place] for place in rng.permutation(len(groups))[:count]}
-    inside = [((c.source, None) if by_source else (c.source, c.frame)) in held for c in candidates]
-    pairs = list(zip(candidates, inside, strict=True))
-    return [c for c, is_held in pairs if not is_held], [c for c, is_held in pairs if is_held]
+    order = np.random.default_rng([wish.seed, len(candidates)]).permutation(len(groups))
+    most = len(groups) // 2 if wish.holdout else 0
+    count = min(max(1, round(wish.holdout / (wish.holdout + wish.max_samples) * len(groups))), most)
+    while True:
+        held = {groups[place] for place in order[:count]}
+        rng = np.random.default_rng([wish.seed, len(candidates), count])
+        free = [c for c in candidates if group_of[c.picture] not in held]
+        samples, duplicates = choose(free, wish.max_samples, wish.tiles_per_image, rng)
+        kept_out = [c for c in candidates if group_of[c.picture] in held]
+        holdout, more = choose(kept_out, wish.holdout, wish.tiles_per_image, rng, avoid=samples)
+        if len(holdout) >= wish.holdout or count >= most:
+            return _Parts(samples, holdout, duplicates + more)
+        count = min(2 * count, most)
 
 
 def _write_samples(
@@ -208,13 +221,11 @@ def _entry(name: str, digest: str, source: Source, candidate: Candidate, hashes:
 def _prepare(folder: Path, sources: Sequence[Source], given: int, wish: _Wish, draft: Path) -> Chosen:
     """Choose and write all samples, and the manifest to `draft`."""
     candidates, skipped = _look_at_all(sources, wish)
-    rng = np.random.default_rng([wish.seed, len(candidates)])
-    free, held = _split(candidates, wish, rng) if candidates else ([], [])
-    samples, duplicates = choose(free, wish.max_samples, wish.tiles_per_image, rng)
-    holdout, more = choose(held, wish.holdout, wish.tiles_per_image, rng, avoid=samples)
-    for what, chosen, least in (("samples", samples, wish.min_samples), ("held-out samples", holdout, min(1, wish.holdout))):
-        if len(chosen) < least:
-            got = f"{len(chosen)} of {len(sources)} sources ({_reasons(skipped)}{duplicates + more} near-duplicates)"
+    chosen = _choose(candidates, wish)
+    samples, holdout = chosen.samples, chosen.holdout
+    for what, part, least in (("samples", samples, wish.min_samples), ("held-out samples", holdout, min(1, wish.holdout))):
+        if len(part) < least:
+            got = f"{len(part)} of {len(sources)} sources ({_reasons(skipped)}{chosen.duplicates} near-duplicates)"
             remedy = "give more or larger images, raise --tiles-per-image, or lower --tile-size or --min-samples"
             raise ToolError(f"too few {what}", where=folder, got=got, expected=f"at least {least}", remedy=remedy)
     hashes = {str(source.path): artifacts.record(source.path).sha256 for source in sources if source.path is not None}
@@ -244,7 +255,7 @@ def _prepare(folder: Path, sources: Sequence[Source], given: int, wish: _Wish, d
     }
     draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     made_up = sum(entry["synthetic"] for part in entries.values() for entry in part)
-    return Chosen(given, len(sources), len(candidates), len(samples), len(holdout), duplicates + more, made_up, skipped)
+    return Chosen(given, len(sources), len(candidates), len(samples), len(holdout), chosen.duplicates, made_up, skipped)
 
 
 def _reasons(skipped: list[Skipped]) -> str:
