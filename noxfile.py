@@ -387,6 +387,13 @@ def bench_face_landmarker(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def bench_onnx(session: nox.Session) -> None:
+    """Measure each mode of quantize_onnx on several models; rewrites tests/onnx_modes.json and the README's table."""
+    install(session, "tests")
+    session.run("python", "-m", "tests.onnx_modes", *session.posargs)
+
+
+@nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Measure the guide's way and ours side by side; rewrites tests/bench.json and the README's table."""
     install(session, "tests")

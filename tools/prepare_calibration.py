@@ -180,7 +180,7 @@ def _choose(candidates: list[Candidate], wish: _Wish) -> _Parts:
         holdout, more = choose(kept_out, wish.holdout, wish.tiles_per_image, rng, avoid=samples)
         if len(holdout) >= wish.holdout or count >= most:
             return _Parts(samples, holdout, duplicates + more)
-        count = min(2 * count, most)
+        count = min(count + max(1, count // 4), most)
 
 
 def _write_samples(
@@ -223,9 +223,9 @@ def _prepare(folder: Path, sources: Sequence[Source], given: int, wish: _Wish, d
     candidates, skipped = _look_at_all(sources, wish)
     chosen = _choose(candidates, wish)
     samples, holdout = chosen.samples, chosen.holdout
-    for what, part, least in (("samples", samples, wish.min_samples), ("held-out samples", holdout, min(1, wish.holdout))):
-        if len(part) < least:
-            got = f"{len(part)} of {len(sources)} sources ({_reasons(skipped)}{chosen.duplicates} near-duplicates)"
+    for what, found, least in (("samples", samples, wish.min_samples), ("held-out samples", holdout, min(1, wish.holdout))):
+        if len(found) < least:
+            got = f"{len(found)} of {len(sources)} sources ({_reasons(skipped)}{chosen.duplicates} near-duplicates)"
             remedy = "give more or larger images, raise --tiles-per-image, or lower --tile-size or --min-samples"
             raise ToolError(f"too few {what}", where=folder, got=got, expected=f"at least {least}", remedy=remedy)
     hashes = {str(source.path): artifacts.record(source.path).sha256 for source in sources if source.path is not None}
