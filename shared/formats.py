@@ -1,5 +1,6 @@
 """What every model file tells, whatever its format: its kind, its files, its size, its metadata."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,11 +8,12 @@ from shared import onnx_graph, tflite
 
 Format = Literal["tflite", "onnx"]
 ONNX_SUFFIX = ".onnx"
+DRAFT = re.compile(r"\.\d+\.partial$")  # see `shared.artifacts.draft_beside`
 
 
 def format_of(path: Path) -> Format:
-    """Return a model file's format by its name; a draft's name ends otherwise but holds the product's."""
-    return "onnx" if ONNX_SUFFIX in path.suffixes else "tflite"
+    """Return a model file's format by its name; a draft's is the name of what it will be, with more behind it."""
+    return "onnx" if DRAFT.sub("", path.name).endswith(ONNX_SUFFIX) else "tflite"
 
 
 def check_is_model(path: Path) -> None:

@@ -73,5 +73,5 @@ def _why_left(op: OnnxOp, wanted: Settings, reasons: Mapping[str, str]) -> str:
     if wanted.mode == "fp16":
         return "float16 is not safe or not known for this op"
     if op.op_type not in wanted.op_types:
-        return "no op type with quantized weights; --op-type adds it where ONNX Runtime can"
+        return "not among the op types to quantize, see --op-type"
     return "ONNX Runtime's quantizer left it"

@@ -17,7 +17,7 @@ from shared.errors import ToolError, first_line
 METADATA_KEY = "edgepress"  # of metadata_props
 MAX_PROTOBUF_BYTES = 2**31 - 1
 MAX_METADATA_BYTES = 2**16
-LONGEST_CONSTANT = 64  # elements of an unnamed operand that counts as shape or axis, not as weights
+SIZES = ("Resize", "Upsample")  # ops whose constant operands say how large, and are no weights
 FLOAT16 = 10  # of onnx.TensorProto.DataType
 FLOAT_TYPES = {"FLOAT", "FLOAT16", "DOUBLE", "BFLOAT16"}
 Model = Any  # onnx.ModelProto; the package has no stubs that mypy would follow
@@ -177,7 +177,7 @@ def read_ops(model: Model) -> list[OnnxOp]:
             constants[node.output[0]] = found[0]
     ops = []
     for number, node in enumerate(model.graph.node):
-        held = [(name, constants[name]) for name in node.input if name in constants]
+        held = [(name, constants[name]) for name in node.input if name in constants and node.op_type not in SIZES]
         weights = {name: tensor for name, tensor in held if is_weight(tensor)}
         largest = max(weights.values(), key=tensor_bytes, default=None)
         ops.append(
@@ -199,11 +199,11 @@ def node_name(node: Any, number: int) -> str:
 
 
 def is_weight(tensor: Any) -> bool:
-    """Return whether a constant holds numbers that could be made smaller: floats, or 8 bits and fewer already."""
+    """Return whether a constant holds several numbers that could be made smaller: floats, or 8 bits and fewer already."""
     import onnx
 
     kind = onnx.TensorProto.DataType.Name(tensor.data_type)
-    return kind in FLOAT_TYPES or (kind in ("INT8", "UINT8", "INT4", "UINT4") and math.prod(tensor.dims) > 1)
+    return kind in (*FLOAT_TYPES, "INT8", "UINT8", "INT4", "UINT4") and math.prod(tensor.dims) > 1
 
 
 def tensor_bytes(tensor: Any) -> int:

@@ -125,7 +125,8 @@ class PressedOnnx:
         for model in self.models:
             latency = "-" if model.median_ms is None else f"{model.median_ms:.2f} ms"
             answers = model.error or ("reference" if model.fidelity is None else str(model.fidelity))
-            models.add_row(model.label, size_text(model.size_bytes), latency, answers, "product" if model.is_chosen else "")
+            size = size_text(model.size_bytes) if model.size_bytes else "-"
+            models.add_row(model.label, size, latency, answers, "product" if model.is_chosen else "")
         yield models
         yield from self.sentences()
         if self.gates:

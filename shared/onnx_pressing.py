@@ -1,7 +1,7 @@
 """The way of one ONNX model through quantize_onnx: repaired, calibrated, quantized, and measured before anyone gets it."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,7 +19,7 @@ from shared.machine import GIB, MIB, available_memory_bytes, cpu_count, require_
 from shared.onnx_coverage import measure_coverage
 from shared.onnx_graph import OnnxOp, declared_range, read_model, read_ops
 from shared.onnx_pressed import PressedOnnx, Timed
-from shared.onnx_repair import Repairs
+from shared.onnx_repair import DATA, Repairs
 from shared.onnx_search import find_kept
 from shared.onnx_settings import LAYERS, Settings
 from shared.runtime import ModelSource, TensorSpec, image_input, memory_need_bytes, open_model, sample_inputs
@@ -120,6 +120,7 @@ class OnnxQuantizer:
         self._reference: list[list[Any]] = []
         self._image_peak: float | None = None
         self._child: Child | None = None
+        self._failed: list[Timed] = []
         self._static_form: tuple[Path, tuple[str, ...]] | None = None
 
     def press(self, draft: Path) -> PressedOnnx:
@@ -203,8 +204,10 @@ class OnnxQuantizer:
         declared = declared_range(self._source)
         is_image = image_input(self._inputs) is not None and bool(outputs) and image_form(outputs[0].shape) is not None
         given = self._wish.samples
-        chosen = choose_range(self._wish.input_range, declared, given.path if given else self._source) or "0..1"
-        low, high = RANGES[chosen]
+        known = choose_range(self._wish.input_range, declared, given.path if given else self._source)
+        assumes = known is None and image_input(self._inputs) is not None and given is not None and given.path.suffix != ".npz"
+        chosen: InputRange | None = "0..1" if assumes else known
+        low, high = RANGES[chosen or "0..1"]
         self._image_peak = high - low if is_image else None
         if self._wish.min_psnr is not None and not is_image:
             raise ToolError("--min-psnr is for models that make images", where=self._source, remedy="use --min-cosine")
@@ -212,7 +215,7 @@ class OnnxQuantizer:
         if given is not None:
             self._calibration = replace(given, input_range=chosen)
             with step("check the samples"):
-                count = self._calibration.check(self._inputs, RANGES[chosen])
+                count = self._calibration.check(self._inputs, RANGES[chosen] if chosen else None)
         held = self._held_set(chosen)
         if held is None:
             number = 1 if size_bytes(self._float) > LARGE_BYTES else SEEDED
@@ -225,12 +228,11 @@ class OnnxQuantizer:
                 if held.path != (given.path if given else None) or held.part == "holdout"
                 else "that were calibrated with, too"
             )
-        if given is None or self._wish.input_range or declared or image_input(self._inputs) is None:
-            return count
-        self._measured_on += f"; pixels taken as {chosen}, say --input-range if the model wants another range"
+        if assumes:
+            self._measured_on += f"; pixels taken as {chosen}, say --input-range if the model wants another range"
         return count
 
-    def _held_set(self, chosen: InputRange) -> CalibrationSet | None:
+    def _held_set(self, chosen: InputRange | None) -> CalibrationSet | None:
         most = 2 if size_bytes(self._float) > LARGE_BYTES else COMPARED
         if self._wish.holdout is not None:
             return replace(self._wish.holdout, input_range=chosen, most=most)
@@ -249,16 +251,30 @@ class OnnxQuantizer:
         if not wish.is_auto and settings.mode != "static":
             yield self._quantized(settings, kept)
             return
-        if wish.is_auto:
-            for mode in ("dynamic", "fp16"):
-                yield self._quantized(replace(settings, mode=mode), kept)
-        if self._calibration is None:
-            if not wish.is_auto:
-                remedy = "give --calibration FOLDER of images, .npz or manifest; prepare_calibration makes one"
-                raise ToolError("static quantization needs a calibration set", where=self._source, remedy=remedy)
-            return
         static = replace(settings, mode="static")
+        if wish.is_auto:
+            yield from self._each_mode(settings, static, kept)
+            return
+        if self._calibration is None:
+            remedy = "give --calibration FOLDER of images, .npz or manifest; prepare_calibration makes one"
+            raise ToolError("static quantization needs a calibration set", where=self._source, remedy=remedy)
         yield self._searched(static, kept) if wish.has_limits() else self._quantized(static, kept)
+
+    def _each_mode(self, settings: Settings, static: Settings, kept: dict[str, str]) -> Iterator[_Candidate]:
+        """Yield a candidate of each mode; one that cannot be made is noted with its reason."""
+        ways: dict[str, Callable[[], _Candidate]] = {
+            "dynamic": lambda: self._quantized(replace(settings, mode="dynamic"), kept),
+            "fp16": lambda: self._quantized(replace(settings, mode="fp16"), kept),
+        }
+        if self._calibration is not None:
+            ways["static"] = lambda: self._searched(static, kept)
+        else:
+            self._failed.append(Timed("static", 0, error="not tried without --calibration"))
+        for mode, make in ways.items():
+            try:
+                yield make()
+            except ToolError as error:
+                self._failed.append(Timed(mode, 0, error=str(error).removeprefix(f"{self._source}: ")))
 
     def _searched(self, settings: Settings, kept: dict[str, str]) -> _Candidate:
         """Return a static model inside the limits, with as few layers in float as it takes."""
@@ -376,19 +392,19 @@ class OnnxQuantizer:
         if isinstance(reference, ChildError):
             raise ToolError("the model does not run", where=self._source, got=reference)
         self._reference = reference.outputs
-        models = [self._timed(label, path, one) for (label, path), one in zip(compared, shown, strict=True)]
-        tried = list(zip(candidates, models[place + 1 :], strict=True))
+        models = [self._timed(label, path, one) for (label, path), one in zip(compared, shown, strict=True)] + self._failed
+        tried = list(zip(candidates, models[place + 1 :], strict=False))
         running = [(model.median_ms, candidate) for candidate, model in tried if model.median_ms is not None and model.fidelity]
         if not running:
             raise ToolError(
                 "the quantized model does not run; nothing was kept",
                 where=self._source,
-                got="; ".join(f"{model.label}: {model.error}" for _, model in tried),
+                got="; ".join(f"{model.label}: {model.error}" for model in models[place + 1 :]),
             )
         if self._wish.is_auto:
             running = [(ms, c) for (ms, c) in running if self._wish.keeps(_fidelity_of(models, c))]
             if not running:
-                got = "; ".join(f"{model.label}: {model.fidelity or model.error}" for _, model in tried)
+                got = "; ".join(f"{model.label}: {model.fidelity or model.error}" for model in models[place + 1 :])
                 remedy = "lower the limit" if self._calibration else "give --calibration, so that static models can be tried"
                 raise ToolError("no mode keeps the limits", where=self._source, got=got, remedy=remedy)
         chosen = min(running, key=lambda found: found[0])[1]
@@ -404,11 +420,11 @@ class OnnxQuantizer:
         return Timed(label, size, shown.measured.median_ms, fidelity, error=error)
 
     def _place(self, made: Path, draft: Path) -> None:
-        """Copy a product to its draft; weights beside it are not renamed, as the model refers to them."""
-        files = model_files(made)
-        if len(files) > 1:
-            raise ToolError("the quantized model is larger than 2 GiB", where=self._source, remedy="quantize more of its layers")
+        """Copy a product to its draft, and weights in a file of their own to where `name_weights` looks for them."""
+        _, *data = model_files(made)
         shutil.copyfile(made, draft)
+        for file in data:
+            shutil.copyfile(file, draft.with_name(f"{draft.name}{DATA}"))
 
 
 def _given(sample: Sample, _: list[TensorSpec]) -> Sample:

@@ -53,13 +53,10 @@ class Layer:
         return int(reply["corrected"])
 
     def shift(self, axis: int) -> float:
-        """Return the mean over output channels, the axis, of how far their means moved."""
-        moved = np.stack([answer(self.folder / QUANTIZED, **feed)[0] - answer(self.source, **feed)[0] for feed in self.samples])
-        return float(
-            np.abs(
-                np.moveaxis(moved, axis + 1 if axis >= 0 else axis, 0).reshape(moved.shape[axis + (axis >= 0)], -1).mean(1)
-            ).mean()
-        )
+        """Return how far the means of the output channels, along an axis, have moved on average."""
+        moved = [answer(self.folder / QUANTIZED, **feed)[0] - answer(self.source, **feed)[0] for feed in self.samples]
+        by_channel = np.moveaxis(np.concatenate(moved), axis, 0)
+        return float(np.abs(by_channel.reshape(len(by_channel), -1).mean(axis=1)).mean())
 
 
 def conv(folder: Path, groups: int = 1) -> Layer:

@@ -22,7 +22,7 @@ from shared.cli import Overwrite, Refresh, Threads, run, size_text
 from shared.errors import ToolError
 from shared.formats import model_files
 from shared.machine import cpu_name, require_disk
-from shared.onnx_graph import check_is_onnx, external_files, read_model, read_ops
+from shared.onnx_graph import check_is_onnx, external_files, name_weights, read_model, read_ops
 from shared.onnx_pressed import SLOWER, PressedOnnx
 from shared.onnx_pressing import OnnxQuantizer, OnnxWish
 from shared.onnx_ranges import CalibrationMethod
@@ -217,6 +217,7 @@ def quantize_onnx(
             found = _gated(OnnxQuantizer(model, wish, folder).press(draft), limits)
             if not found.ok:
                 raise _LimitBrokenError(found)
+            name_weights(draft, output)
             return found
 
         arguments = {
