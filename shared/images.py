@@ -148,11 +148,11 @@ def seeded_image(size: int, rng: np.random.Generator) -> Image:
 
 
 def image_layout(shape: tuple[int, ...]) -> tuple[str, int] | None:
-    """Return layout ('nchw' or 'nhwc') and size of a square RGB image input, or None for any other shape."""
+    """Return layout ('nchw' or 'nhwc') and size of a square RGB image input, or None for any other shape; a batch may be free, -1."""
     match shape:
-        case (1, 3, height, width) if height == width:
+        case (1 | -1, 3, height, width) if height == width > 0:
             return "nchw", height
-        case (1, height, width, 3) if height == width:
+        case (1 | -1, height, width, 3) if height == width > 0:
             return "nhwc", height
     return None
 

@@ -1,5 +1,6 @@
 """The way of one ONNX model through quantize_onnx: repaired, calibrated, quantized, and measured before anyone gets it."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from shared.onnx_pressed import PressedOnnx, Timed
 from shared.onnx_repair import DATA, Repairs
 from shared.onnx_search import find_kept
 from shared.onnx_settings import LAYERS, Settings
+from shared.range_cache import RangeCache, key_of
 from shared.runtime import ModelSource, TensorSpec, image_input, memory_need_bytes, open_model, sample_inputs
 from shared.trials import Inputs, Protocol, Shown, run_trials
 
@@ -62,6 +64,7 @@ class OnnxWish:
         min_psnr: Least PSNR in dB, over all samples.
         min_cosine: Least cosine of the worst sample.
         threads: Threads of the runtime.
+        range_cache: Where ranges of activations are kept for later runs.
     """
 
     settings: Settings
@@ -75,6 +78,7 @@ class OnnxWish:
     min_psnr: float | None = None
     min_cosine: float | None = None
     threads: int | None = None
+    range_cache: Path | None = None
 
     def has_limits(self) -> bool:
         """Whether the answers have a limit to keep."""
@@ -327,12 +331,25 @@ class OnnxQuantizer:
 
     def _ranges(self, settings: Settings) -> Path:
         target = self._folder / f"ranges_{settings.method}.json"
-        if not target.exists():
-            with step(f"calibrate ({settings.method})"):
-                self._work(
-                    "ranges", model=str(self._spelled()[0]), target=str(target), settings=asdict(settings), **self._sent_samples()
-                )
+        if target.exists():
+            return target
+        if self._wish.range_cache is None:
+            self._find_ranges(settings, target)
+            return target
+        cache, given = RangeCache(self._wish.range_cache), self._calibration
+        assert given is not None
+        key = key_of(self._source, given, settings.method, settings.op_types)
+        if (known := cache.get(key)) is None:
+            self._find_ranges(settings, target)
+            cache.put(key, json.loads(target.read_text(encoding="utf-8")))
+        else:
+            target.write_text(json.dumps(known), encoding="utf-8")
         return target
+
+    def _find_ranges(self, settings: Settings, target: Path) -> None:
+        model = str(self._spelled()[0])
+        with step(f"calibrate ({settings.method})"):
+            self._work("ranges", model=model, target=str(target), settings=asdict(settings), **self._sent_samples())
 
     def _spelled(self) -> tuple[Path, tuple[str, ...]]:
         """Return the model in the form for static quantization, and which of its nodes must stay in float."""

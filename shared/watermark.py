@@ -108,7 +108,7 @@ class WatermarkDetector:
     Message length, layout and image size come from the model itself. Images are stretched to its size, whatever their proportions.
 
     Args:
-        model_path: A .tflite model, or a checkpoint (.pth, .safetensors), run in torch.
+        model_path: A .tflite or .onnx model, or a checkpoint (.pth, .safetensors), run in torch.
         card: Model card of a checkpoint: a name such as `miniseal`, or a path to a .toml file.
         nbits: Message length of a model without edgepress's metadata.
         threads: Threads of the runtime; all CPUs when None.

@@ -6,6 +6,7 @@ Example:
 Source: onnxruntime.quantization, https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html (1.31)
 """
 
+import os
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from shared.onnx_pressing import OnnxQuantizer, OnnxWish
 from shared.onnx_ranges import CalibrationMethod
 from shared.onnx_settings import LAYERS, PASSING, Form, IntegerType, Settings
 from shared.pressed import GateKept
+from shared.range_cache import RangeCache
 
 PACKAGES = ("onnx", "onnxruntime", "numpy", "pillow")
 ModeName = Literal["dynamic", "static", "fp16", "auto"]
@@ -108,7 +110,7 @@ def _message(found: PressedOnnx, product: Product) -> str:
 
 def _require_sense(mode: ModeName, options: dict[str, object]) -> None:
     """Raise ToolError for options that would do nothing, or contradict each other."""
-    static = ("form", "activation_type", "calibration_method", "symmetric_activations")
+    static = ("range_cache", "form", "activation_type", "calibration_method", "symmetric_activations")
     if mode in ("dynamic", "fp16"):
         idle = [name for name in static if options[name]]
         if mode == "fp16":
@@ -123,6 +125,15 @@ def _require_sense(mode: ModeName, options: dict[str, object]) -> None:
     for name in ("input_range", "samples", "holdout"):
         if options[name] is not None and options["calibration"] is None:
             raise ToolError(f"--{name.replace('_', '-')} does nothing without --calibration", remedy="leave it out, or add that")
+
+
+def _require_cache_free(cache: Path, others: list[Path]) -> None:
+    """Raise ToolError where the cache would replace another file, or can't be written."""
+    require_disk(0, cache.parent, "write the range cache")
+    sides = [*others, *map(artifacts.provenance_path, others)]
+    if os.path.realpath(cache) in {os.path.realpath(path) for path in sides}:
+        raise ToolError("the range cache would replace another file of this run", where=cache, remedy="choose another name")
+    RangeCache(cache)
 
 
 def quantize_onnx(
@@ -142,6 +153,9 @@ def quantize_onnx(
     input_range: Annotated[InputRange | None, typer.Option(help="Range of the model's image input; default: 0..1.")] = None,
     calibration_method: Annotated[
         CalibrationMethod | None, typer.Option(help="How ranges are found; default: minmax, or with limits the better one.")
+    ] = None,
+    range_cache: Annotated[
+        Path | None, typer.Option(help="Keep ranges of activations in this file, and take them from it where they are known.")
     ] = None,
     form: Annotated[Form | None, typer.Option("--format", help="Of static models; default: qdq.")] = None,
     activation_type: Annotated[
@@ -203,6 +217,7 @@ def quantize_onnx(
         min_psnr=min_psnr,
         min_cosine=min_cosine,
         threads=threads,
+        range_cache=range_cache,
     )
     output = output or model.with_name(f"{model.stem}_{mode}.onnx")
     if output.suffix != ".onnx":
@@ -210,6 +225,8 @@ def quantize_onnx(
     limits = {"coverage": require_coverage, "speedup": min_speedup, "psnr": min_psnr, "cosine": min_cosine}
     read = [*model_files(model), *(file for given in (wish.samples, wish.holdout) if given for file in given.files())]
     require_disk(0, output.parent, "write the quantized model")
+    if range_cache is not None:
+        _require_cache_free(range_cache, [output, *read])
 
     with artifacts.workspace() as folder:
 
