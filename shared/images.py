@@ -148,7 +148,7 @@ def seeded_image(size: int, rng: np.random.Generator) -> Image:
 
 
 def image_layout(shape: tuple[int, ...]) -> tuple[str, int] | None:
-    """Return layout ('nchw' or 'nhwc') and size of a square RGB image input, or None for any other shape; a batch may be free, -1."""
+    """Return layout ('nchw' or 'nhwc') and size of a square RGB image input, or None for another shape; a batch may be free, -1."""
     match shape:
         case (1 | -1, 3, height, width) if height == width > 0:
             return "nchw", height
