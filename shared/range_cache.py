@@ -1,4 +1,4 @@
-"""Ranges of activations that were found before, kept in a file of the user's choice: for the same model, samples and method only."""
+"""Ranges of activations that were found before, in a file of the user's choice: for the same model, samples and method."""
 
 import hashlib
 import json

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 
 import noxfile
 from models.face_landmarker.check import check
 from shared.cards import load_card
-from tests import bench, demo, face_landmarker
+from tests import bench, demo, face_landmarker, onnx_modes
 from tests.conftest import ROOT, Miniseal, Run
 from tests.test_recipes import SESSIONS
 
@@ -141,7 +142,7 @@ def test_the_demos_product_kept_its_gates() -> None:
 
 def test_the_python_snippets_of_the_readme_name_what_exists() -> None:
     snippets = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     for snippet in snippets:
         for module, names in re.findall(r"^from (\S+) import (.+)$", snippet, re.MULTILINE):
             for name in names.split(", "):
@@ -160,6 +161,31 @@ def test_the_snippet_that_reads_watermarks_runs(
     marked, unmarked = capsys.readouterr().out.splitlines()
     assert marked.startswith("True 0.99")
     assert unmarked.startswith("False")
+
+
+def test_the_figures_of_the_onnx_modes_are_the_measured_ones() -> None:
+    results = json.loads(onnx_modes.RESULTS.read_text())
+    assert onnx_modes.fill(README, results) == README
+    assert onnx_modes.render(results) in README
+
+
+def test_what_the_readme_says_of_the_onnx_modes_is_what_was_measured() -> None:
+    for model in json.loads(onnx_modes.RESULTS.read_text()):
+        rows = {row["mode"]: row for row in model["rows"]}
+        assert rows["static"]["speedup"] > 1, model["title"]
+        if "dynamic" in rows:
+            assert rows["dynamic"]["speedup"] < 1, model["title"]
+            assert rows["fp16"]["size_bytes"] < 0.6 * rows["float32"]["size_bytes"], model["title"]
+
+
+def test_the_snippet_that_enlarges_an_image_runs() -> None:
+    (snippet,) = re.findall(r"```python\n(import numpy as np\nimport onnxruntime.+?)```", README, re.DOTALL)
+    product = "models/minisr_x2_int8.onnx"
+    assert product in snippet
+    model = ROOT / "models" / "minisr" / "minisr_x2.onnx"
+    names: dict[str, Any] = {}
+    exec(snippet.replace(product, str(model)), names)  # noqa: S102 - our own text
+    assert names["larger"].shape == (1, 3, 240, 320)
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "DECISIONS.md", ".ci/run"])

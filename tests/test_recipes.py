@@ -12,7 +12,9 @@ from tests.conftest import ROOT
 
 SESSIONS = nox.registry.get()
 RECIPES = [name for name, session in SESSIONS.items() if "recipe" in session.tags]
-PRESSING = [name for name in RECIPES if name not in {"demo", "face_landmarker_int8"}]  # a checkpoint to one precision
+SUPERRES = ["superres_int8", "superres_fp16"]
+ONNX = [name for name in RECIPES if "_onnx_" in name]
+PRESSING = [name for name in RECIPES if name not in {"demo", "face_landmarker_int8", *SUPERRES, *ONNX}]  # a checkpoint to TFLite
 
 
 class FakeSession:
@@ -49,8 +51,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_promised_sessions_are_there() -> None:
     detectors = {"demo", "chunkyseal_int8", "chunkyseal_fp16", "videoseal_int8", "videoseal_fp16", "pixelseal_int8"}
-    assert set(RECIPES) == {*detectors, "face_landmarker_int8"}
-    assert {"tests", "lint", "typecheck", "bench", "bench_demo", "train_miniseal", *noxfile.TOOLS} <= SESSIONS.keys()
+    assert set(RECIPES) == {*detectors, "face_landmarker_int8", *SUPERRES, "videoseal_onnx_int8", "chunkyseal_onnx_int8"}
+    training = {"train_miniseal", "train_minisr"}
+    assert {"tests", "lint", "typecheck", "bench", "bench_demo", "bench_onnx", *training, *noxfile.TOOLS} <= SESSIONS.keys()
 
 
 def test_only_lint_and_tests_run_by_default() -> None:
@@ -91,6 +94,71 @@ def test_without_a_checkpoint_a_recipe_is_a_rehearsal_through_all_steps(name: st
     assert all("--refresh" in command for command in session.commands)
     assert session.warnings
     assert session.warnings[0].startswith("REHEARSAL")
+
+
+@pytest.mark.parametrize("name", ONNX)
+def test_an_onnx_recipe_calibrates_and_ends_in_the_gates_of_its_card(name: str, project: Path) -> None:
+    session = FakeSession("--images", "faces")
+    SESSIONS[name].func(session)  # type: ignore[arg-type]
+    steps = [command[2].removeprefix("tools.") for command in session.commands]
+    assert steps == ["extract_weights", "convert_detector", "prepare_calibration", "quantize_onnx", "verify", "compare"]
+    _, convert, prepare, quantize, verify, compare = session.commands
+    model, product = convert[convert.index("-o") + 1], quantize[quantize.index("-o") + 1]
+    assert model.endswith("_rehearsal_256.onnx")
+    assert product.endswith("_rehearsal_256_int8.onnx")
+    assert "faces" in prepare
+    assert quantize[quantize.index("--calibration") + 1] == prepare[prepare.index("-o") + 1]
+    assert product in verify
+    assert compare[3:5] == [model, product]
+    limits = load_card(name.partition("_")[0]).gates["onnx_int8"]
+    assert f"--max-size-mb={limits.max_size_mb:g}" in compare
+    assert f"--min-cosine={limits.min_cosine}" in compare
+    assert session.warnings[0].startswith("REHEARSAL")
+    written = [command[command.index("-o") + 1] for command in session.commands]
+    tflite = FakeSession()
+    SESSIONS[name.replace("_onnx", "")].func(tflite)  # type: ignore[arg-type]
+    assert set(written[1:]).isdisjoint(command[command.index("-o") + 1] for command in tflite.commands)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("superres_int8", "static"), ("superres_fp16", "fp16")])
+def test_a_super_resolution_recipe_measures_minisr_against_the_truth(name: str, mode: str, project: Path) -> None:
+    session = FakeSession()
+    SESSIONS[name].func(session)  # type: ignore[arg-type]
+    steps = [command[2].removeprefix("tools.") for command in session.commands]
+    assert steps == ["prepare_calibration", "quantize_onnx", "verify", "compare"]
+    prepare, quantize, _, compare = session.commands
+    assert quantize[quantize.index("--mode") + 1] == mode
+    assert ("--calibration" in quantize) == (mode == "static")
+    assert compare[compare.index("--images") + 1] != prepare[3]  # not what was calibrated with
+    assert compare[compare.index("--truth") + 1] == "models/minisr/samples/large"
+    assert {"--min-psnr-gain=0.5", "--max-psnr-drop=0.3"} <= set(compare)
+    assert all("--refresh" in command for command in session.commands)
+
+
+def test_a_super_resolution_recipe_takes_your_model_and_images(project: Path) -> None:
+    session = FakeSession("--model", "mine.onnx", "--images", "photos", "--min-psnr", "36")
+    SESSIONS["superres_int8"].func(session)  # type: ignore[arg-type]
+    prepare, quantize, _, compare = session.commands
+    assert prepare[3] == "photos"
+    assert prepare[prepare.index("--model") + 1] == "mine.onnx"
+    assert "--min-psnr=36.0" in quantize
+    assert "--min-psnr=36.0" in compare
+    assert compare[compare.index("--images") + 1] == prepare[prepare.index("-o") + 1]
+    assert "--truth" not in compare
+    with pytest.raises(SystemExit, match="neither"):
+        SESSIONS["superres_int8"].func(FakeSession("--model", "mine.onnx"))  # type: ignore[arg-type]
+
+
+def test_minisr_is_checked_against_the_shipped_one_after_training(project: Path) -> None:
+    session = FakeSession("--steps", "9")
+    SESSIONS["train_minisr"].func(session)  # type: ignore[arg-type]
+    assert [command[2].rpartition(".")[2] for command in session.commands] == ["train", "make_samples", "compare"]
+    assert "--min-psnr-gain=0.5" in session.commands[-1]
+    (project / "models" / "minisr_retrained").mkdir()
+    (project / "models" / "minisr_retrained" / "minisr_x2.onnx").touch()
+    again = FakeSession()
+    SESSIONS["train_minisr"].func(again)  # type: ignore[arg-type]
+    assert len(again.commands) == 2
 
 
 def test_with_extracted_weights_it_is_the_real_thing(project: Path) -> None:
