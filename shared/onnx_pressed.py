@@ -11,6 +11,7 @@ from shared.coverage import OpLeft, OpTypeCoverage
 from shared.fidelity import Fidelity
 from shared.pressed import GateKept, coverage_table, gate_table, left_tables, size_sentence
 
+ORIGINAL, FLOAT = "original", "float32"  # labels of the model as it came, and repaired
 SLOWER = 1.05  # times the repaired model's latency: from here on it is said, and why
 WHY_SLOWER = {
     "dynamic": "ONNX Runtime finds the range of every activation at each run and has no fast convolution for what comes of it; "
@@ -26,7 +27,7 @@ class Timed:
     """What one model showed beside the others.
 
     Args:
-        label: `original`, `float32` (repaired), or a mode.
+        label: ORIGINAL, FLOAT, or a mode.
         size_bytes: Size with all its files.
         median_ms: Median latency, in turns with the others.
         fidelity: Its answers against the repaired float32 model's; None for that one.
@@ -101,7 +102,7 @@ class PressedOnnx:
     @property
     def speedup(self) -> float | None:
         """The repaired float32 model's latency over the product's; None where one was not measured."""
-        before = self._latency("float32")
+        before = self._latency(FLOAT)
         after = self.product.median_ms if self.product else None
         return before / after if before and after else None
 
@@ -113,7 +114,7 @@ class PressedOnnx:
         speedup = self.speedup
         if speedup is None:
             return "NOT MEASURED beside float32"
-        before, after = self._latency("float32"), self.product.median_ms if self.product else None
+        before, after = self._latency(FLOAT), self.product.median_ms if self.product else None
         text = f"latency {before:.2f} -> {after:.2f} ms, {speedup:.2f} times as fast as float32"
         return f"SLOWER: {text}: {WHY_SLOWER[self.mode]}" if speedup * SLOWER < 1 else text
 
@@ -136,7 +137,7 @@ class PressedOnnx:
         """Yield in sentences what a table would not hold."""
         yield size_sentence(self.name, self.size_before_bytes, self.size_after_bytes, self.coverage)
         if self.repairs:
-            original, repaired = self._latency("original"), self._latency("float32")
+            original, repaired = self._latency(ORIGINAL), self._latency(FLOAT)
             is_gain = original and repaired and original > SLOWER * repaired
             gain = f"; that alone makes it {original / repaired:.2f} times as fast" if original and repaired and is_gain else ""
             yield f"repaired first: {self.repairs}{gain}"

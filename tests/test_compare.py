@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 from PIL import Image
@@ -17,12 +18,19 @@ from shared import artifacts, trials
 from shared.artifacts import Plan
 from shared.child import ChildError
 from shared.errors import ToolError
+from shared.image_quality import bicubic_scores
 from shared.report import Page
-from shared.runtime import Model, ModelSource, open_model
+from shared.robustness import image_input
+from shared.runtime import Model, ModelSource, TensorSpec, open_model
 from shared.trials import Measured, Shown
 from tests.conftest import REALDATA, ROOT, Miniseal, Run, Small
+from tests.small_onnx import save
+from tests.test_shared_report import parse
 from tools import compare as module
 from tools.compare import compare
+from tools.convert_detector import convert_detector
+from tools.prepare_calibration import prepare_calibration
+from tools.quantize_onnx import quantize_onnx
 from tools.quantize_tflite import quantize_tflite
 
 
@@ -163,7 +171,7 @@ def shown(value: float, takes: str = "float32 image of 64 pixels") -> Shown:
 
 def task_of(products: dict[str, Path], files: list[Path] | None = None) -> module._Task:
     sources = [ModelSource(products["none"]), ModelSource(products["int8"])]
-    return module._Task(sources, 0, 32, [], 1, 1, files or [], [], [None])
+    return module._Task(sources, 0, 32, [], 1, 1, files or [], [], [], [None])
 
 
 def test_nan_in_a_candidate_is_a_failed_check(products: dict[str, Path]) -> None:
@@ -239,6 +247,7 @@ def damaged(miniseal: Miniseal, tmp_path_factory: pytest.TempPathFactory) -> Pat
 LARGE_WEIGHTS = 4096  # bytes; in this model only int8 weights are
 ACCURACY_LIMITS = {"min_bit_accuracy": 0.999, "min_auc": 0.995, "max_accuracy_drop": 0.005}
 OTHER_LIMITS = {"min_cosine": 0.999, "min_bit_agreement": 0.99, "min_speedup": 0.01, "max_size_mb": 1.0, "max_latency_ms": 1e4}
+IMAGE_GATES = ("min_psnr", "min_ssim", "max_psnr_drop", "min_psnr_gain")  # tripped further below
 BEYOND = {"min_speedup": 1e4, "max_size_mb": 0.01, "max_latency_ms": 1e-4}
 
 
@@ -262,7 +271,8 @@ def test_every_gate_passes_a_sound_model_and_trips_on_a_damaged_one(miniseal: Mi
     broken = gates(damaged, ACCURACY_LIMITS | OTHER_LIMITS | BEYOND)
     assert broken == dict.fromkeys(sound, False)
     options = set(inspect.signature(compare).parameters)
-    assert {name for name in options if name.startswith(("min_", "max_"))} == {name.partition(" ")[0] for name in sound}
+    of_detectors = {name.partition(" ")[0] for name in sound}
+    assert {name for name in options if name.startswith(("min_", "max_"))} == of_detectors | set(IMAGE_GATES)
 
 
 def test_the_demos_compare_exits_1_on_a_damaged_model_and_says_why(miniseal: Miniseal, damaged: Path, run_tool: Run) -> None:
@@ -416,3 +426,277 @@ def test_a_quantized_twin_with_integer_inputs_is_told_apart() -> None:
     ).findings.candidates[0]
     assert candidate.error is not None
     assert "it takes int8" in candidate.error
+
+
+ADDED = 10  # grey levels that `brighter` adds
+MISSING = 4  # grey levels by which the truth is brighter than the reference makes it
+
+
+def write_enlarger(path: Path, *, added: float = 0, scale: float = 2, is_nhwc: bool = False) -> Path:
+    """Write a model that repeats pixels, `scale` times as many each way, and adds grey levels; images of any size."""
+    inner, shape = "image", ("n", 3, "h", "w")
+    nodes = []
+    if is_nhwc:
+        nodes.append(onnx.helper.make_node("Transpose", ["image"], ["nchw"], perm=[0, 3, 1, 2]))
+        inner, shape = "nchw", ("n", "h", "w", 3)
+    how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    nodes.append(onnx.helper.make_node("Resize", [inner, "", "scales"], ["large"], **how))
+    nodes.append(onnx.helper.make_node("Add", ["large", "added"], ["sum" if is_nhwc else "made"]))
+    if is_nhwc:
+        nodes.append(onnx.helper.make_node("Transpose", ["sum"], ["made"], perm=[0, 2, 3, 1]))
+    made = [size if size in ("n", 3) else f"{size}2" for size in shape]
+    weights = {"scales": np.array([1, 1, scale, scale], np.float32), "added": np.float32(added / 255).reshape(1)}
+    return save(path, nodes, {"image": shape}, {"made": made}, weights)
+
+
+@pytest.fixture(scope="module")
+def enlargers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models that make images of images, all alike but for what their names say."""
+    folder = tmp_path_factory.mktemp("enlargers")
+    kinds: dict[str, dict[str, Any]] = {"brighter": {"added": ADDED}, "nhwc": {"is_nhwc": True}, "threefold": {"scale": 3}}
+    found = {name: write_enlarger(folder / f"twofold_{name}.onnx", **options) for name, options in kinds.items()}
+    return {"twofold": write_enlarger(folder / "twofold.onnx"), **found}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three images, `small/*_lr.png`, and of what they should become, `truth/*.png`."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for name in ("small", "truth"):
+        (folder / name).mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(50, 200, (16 + number, 20, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / "small" / f"{number}_lr.png")
+        large = np.repeat(np.repeat(pixels, 2, axis=0), 2, axis=1) + np.uint8(MISSING)
+        Image.fromarray(large).save(folder / "truth" / f"{number}.png")
+    return folder
+
+
+def luma_db(levels: float) -> float:
+    """Return the luma PSNR of an image that is everywhere so many grey levels off."""
+    return float(20 * np.log10(255 / (levels * 219 / 255)))
+
+
+def test_images_are_compared_with_the_references_and_with_the_truth(enlargers: dict[str, Path], pairs: Path) -> None:
+    found = compare(
+        enlargers["twofold"], [enlargers["brighter"]], images=pairs / "small", truth=pairs / "truth", runs=3, threads=1
+    ).findings
+    task, images = found.images, found.candidates[0].images
+    assert task is not None
+    assert images is not None
+    files = [pairs / "small" / f"{number}_lr.png" for number in range(3)]
+    truths = [pairs / "truth" / f"{number}.png" for number in range(3)]
+    assert (found.samples, task.files, task.truths, task.bicubic) == (3, files, truths, bicubic_scores(files, truths))
+    decibel = 20 * np.log10(255 / ADDED)
+    assert [images.psnr_db, images.worst_psnr_db, *images.samples] == pytest.approx([decibel] * 5, abs=1e-3)
+    assert images.ssim is not None
+    assert 0.9 < images.ssim < 1
+    assert task.reference is not None
+    assert images.truth is not None
+    assert task.reference.psnr_db == pytest.approx(luma_db(MISSING))
+    assert images.truth.psnr_db == pytest.approx(luma_db(ADDED - MISSING))
+    assert found.candidates[0].bit_agreement is None
+
+
+def test_every_gate_on_images_is_kept_at_its_value_and_trips_beyond(enlargers: dict[str, Path], pairs: Path) -> None:
+    given: dict[str, Any] = {"images": pairs / "small", "truth": pairs / "truth", "runs": 1, "threads": 1}
+    models = enlargers["twofold"], [enlargers["brighter"]]
+    found = compare(*models, **given, min_psnr=0, min_ssim=0, max_psnr_drop=0, min_psnr_gain=0).findings
+    values = {gate.name: gate.value for gate in found.candidates[0].gates}
+    assert values["max_psnr_drop"] == pytest.approx(20 * np.log10((ADDED - MISSING) / MISSING))
+    assert found.images is not None
+    assert found.images.bicubic is not None
+    assert values["min_psnr_gain"] == pytest.approx(luma_db(ADDED - MISSING) - found.images.bicubic.psnr_db)
+    for side, ok in ((-1e-6, True), (1e-6, False)):
+        limits = {name: values[name] + (-side if name.startswith("max") else side) for name in IMAGE_GATES}
+        result = compare(*models, **given, **limits)
+        assert {gate.name: gate.ok for gate in result.findings.candidates[0].gates} == dict.fromkeys(IMAGE_GATES, ok)
+        assert result.ok is ok
+
+
+def test_a_limit_on_images_is_broken_by_a_model_that_makes_none(products: dict[str, Path]) -> None:
+    result = compare(products["none"], [products["int8"]], runs=1, samples=1, min_psnr=1)
+    assert [(gate.name, gate.value, gate.ok) for gate in result.findings.candidates[0].gates] == [("min_psnr", None, False)]
+    assert not result.ok
+
+
+def test_models_that_enlarge_differently_cannot_be_compared(enlargers: dict[str, Path], pairs: Path) -> None:
+    found = compare(enlargers["twofold"], [enlargers["threefold"]], images=pairs / "small", runs=1).findings
+    assert "differ in shape" in str(found.candidates[0].error)
+
+
+def test_seeded_samples_do_for_models_that_make_images(enlargers: dict[str, Path], tmp_path: Path) -> None:
+    result = compare(enlargers["twofold"], [enlargers["brighter"]], samples=2, runs=2, html=tmp_path / "r.html")
+    images = result.findings.candidates[0].images
+    assert images is not None
+    assert images.psnr_db == pytest.approx(20 * np.log10(255 / ADDED), abs=1e-3)
+    assert "<img" not in (tmp_path / "r.html").read_text()
+
+
+def test_both_layouts_of_an_image_are_the_same_answer(enlargers: dict[str, Path], pairs: Path) -> None:
+    candidate = compare(enlargers["twofold"], [enlargers["nhwc"]], images=pairs / "small", runs=1).findings.candidates[0]
+    assert candidate.error is None
+    assert candidate.images is not None
+    assert candidate.images.psnr_db > 100
+    assert candidate.cosine == pytest.approx(1)
+    assert candidate.max_abs_error == pytest.approx(0, abs=1e-6)
+
+
+def test_the_page_shows_what_models_make_of_the_images(enlargers: dict[str, Path], pairs: Path, tmp_path: Path) -> None:
+    given = {"images": pairs / "small", "truth": pairs / "truth"}
+    result = compare(enlargers["twofold"], [enlargers["brighter"]], runs=1, html=tmp_path / "r.html", **given)
+    page = (tmp_path / "r.html").read_text()
+    assert result.html is not None
+    assert len(parse(page).sources) == 3 * 5
+    for caption in ("input", "reference", "brighter", "truth", f"brighter - reference, {100 // ADDED} times"):
+        assert page.count(f"<figcaption>{caption}</figcaption>") == 3
+    for text in (
+        "PSNR to the reference",
+        "SSIM to the reference",
+        "luma PSNR to the truth",
+        "to bicubic",
+        "luma SSIM to the truth",
+    ):
+        assert text in page
+
+
+def test_images_come_from_a_pattern_or_from_what_a_calibration_set_holds_out(
+    enlargers: dict[str, Path], pairs: Path, tmp_path: Path
+) -> None:
+    def files(images: Path) -> list[str]:
+        found = compare(enlargers["twofold"], [enlargers["brighter"]], images=images, samples=9, runs=1, threads=1).findings
+        assert found.images is not None
+        return [file.name for file in found.images.files]
+
+    assert files(pairs / "small" / "[12]_*.png") == ["1_lr.png", "2_lr.png"]
+    assert files(pairs / "small" / "1_lr.png") == ["1_lr.png"]
+    for holdout in (0, 2):
+        folder = tmp_path / f"{holdout}"
+        prepare_calibration([pairs], output=folder, tile_size=8, max_samples=3, min_samples=1, holdout=holdout)
+        content = json.loads((folder / "manifest.json").read_text())
+        named = [entry["file"] for entry in content["holdout" if holdout else "samples"]]
+        assert files(folder) == named
+
+
+def test_the_manifest_itself_names_the_images_too(enlargers: dict[str, Path], pairs: Path, tmp_path: Path) -> None:
+    prepare_calibration([pairs], output=tmp_path / "tiles", tile_size=8, max_samples=3, min_samples=1)
+    images = tmp_path / "tiles" / "manifest.json"
+    assert compare(enlargers["twofold"], [enlargers["brighter"]], images=images, runs=1).findings.samples == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"truth": "truth"}, "--truth needs the images to make it from"),
+        ({"images": "small", "max_psnr_drop": 0.1}, "--max-psnr-drop needs the truth; give --images and --truth"),
+        ({"images": "small", "min_psnr_gain": 0.1}, "--min-psnr-gain needs the truth"),
+        ({"images": "small", "truth": "small"}, r"images have no truth; got 0_lr\.png, 1_lr\.png, 2_lr\.png"),
+        ({"images": "small", "truth": "truth/[01].png"}, r"images have no truth; got 2_lr\.png"),
+        ({"images": "small", "truth": "absent"}, "no such image folder"),
+        ({"images": "small/*.jpg"}, "no images match"),
+        ({"images": "truth", "truth": "small/*"}, "images have no truth"),
+    ],
+)
+def test_images_and_truths_that_make_no_sense_are_errors(
+    enlargers: dict[str, Path], pairs: Path, options: dict[str, Any], reason: str
+) -> None:
+    options = {name: pairs / value if isinstance(value, str) else value for name, value in options.items()}
+    with pytest.raises(ToolError, match=reason) as caught:
+        compare(enlargers["twofold"], [enlargers["brighter"]], **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truth_for_models_that_make_no_images_is_an_error(products: dict[str, Path], pairs: Path) -> None:
+    with pytest.raises(ToolError, match="--truth is for models that make images"):
+        compare(products["none"], [products["int8"]], images=pairs / "small", truth=pairs / "truth", runs=1)
+
+
+def test_exit_codes_for_images(enlargers: dict[str, Path], pairs: Path, tmp_path: Path, run_tool: Run) -> None:
+    given = ["--images", pairs / "small", "--truth", pairs / "truth", "--runs", "1"]
+    models = [enlargers["twofold"], enlargers["brighter"]]
+    kept = run_tool("compare", *models, *given, "--min-psnr", "28", "--max-psnr-drop", "4")
+    assert (kept.returncode, kept.stderr) == (0, "")
+    tripped = run_tool("compare", *models, *given, "--min-psnr", "29", "--max-psnr-drop", "4")
+    assert (tripped.returncode, tripped.stderr) == (1, "")
+    assert "FAILED: brighter min_psnr" in " ".join(tripped.stdout.split())
+    for number in range(3):
+        Image.new("RGB", (40, 33)).save(tmp_path / f"{number}.png")
+    wrong = run_tool("compare", *models, "--images", pairs / "small", "--truth", tmp_path, "--runs", "1")
+    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
+    assert "an image is 40x32 pixels, its truth 40x33" in wrong.stderr
+
+
+@pytest.fixture(scope="module")
+def onnx_detector(videoseal_small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small VideoSeal network as ONNX model."""
+    output = tmp_path_factory.mktemp("onnx") / "model_onnx.onnx"
+    convert_detector(model=str(videoseal_small.card), checkpoint=videoseal_small.checkpoint, output=output)
+    return output
+
+
+def test_tflite_onnx_and_torch_agree_on_the_same_detector(
+    products: dict[str, Path], onnx_detector: Path, videoseal_small: Small
+) -> None:
+    card = str(videoseal_small.card)
+    found = compare(videoseal_small.checkpoint, [products["none"], onnx_detector], model=card, runs=2, samples=2).findings
+    other_way = compare(onnx_detector, [products["none"]], runs=2, samples=2).findings
+    assert [found.reference.kernels, *(c.measured.kernels for c in found.candidates if c.measured)] == [
+        "torch",
+        "xnnpack",
+        "onnxruntime",
+    ]
+    for candidate in (*found.candidates, *other_way.candidates):
+        assert candidate.error is None
+        assert candidate.bit_agreement == 1, "the length of the message is in the models"
+        assert candidate.relative_error is not None
+        assert candidate.relative_error < 1e-4
+
+
+def test_a_slow_onnx_model_is_told_the_reason_by_what_it_holds(tmp_path: Path) -> None:
+    """No model is run: a node and a weight are enough."""
+    node, weight = onnx.helper.make_node, {"w": np.ones((3, 3, 1, 1), np.float16)}
+    shape = {"x": (1, 3, 8, 8)}
+    dynamic = save(tmp_path / "dynamic.onnx", [node("DynamicQuantizeLinear", ["x"], ["y", "scale", "zero"])], shape, {"y": None})
+    half = save(tmp_path / "half.onnx", [node("Cast", ["w"], ["y"], to=1)], shape, {"y": None}, weight)
+    plain = save(tmp_path / "plain.onnx", [node("Relu", ["x"], ["y"])], shape, {"y": (1, 3, 8, 8)})
+    slow = {path.stem: module._verdict(ModelSource(path), 0.5) for path in (dynamic, half, plain)}
+    assert all(text.startswith("slower than its reference (0.50 times as fast): ") for text in slow.values())
+    assert "finds the range of every activation at each run" in slow["dynamic"]
+    assert "quantize it statically" in slow["dynamic"]
+    assert "computes float16 by way of float32" in slow["half"]
+    assert "no faster kernels" in slow["plain"]
+    assert module._verdict(ModelSource(dynamic), 2.0) == "2.00 times faster than its reference"
+
+
+def test_a_dynamically_quantized_model_holds_what_the_reason_names(tmp_path: Path) -> None:
+    from tests.small_onnx import save_picture_model
+
+    model = save_picture_model(tmp_path / "model.onnx", widths=(16,))
+    product = quantize_onnx(model, mode="dynamic").product
+    assert product is not None
+    assert "quantize it statically" in module._verdict(ModelSource(product.path), 0.5)
+
+
+def test_an_image_is_stretched_to_a_model_of_one_size_only() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    for shape, expected in (((1, 3, -1, -1), (1, 3, 20, 30)), ((1, 16, 24, 3), (1, 16, 24, 3)), ((-1, 1, -1, -1), (1, 1, 20, 30))):
+        assert image_input([TensorSpec("x", shape, "float32")], pixels)["x"].shape == expected
+
+
+@pytest.mark.realdata
+def test_the_shipped_super_resolution_beats_bicubic_and_its_int8_product_keeps_that(tmp_path: Path) -> None:
+    model, images = ROOT / "models" / "minisr" / "minisr_x2.onnx", REALDATA / "images"
+    photos = sorted(images.glob("kodim*.png"))
+    prepare_calibration(photos, output=tmp_path / "tiles", tile_size=128, max_samples=16)
+    product = quantize_onnx(model, output=tmp_path / "int8.onnx", calibration=tmp_path / "tiles").product
+    assert product is not None
+    limits = {"max_psnr_drop": 0.3, "min_psnr_gain": 0.5}
+    given = {"images": images / "set5_*_x2lr.png", "truth": images / "set5_*[a-z].png"}
+    result = compare(model, [product.path], runs=1, **given, **limits)  # type: ignore[arg-type]
+    task = result.findings.images
+    assert result.ok, result.message
+    assert result.findings.samples == 5
+    assert task is not None
+    assert task.reference is not None
+    assert task.bicubic is not None
+    assert task.reference.psnr_db >= task.bicubic.psnr_db + 0.5

@@ -465,16 +465,13 @@ def test_only_some_skipped_sources_are_shown_and_the_rest_counted(tmp_path: Path
     [
         ({"resize": "64", "tile_size": 32}, "--resize takes whole images, --tile-size cuts them; give one of them"),
         ({"resize": "big"}, "--resize is no size; got big; expected pixels, such as 256 or 320x240"),
-        ({"resize": "320x"}, None),
         ({"resize": "x240"}, "--resize is no size"),
         ({"resize": "320x-1"}, "--resize is no size"),
         ({"resize": "0"}, "--resize is out of range"),
         ({"resize": "99999x8"}, "--resize is out of range"),
     ],
 )
-def test_options_that_make_no_sense_are_errors(photos: Path, tmp_path: Path, options: dict[str, Any], reason: str | None) -> None:
-    if reason is None:
-        return
+def test_options_that_make_no_sense_are_errors(photos: Path, tmp_path: Path, options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ToolError, match=reason):
         prepare_calibration([photos], output=tmp_path / "tiles", **options)
     assert not (tmp_path / "tiles").exists()

@@ -25,9 +25,10 @@ from shared.formats import model_files
 from shared.machine import cpu_name, require_disk
 from shared.onnx_graph import check_is_onnx, external_files, name_weights, read_model, read_ops
 from shared.onnx_pressed import SLOWER, PressedOnnx
-from shared.onnx_pressing import OnnxQuantizer, OnnxWish
+from shared.onnx_pressing import press
 from shared.onnx_ranges import CalibrationMethod
 from shared.onnx_settings import LAYERS, PASSING, Form, IntegerType, Settings
+from shared.onnx_wish import OnnxWish
 from shared.pressed import GateKept
 from shared.range_cache import RangeCache
 
@@ -231,7 +232,7 @@ def quantize_onnx(
     with artifacts.workspace() as folder:
 
         def make(draft: Path) -> PressedOnnx:
-            found = _gated(OnnxQuantizer(model, wish, folder).press(draft), limits)
+            found = _gated(press(model, wish, folder, draft), limits)
             if not found.ok:
                 raise _LimitBrokenError(found)
             name_weights(draft, output)
