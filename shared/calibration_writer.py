@@ -16,6 +16,7 @@ from shared.calibration import RANGES, InputRange
 from shared.images import ImageForm, Pixels, read_pixels, to_form
 from shared.sheets import write_contact_sheet
 
+WRITTEN = (".png", ".npz")
 UNDATED = (1980, 1, 1, 0, 0, 0)
 
 
@@ -84,12 +85,16 @@ def _numbered(files: Sequence[Path]) -> Iterator[tuple[str, Pixels]]:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[None]:
-    """Make a folder where there is none; it is gone again if the work fails and nothing is in it."""
+    """Make a folder where there is none; if the work fails, what was written there is gone again, and a folder that was made."""
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    before = set(folder.iterdir())
     try:
         yield
     except BaseException:
+        for file in set(folder.iterdir()) - before:
+            if file.suffix in WRITTEN:
+                file.unlink(missing_ok=True)
         if made:
             with contextlib.suppress(OSError):
                 folder.rmdir()

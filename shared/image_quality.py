@@ -4,6 +4,7 @@ Against the truth as super-resolution papers measure: PSNR and SSIM of the luma,
 image was enlarged; bicubic enlargement beside it, the least that a network must beat.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from shared.images import Pixels, from_form, image_form, read_pixels
 LUMA = np.array([65.481, 128.553, 24.966]) / 255  # of ITU-R BT.601, to 16..235, from RGB in 0..255
 LUMA_OFFSET = 16.0
 PEAK = 255.0
-SSIM_WINDOW = 7  # pixels; skimage's default
+SSIM_WINDOW = 11  # pixels; a Gaussian of 1.5 pixels, as Wang et al. 2004, doi:10.1109/TIP.2003.819861
+SSIM = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
 Array = NDArray[Any]
 
 
@@ -59,17 +61,30 @@ def find_truths(files: Sequence[Path], folder: Path) -> list[Path]:
     """
     from shared.images import images_at
 
-    known = {path.stem: path for path in reversed(images_at(folder))}
+    known: dict[str, list[Path]] = {}
+    for path in images_at(folder):
+        known.setdefault(path.stem, []).append(path)
     found, missing = [], []
     for file in files:
-        names = sorted((stem for stem in known if file.stem.startswith(stem)), key=len, reverse=True)
-        others = [known[name] for name in names if known[name].resolve() != file.resolve()]
+        stems = (file.stem[:length] for length in range(len(file.stem), 0, -1))
+        named = [path for stem in stems for path in _nearest(known.get(stem, []), file)]
+        others = [path for path in named if path.resolve() != file.resolve()]
         found += others[:1]
         missing += [] if others else [file.name]
     if missing:
         expected = "an image of the same name, or of a name that its own begins with"
         raise ToolError("images have no truth", where=folder, got=", ".join(missing[:5]), expected=expected)
     return found
+
+
+def _nearest(paths: Sequence[Path], file: Path) -> list[Path]:
+    """Return files of one name, first the one most of whose folders, from it upwards, are called like those of another file."""
+
+    def alike(path: Path) -> int:
+        pairs = zip(reversed(path.absolute().parent.parts), reversed(file.absolute().parent.parts), strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    return sorted(paths, key=alike, reverse=True)
 
 
 def score(one: Array, other: Array, peak: float) -> ImageScore:
@@ -86,7 +101,7 @@ def score(one: Array, other: Array, peak: float) -> ImageScore:
     if min(one.shape[:2]) < SSIM_WINDOW:
         return ImageScore(decibel, None)
     axis = 2 if one.ndim == 3 else None
-    similarity = structural_similarity(one.astype(np.float64), other.astype(np.float64), data_range=peak, channel_axis=axis)
+    similarity = structural_similarity(one.astype(np.float64), other.astype(np.float64), data_range=peak, channel_axis=axis, **SSIM)
     return ImageScore(decibel, float(similarity))
 
 
@@ -110,15 +125,16 @@ def score_against_truth(outputs: Sequence[Array], files: Sequence[Path], truths:
     return _mean(scores)
 
 
-def bicubic_scores(files: Sequence[Path], truths: Sequence[Path]) -> TruthScores:
-    """Compare the images themselves, enlarged by bicubic interpolation, with the truth."""
+def bicubic_scores(files: Sequence[Path], truths: Sequence[Path], channels: int = 3) -> TruthScores:
+    """Compare the images themselves, enlarged by bicubic interpolation, with the truth, as images of so many channels are."""
     from PIL import Image
 
     scores = []
     for file, truth in zip(files, truths, strict=True):
         small, large = read_pixels(file), read_pixels(truth)
         picture = Image.fromarray(small).resize((large.shape[1], large.shape[0]), Image.Resampling.BICUBIC)
-        scores.append(_luma_score(np.asarray(picture, np.float64), large, small.shape[0]))
+        made = np.asarray(picture if channels > 1 else picture.convert("L"), np.float64)
+        scores.append(_luma_score(made.reshape(*made.shape[:2], -1), large, small.shape[0]))
     return _mean(scores)
 
 

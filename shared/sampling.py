@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from shared.images import Pixels
 
 CANDIDATES = 4  # boxes drawn for each tile that an image may give
-LEVELS = 3  # of brightness, contrast and detail each, with as many candidates in each
+LEVELS = 3  # of brightness, contrast and detail each
+TINY = 1e-6  # of a grey level; a smaller range is one level
 THUMBNAIL = 8  # pixels a side, for telling near-duplicates
 LEAST_DIFFERENCE = 2.0  # grey levels of 256, mean over the thumbnail; less is a near-duplicate
 MOST_OVERLAP = 0.5  # of a tile with another of the same picture
@@ -87,8 +88,8 @@ def choose(
 ) -> tuple[list[Candidate], int]:
     """Return up to `count` candidates and how many near-duplicates were passed over.
 
-    Each of brightness, contrast and detail is cut into LEVELS ranks of equal size; samples come from the cells in turn, at
-    random inside a cell.
+    The ranges of brightness, contrast and detail are cut into LEVELS equal parts each; samples come from the cells in turn, at
+    random inside a cell, so that what is rare counts as much as what is common.
 
     Args:
         candidates: What there is.
@@ -148,5 +149,6 @@ def _cells(candidates: Sequence[Candidate]) -> list[tuple[int, ...]]:
     if not candidates:
         return []
     looks = np.array([[c.look.brightness, c.look.contrast, c.look.detail] for c in candidates])
-    ranks: NDArray[np.int64] = looks.argsort(axis=0, kind="stable").argsort(axis=0, kind="stable")
-    return [tuple(int(level) for level in row) for row in ranks * LEVELS // len(candidates)]
+    low, high = looks.min(axis=0), looks.max(axis=0)
+    levels = np.minimum((looks - low) / np.maximum(high - low, TINY) * LEVELS, LEVELS - 1).astype(int)
+    return [tuple(int(level) for level in row) for row in levels]

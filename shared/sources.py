@@ -60,8 +60,8 @@ class Columns:
     time: str | None = None
 
 
-def find_sources(given: Sequence[Path], columns: Columns) -> list[Source]:
-    """Return the sources behind files, folders and CSV files, in order; a file named twice counts once.
+def find_sources(given: Sequence[Path], columns: Columns, but: Path | None = None) -> list[Source]:
+    """Return the sources behind files, folders and CSV files, in order; a file named twice counts once, one below `but` not at all.
 
     Raises:
         ToolError: A file is missing or of an unknown kind, a folder has nothing in it, a CSV names no files.
@@ -70,6 +70,8 @@ def find_sources(given: Sequence[Path], columns: Columns) -> list[Source]:
     for path in given:
         for source in _sources(path, columns):
             assert source.path is not None
+            if but is not None and source.path.resolve().is_relative_to(but.resolve()):
+                continue  # samples of an earlier run
             found.setdefault((source.path.resolve(), f"{source.frames} {source.times}"), source)
     return list(found.values())
 
@@ -98,7 +100,7 @@ def _frames(path: Path, source: Source, count: int, *, at_scene_changes: bool) -
     total, rate = count_frames(path)
     named = source.frames is not None or bool(source.times)
     if named:
-        wanted = [*(source.frames or ()), *(round(time * rate) for time in source.times)]
+        wanted = [*(source.frames or ()), *(round(min(time * rate, float(2**53))) for time in source.times)]
         if outside := [number for number in wanted if not 0 <= number < total]:
             got = f"frame {outside[0]} at {rate:g} frames a second"
             raise ToolError("the video has no such frame", where=path, got=got, expected=f"0 to {total - 1}")
@@ -120,7 +122,7 @@ def _sources(path: Path, columns: Columns) -> list[Source]:
                 raise
             images = []
         files = [(file, "image") for file in images] + [(file, "video") for file in videos]
-        return [Source(f"{path.name}/{file.relative_to(path).as_posix()}", file, kind) for file, kind in files]
+        return [Source(f"{path.resolve().name}/{file.relative_to(path).as_posix()}", file, kind) for file, kind in files]
     if not path.is_file():
         raise ToolError("no such file or folder", where=path, expected="images, videos, folders or CSV files")
     if path.suffix.lower() == ".csv":
@@ -149,7 +151,7 @@ def _listed(path: Path, columns: Columns) -> list[Source]:
             "no column names files", where=path, got=got, expected=f"one of {', '.join(FILE_COLUMNS)}", remedy="say --file-column"
         )
     wanted: dict[str, tuple[list[int], list[float]]] = {}
-    for number, row in enumerate(rows[1:], start=2):
+    for number, row in [(number, row) for number, row in enumerate(rows[1:], start=2) if any(row)]:
         name = row[place_of_file].strip() if place_of_file < len(row) else ""
         if not name:
             raise ToolError("a row names no file", where=path, got=f"line {number}")
@@ -178,13 +180,12 @@ def _rows(path: Path) -> list[list[str]]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = []
             for row in csv.reader(file):
-                if any(row):
-                    rows.append(row)
+                rows.append(row)
                 if len(rows) > MAX_CSV_ROWS:
                     raise ToolError("the CSV has too many rows", where=path, expected=f"at most {MAX_CSV_ROWS}")
     except (csv.Error, UnicodeDecodeError) as error:
         raise ToolError("not a CSV in UTF-8", where=path, got=first_line(error)) from None
-    if len(rows) < 2:
+    if len(rows) < 2 or not any(map(any, rows[1:])):
         raise ToolError("the CSV names no files", where=path, expected="a line of column names, and a line for each file")
     return rows
 

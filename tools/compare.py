@@ -87,7 +87,11 @@ def _against(reference: Shown, number: int, shown: Shown | ChildError, task: "_T
         error = f"it takes {', '.join(measured.inputs)}, its reference {', '.join(reference.measured.inputs)}"
         return replace(candidate, measured=measured, error=error, verdict=f"cannot be compared: {error}")
     try:
-        pairs = [(_flat(one), _flat(other)) for one, other in zip(reference.outputs, shown.outputs, strict=True)]
+        are_images = reference.makes_images and shown.makes_images and task.nbits is None
+        pairs = [
+            (_flat(one, is_image=are_images), _flat(other, is_image=are_images))
+            for one, other in zip(reference.outputs, shown.outputs, strict=True)
+        ]
         return replace(
             candidate,
             measured=measured,
@@ -104,9 +108,10 @@ def _against(reference: Shown, number: int, shown: Shown | ChildError, task: "_T
         return replace(candidate, measured=measured, speedup=speedup, error=str(error), verdict=f"cannot be compared: {error}")
 
 
-def _flat(outputs: list[Array]) -> Array:
-    """Return all outputs of one sample as one vector."""
-    return np.concatenate([output.astype(np.float64).ravel() for output in outputs])
+def _flat(outputs: list[Array], *, is_image: bool) -> Array:
+    """Return all outputs of one sample as one vector; an image is the same in either layout."""
+    first, *rest = outputs
+    return np.concatenate([output.astype(np.float64).ravel() for output in (as_image(first) if is_image else first, *rest)])
 
 
 def _bit_agreement(reference: list[list[Array]], candidate: list[list[Array]], nbits: int) -> float:
@@ -196,7 +201,8 @@ class _Task:
         """Return what went in and how good the reference's images are, where it makes any."""
         if not reference.makes_images or self.nbits is not None:
             return None
-        plain = bicubic_scores(self.files, self.truths) if self.truths else None
+        channels = as_image(reference.outputs[0][0]).shape[2]
+        plain = bicubic_scores(self.files, self.truths, channels) if self.truths else None
         return ImageTask(self.files, self.truths, self.truth(reference), plain)
 
     def pictures(self) -> list[Path]:
@@ -244,7 +250,8 @@ def _samples(images: Path | None, labelled: list[Labelled], seed: int, count: in
 def _listed(images: Path) -> list[Path]:
     """Return image files; of a calibration set those that were held out, or else its samples."""
     given = CalibrationSet(images, part="holdout") if CalibrationSet(images).has_holdout() else CalibrationSet(images)
-    return given.images() if (images / MANIFEST_NAME).is_file() else images_at(images)
+    is_set = (images / MANIFEST_NAME).is_file() or (images.suffix == ".json" and images.is_file())
+    return given.images() if is_set else images_at(images)
 
 
 def _from_file(specs: list[TensorSpec], file: Path) -> dict[str, Array]:

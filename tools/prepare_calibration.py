@@ -8,7 +8,7 @@ Static quantization is only as good as what it is calibrated with; what is held 
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -27,28 +27,20 @@ from shared.calibration_writer import ArrayForm, new_folder, write_arrays, write
 from shared.child import ChildError
 from shared.cli import Overwrite, Refresh, Seed, run, step_progress
 from shared.errors import ToolError
-from shared.images import ImageForm, Pixels, stretch
+from shared.images import ImageForm
 from shared.machine import require_disk
 from shared.runtime import ModelSource, describe, image_input, open_model
-from shared.sampling import Box, Candidate, Look, choose, draw_boxes, look_at
+from shared.sampling import Candidate, Look
+from shared.selection import SamplesWish, Skipped, choose_parts, look_at_all
 from shared.sheets import Point, write_coverage_plot
-from shared.sources import Columns, Picture, Source, find_sources, read_pictures, synthetic_sources
+from shared.sources import Columns, Source, find_sources, synthetic_sources
 
 PACKAGES = ("numpy", "pillow", "opencv-python-headless")
 TILE_SIZE = 224  # pixels
 CONSIDERED = 8  # sources looked at for each sample wanted; more add little but time
 SHEET, PLOT, ARRAYS, HELD_ARRAYS = "contact_sheet.png", "coverage.png", "samples.npz", "holdout.npz"
 SHOWN = 12  # skipped files in the terminal; the manifest has all
-FEW_SOURCES = 4  # below this many, pictures are held out instead of whole sources
 SAMPLE_BYTES = 6  # on disk for each pixel at most, arrays included
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A source that gave no sample, and why."""
-
-    source: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -95,96 +87,8 @@ class CalibrationSamples:
         return Lines(*shown, self.message)
 
 
-@dataclass(frozen=True)
-class _Wish:
-    """What is wanted; see the function's options."""
-
-    tile_size: int | None
-    resize: tuple[int, int] | None
-    tiles_per_image: int
-    max_samples: int
-    min_samples: int
-    holdout: int
-    seed: int
-    frames_per_video: int
-    scene_changes: bool
-    arrays: ArrayForm | None
-
-    def pictures(self, source: Source) -> Iterator[Picture]:
-        """Yield what a source shows."""
-        size = max(self.resize or (self.tile_size or TILE_SIZE,))
-        return read_pictures(source, frames=self.frames_per_video, at_scene_changes=self.scene_changes, size=size)
-
-    def cut(self, pixels: Pixels, box: Box | None) -> Pixels:
-        """Return a sample of a picture."""
-        if box is not None:
-            left, top, right, bottom = box
-            return np.ascontiguousarray(pixels[top:bottom, left:right])
-        return stretch(pixels, *self.resize) if self.resize else pixels
-
-
-def _look_at_all(sources: Sequence[Source], wish: _Wish) -> tuple[list[Candidate], list[Skipped]]:
-    """Return every sample that could be taken, pixels not kept, and the sources that gave none."""
-    candidates: list[Candidate] = []
-    skipped: list[Skipped] = []
-    with step_progress("look at the sources", len(sources)) as advance:
-        for number, source in enumerate(sources):
-            found: list[Candidate] = []
-            try:
-                for picture in wish.pictures(source):
-                    found += _candidates(number, picture, wish)
-            except ToolError as error:
-                skipped.append(Skipped(source.name, str(error).removeprefix(f"{source.path}: ")))
-            else:
-                if not found:
-                    skipped.append(Skipped(source.name, f"smaller than a tile of {wish.tile_size} pixels"))
-                candidates += found
-            advance(source.name)
-    return candidates, skipped
-
-
-def _candidates(number: int, picture: Picture, wish: _Wish) -> list[Candidate]:
-    boxes: list[Box | None] = [None]
-    if wish.tile_size is not None:
-        rng = np.random.default_rng([wish.seed, number, picture.frame or 0])
-        boxes = list(draw_boxes(picture.pixels, wish.tile_size, wish.tiles_per_image, rng))
-    return [Candidate(number, picture.frame, box, look_at(wish.cut(picture.pixels, box)), picture.time_s) for box in boxes]
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What was chosen to calibrate with, what to hold out, and how many near-duplicates were passed over."""
-
-    samples: list[Candidate]
-    holdout: list[Candidate]
-    duplicates: int
-
-
-def _choose(candidates: list[Candidate], wish: _Wish) -> _Parts:
-    """Choose samples and held-out ones from different sources, or pictures where sources are few; as few held out as will do."""
-    by_source = len({candidate.source for candidate in candidates}) >= FEW_SOURCES
-    group_of = {c.picture: (c.source, None) if by_source else c.picture for c in candidates}
-    groups = sorted(set(group_of.values()), key=str)
-    if wish.holdout and len(groups) == 1:
-        got = "all samples come from one picture"
-        raise ToolError("nothing can be held out", got=got, remedy="give more images or frames, or leave out --holdout")
-    order = np.random.default_rng([wish.seed, len(candidates)]).permutation(len(groups))
-    most = len(groups) // 2 if wish.holdout else 0
-    count = min(max(1, round(wish.holdout / (wish.holdout + wish.max_samples) * len(groups))), most)
-    while True:
-        held = {groups[place] for place in order[:count]}
-        rng = np.random.default_rng([wish.seed, len(candidates), count])
-        free = [c for c in candidates if group_of[c.picture] not in held]
-        samples, duplicates = choose(free, wish.max_samples, wish.tiles_per_image, rng)
-        kept_out = [c for c in candidates if group_of[c.picture] in held]
-        holdout, more = choose(kept_out, wish.holdout, wish.tiles_per_image, rng, avoid=samples)
-        if len(holdout) >= wish.holdout or count >= most:
-            return _Parts(samples, holdout, duplicates + more)
-        count = min(count + max(1, count // 4), most)
-
-
 def _write_samples(
-    folder: Path, sources: Sequence[Source], parts: dict[str, list[Candidate]], wish: _Wish, hashes: dict[str, str]
+    folder: Path, sources: Sequence[Source], parts: dict[str, list[Candidate]], wish: SamplesWish, hashes: dict[str, str]
 ) -> dict[str, list[dict[str, Any]]]:
     """Read what was chosen once more, one picture at a time, and write it; return the manifest's entries."""
     wanted: dict[int, list[tuple[str, int, Candidate]]] = {}
@@ -218,17 +122,17 @@ def _entry(name: str, digest: str, source: Source, candidate: Candidate, hashes:
     return entry | {name: round(getattr(look, name), 3) for name in ("brightness", "contrast", "detail")}
 
 
-def _prepare(folder: Path, sources: Sequence[Source], given: int, wish: _Wish, draft: Path) -> Chosen:
+def _prepare(folder: Path, sources: Sequence[Source], given: int, wish: SamplesWish, draft: Path) -> Chosen:
     """Choose and write all samples, and the manifest to `draft`."""
-    candidates, skipped = _look_at_all(sources, wish)
-    chosen = _choose(candidates, wish)
+    hashes = {str(s.path): artifacts.record(s.path).sha256 for s in sources if s.path is not None and s.path.is_file()}
+    candidates, skipped = look_at_all(sources, wish, hashes)
+    chosen = choose_parts(candidates, wish)
     samples, holdout = chosen.samples, chosen.holdout
     for what, found, least in (("samples", samples, wish.min_samples), ("held-out samples", holdout, min(1, wish.holdout))):
         if len(found) < least:
             got = f"{len(found)} of {len(sources)} sources ({_reasons(skipped)}{chosen.duplicates} near-duplicates)"
             remedy = "give more or larger images, raise --tiles-per-image, or lower --tile-size or --min-samples"
             raise ToolError(f"too few {what}", where=folder, got=got, expected=f"at least {least}", remedy=remedy)
-    hashes = {str(source.path): artifacts.record(source.path).sha256 for source in sources if source.path is not None}
     parts = {"samples": samples, "holdout": holdout}
     entries = _write_samples(folder, sources, parts, wish, hashes)
     files = {part: [folder / entry["file"] for entry in entries[part]] for part in parts}
@@ -349,7 +253,7 @@ def prepare_calibration(
     if form.height and form.width and form.height != form.width and not (size or tile_size):
         size = form.height, form.width
     arrays = shape if npz else None
-    wish = _Wish(
+    wish = SamplesWish(
         tile_size=None if size else tile_size or form.height or form.width or TILE_SIZE,
         resize=size,
         tiles_per_image=1 if size else tiles_per_image,
@@ -361,7 +265,7 @@ def prepare_calibration(
         scene_changes=scene_changes,
         arrays=arrays,
     )
-    found = find_sources(sources or [], Columns(file_column, frame_column, time_column))
+    found = find_sources(sources or [], Columns(file_column, frame_column, time_column), but=output)
     most = CONSIDERED * (max_samples + holdout)
     considered = found
     if len(found) > most:
@@ -374,8 +278,7 @@ def prepare_calibration(
     missing = [path for path in read if not path.is_file()]
     given = len(found) + synthetic
     with new_folder(output):
-        pixels = max(size or (wish.tile_size or TILE_SIZE,)) ** 2
-        require_disk(pixels * SAMPLE_BYTES * (max_samples + holdout), output, "write the samples")
+        require_disk(wish.side**2 * SAMPLE_BYTES * (max_samples + holdout), output, "write the samples")
         arguments: dict[str, object] = {**asdict(wish), "sources": [source.name for source in considered], "given": given}
         present = [path for path in read if path not in missing]
         plan = Plan(
