@@ -106,10 +106,16 @@ class Parts:
     duplicates: int
 
 
-def choose_parts(candidates: list[Candidate], wish: SamplesWish) -> Parts:
-    """Choose samples and held-out ones from different sources, or pictures where sources are few; as few held out as will do."""
-    by_source = len({candidate.source for candidate in candidates}) >= FEW_SOURCES
-    group_of = {c.picture: (c.source, None) if by_source else c.picture for c in candidates}
+def choose_parts(candidates: list[Candidate], wish: SamplesWish, origins: Sequence[str]) -> Parts:
+    """Choose samples and held-out ones from different files, or pictures where files are few; as few held out as will do.
+
+    Args:
+        candidates: What could be taken.
+        wish: What is wanted.
+        origins: For each source what tells its content from others'.
+    """
+    by_file = len({origins[candidate.source] for candidate in candidates}) >= FEW_SOURCES
+    group_of = {c.picture: (origins[c.source], None if by_file else c.frame) for c in candidates}
     groups = sorted(set(group_of.values()), key=str)
     if wish.holdout and len(groups) == 1:
         got = "all samples come from one picture"

@@ -92,11 +92,11 @@ def save_vector_model(path: Path, *, depth: int = 16, opset: int = 17) -> Path:
     return save(path, nodes, {"vector": ("batch", 8)}, {"out": ("batch", 4)}, weights, opset=opset)
 
 
-def with_external_weights(path: Path, location: str = "weights.data") -> Path:
-    """Put a model's weights into a file beside it."""
+def with_external_weights(path: Path, location: str = "weights.data", *, least: int = 0) -> Path:
+    """Put a model's weights of at least so many bytes into a file beside it."""
     model = onnx.load(str(path))
     (path.parent / location).unlink(missing_ok=True)
-    onnx.save_model(model, str(path), save_as_external_data=True, location=location, size_threshold=0)
+    onnx.save_model(model, str(path), save_as_external_data=True, location=location, size_threshold=least)
     return path
 
 

@@ -24,7 +24,7 @@ from shared.robustness import image_input
 from shared.runtime import Model, ModelSource, TensorSpec, open_model
 from shared.trials import Measured, Shown
 from tests.conftest import REALDATA, ROOT, Miniseal, Run, Small
-from tests.small_onnx import save
+from tests.small_onnx import save, save_picture_model
 from tests.test_shared_report import parse
 from tools import compare as module
 from tools.compare import compare
@@ -432,19 +432,19 @@ ADDED = 10  # grey levels that `brighter` adds
 MISSING = 4  # grey levels by which the truth is brighter than the reference makes it
 
 
-def write_enlarger(path: Path, *, added: float = 0, scale: float = 2, is_nhwc: bool = False) -> Path:
+def write_enlarger(path: Path, *, added: float = 0, scale: float = 2, is_nhwc: bool = False, channels: int = 3) -> Path:
     """Write a model that repeats pixels, `scale` times as many each way, and adds grey levels; images of any size."""
-    inner, shape = "image", ("n", 3, "h", "w")
+    inner, shape = "image", ("n", channels, "h", "w")
     nodes = []
     if is_nhwc:
         nodes.append(onnx.helper.make_node("Transpose", ["image"], ["nchw"], perm=[0, 3, 1, 2]))
-        inner, shape = "nchw", ("n", "h", "w", 3)
+        inner, shape = "nchw", ("n", "h", "w", channels)
     how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
     nodes.append(onnx.helper.make_node("Resize", [inner, "", "scales"], ["large"], **how))
     nodes.append(onnx.helper.make_node("Add", ["large", "added"], ["sum" if is_nhwc else "made"]))
     if is_nhwc:
         nodes.append(onnx.helper.make_node("Transpose", ["sum"], ["made"], perm=[0, 2, 3, 1]))
-    made = [size if size in ("n", 3) else f"{size}2" for size in shape]
+    made = [size if size in ("n", channels) else f"{size}2" for size in shape]
     weights = {"scales": np.array([1, 1, scale, scale], np.float32), "added": np.float32(added / 255).reshape(1)}
     return save(path, nodes, {"image": shape}, {"made": made}, weights)
 
@@ -498,6 +498,15 @@ def test_images_are_compared_with_the_references_and_with_the_truth(enlargers: d
     assert found.candidates[0].bit_agreement is None
 
 
+def test_models_of_the_luma_are_measured_against_bicubic_of_the_luma(pairs: Path, tmp_path: Path) -> None:
+    models = [write_enlarger(tmp_path / f"luma{added}.onnx", added=added, channels=1) for added in (0, ADDED)]
+    found = compare(models[0], models[1:], images=pairs / "small", truth=pairs / "truth", runs=1, threads=1).findings
+    assert found.images is not None
+    assert found.images.bicubic == bicubic_scores(found.images.files, found.images.truths, channels=1)
+    assert found.images.reference is not None
+    assert found.images.reference.psnr_db == pytest.approx(20 * np.log10(255 / MISSING), abs=0.2)
+
+
 def test_every_gate_on_images_is_kept_at_its_value_and_trips_beyond(enlargers: dict[str, Path], pairs: Path) -> None:
     given: dict[str, Any] = {"images": pairs / "small", "truth": pairs / "truth", "runs": 1, "threads": 1}
     models = enlargers["twofold"], [enlargers["brighter"]]
@@ -538,6 +547,11 @@ def test_both_layouts_of_an_image_are_the_same_answer(enlargers: dict[str, Path]
     assert candidate.error is None
     assert candidate.images is not None
     assert candidate.images.psnr_db > 100
+    assert candidate.images.ssim == pytest.approx(1)
+
+
+def test_cosine_and_errors_of_an_image_do_not_depend_on_its_layout(enlargers: dict[str, Path], pairs: Path) -> None:
+    candidate = compare(enlargers["twofold"], [enlargers["nhwc"]], images=pairs / "small", runs=1).findings.candidates[0]
     assert candidate.cosine == pytest.approx(1)
     assert candidate.max_abs_error == pytest.approx(0, abs=1e-6)
 
@@ -669,8 +683,6 @@ def test_a_slow_onnx_model_is_told_the_reason_by_what_it_holds(tmp_path: Path) -
 
 
 def test_a_dynamically_quantized_model_holds_what_the_reason_names(tmp_path: Path) -> None:
-    from tests.small_onnx import save_picture_model
-
     model = save_picture_model(tmp_path / "model.onnx", widths=(16,))
     product = quantize_onnx(model, mode="dynamic").product
     assert product is not None

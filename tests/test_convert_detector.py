@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,11 +17,14 @@ from safetensors.torch import load_file, save_file
 from shared.artifacts import read_provenance
 from shared.cards import load_card
 from shared.errors import ToolError
+from shared.onnx_graph import external_files
+from shared.onnx_graph import read_metadata as read_onnx_metadata
 from shared.runtime import InputForm, ModelSource, open_model
 from shared.tflite import read_metadata
 from tests.conftest import ROOT, Run, Small
+from tests.small_onnx import with_external_weights
 from tools import convert_detector as module
-from tools.convert_detector import InputLayout, Precision, convert_detector, file_name
+from tools.convert_detector import InputLayout, ModelFormat, Precision, convert_detector, file_name
 from tools.quantize_tflite import quantize_tflite
 from tools.verify import verify
 
@@ -266,4 +271,157 @@ def test_a_taken_name_is_told_before_anything_is_written(videoseal_small: Small,
 def test_an_image_too_small_for_the_network_is_told_before_anything_is_written(videoseal_small: Small, tmp_path: Path) -> None:
     with pytest.raises(ToolError, match="too small for the network; got 63 pixels; expected at least 64"):
         convert_detector(model=str(videoseal_small.card), rehearsal=True, output=tmp_path / "m.tflite", image_size=63)
+    assert not list(tmp_path.iterdir())
+
+
+# ONNX.
+
+
+@pytest.fixture(scope="module")
+def onnx_model(videoseal_small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small VideoSeal network as ONNX model."""
+    output = tmp_path_factory.mktemp("onnx") / "small.onnx"
+    convert_detector(model=str(videoseal_small.card), checkpoint=videoseal_small.checkpoint, output=output)
+    return output
+
+
+def test_onnx_output_is_the_published_codes(onnx_model: Path, videoseal_small: Small) -> None:
+    tensors = load_file(videoseal_small.checkpoint)
+    with open_model(ModelSource(onnx_model)) as model:
+        assert (model.kernels, model.inputs[0].shape) == ("onnxruntime", (1, 3, 64, 64))
+        for image, published in zip(tensors["_parity.input"], tensors["_parity.output"], strict=True):
+            output = model.run({"image": image[None].numpy()})[0]["output_0"]
+            np.testing.assert_allclose(output[0], published.numpy(), atol=TFLITE_TOLERANCE)
+
+
+def test_an_onnx_detector_tells_what_it_is_and_nothing_of_where_it_was_made(onnx_model: Path) -> None:
+    metadata = read_onnx_metadata(onnx_model)
+    assert (metadata["nbits"], metadata["image_size"], metadata["input_layout"]) == (32, 64, "nchw")
+    assert (metadata["resize"], metadata["rehearsal"]) == (False, False)
+    assert ModelSource(onnx_model).nbits() == 32
+    assert external_files(onnx_model) == []
+    for place in (str(ROOT), "site-packages", 'File "'):
+        assert place.encode() not in onnx_model.read_bytes()
+    provenance = read_provenance(onnx_model)
+    assert provenance is not None
+    assert {"torch", "onnxruntime"} <= provenance.versions.keys()
+
+
+def test_a_dynamic_batch_of_three_answers_as_one_after_the_other(videoseal_small: Small, tmp_path: Path) -> None:
+    output = tmp_path / "m.onnx"
+    convert_detector(model=str(videoseal_small.card), checkpoint=videoseal_small.checkpoint, output=output, dynamic_batch=True)
+    images = np.random.default_rng(0).random((3, 3, 64, 64), np.float32)
+    with open_model(ModelSource(output)) as model:
+        assert model.inputs[0].shape == (-1, 3, 64, 64)
+        together = model.run({"image": images})[0]["output_0"]
+        alone = [model.run({"image": image[None]})[0]["output_0"][0] for image in images]
+    assert together.shape == (3, 33)
+    np.testing.assert_allclose(together, np.stack(alone), atol=1e-4)
+
+
+def test_an_onnx_detector_is_up_to_date_and_the_form_decides(onnx_model: Path, videoseal_small: Small) -> None:
+    arguments = {"model": str(videoseal_small.card), "checkpoint": videoseal_small.checkpoint, "output": onnx_model}
+    assert convert_detector(**arguments).float_product.up_to_date  # type: ignore[arg-type]
+    with pytest.raises(ToolError, match="out of date"):
+        convert_detector(**arguments, dynamic_batch=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"output": "m.onnx", "quantize": Precision.INT8}, "--quantize is for TFLite; .*then run quantize_onnx"),
+        (
+            {"output": "m", "model_format": ModelFormat.ONNX, "quantize": Precision.FP16},
+            "--quantize is for TFLite",
+        ),
+        ({"output": "m.tflite", "dynamic_batch": True}, "--dynamic-batch is for ONNX; add --format onnx"),
+        ({"output": "m.tflite", "model_format": ModelFormat.ONNX}, "--format differs from the output's name"),
+        ({"output": "m.onnx", "model_format": ModelFormat.TFLITE}, "--format differs from the output's name"),
+        ({"output": "m.bin", "model_format": ModelFormat.ONNX}, r"an ONNX model's name must end in \.onnx"),
+    ],
+)
+def test_options_that_do_not_go_with_the_format_are_refused(
+    videoseal_small: Small, tmp_path: Path, options: dict[str, Any], says: str
+) -> None:
+    arguments = {**options, "output": tmp_path / options["output"]}
+    with pytest.raises(ToolError, match=says):
+        convert_detector(model=str(videoseal_small.card), checkpoint=videoseal_small.checkpoint, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_refusing_to_quantize_to_onnx_is_one_line_and_exit_2(videoseal_small: Small, tmp_path: Path, run_tool: Run) -> None:
+    options = ["--format", "onnx", "--quantize", "int8", "-o", tmp_path / "m.onnx"]
+    done = run_tool("convert_detector", "--model", videoseal_small.card, "--checkpoint", videoseal_small.checkpoint, *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: --quantize is for TFLite[^\n]+\n", done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_onnx_products_name_is_the_guides() -> None:
+    name = file_name(load_card("videoseal"), InputForm(256), Precision.NONE, rehearsal=False, model_format=ModelFormat.ONNX)
+    assert name == "videoseal_detector_videoseal_256.onnx"
+
+
+@pytest.fixture
+def writes_weights_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the exporter put weights beside its draft, as it does with those of large networks."""
+    real = module._in_child
+
+    def in_child(message: dict[str, Any], where: Path) -> dict[str, Any]:
+        reply = real(message, where)
+        if message["task"] == "convert":
+            draft = Path(message["draft"])
+            with_external_weights(draft, f"{draft.name}.data", least=256)
+        return reply
+
+    monkeypatch.setattr(module, "_in_child", in_child)
+
+
+@pytest.mark.usefixtures("writes_weights_beside")
+def test_weights_of_a_large_network_lie_beside_it_under_a_name_of_their_content(videoseal_small: Small, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"model": str(videoseal_small.card), "output": tmp_path / "m.onnx"}
+    product = convert_detector(checkpoint=videoseal_small.checkpoint, **arguments).float_product
+    (weights,) = external_files(product.path)
+    assert re.fullmatch(r"m\.[0-9a-f]{8}\.data", weights.name)
+    assert product.size_bytes == product.path.stat().st_size + weights.stat().st_size
+    assert {path.name for path in tmp_path.iterdir()} == {"m.onnx", "m.onnx.json", weights.name}
+    assert convert_detector(checkpoint=videoseal_small.checkpoint, **arguments).float_product.up_to_date
+    state = load_file(videoseal_small.checkpoint)
+    state["detector.pixel_decoder.linear.weight"] += 1
+    (tmp_path / "other").mkdir()
+    save_file(state, tmp_path / "other" / "w.safetensors")
+    convert_detector(checkpoint=tmp_path / "other" / "w.safetensors", refresh=True, **arguments)
+    (others,) = external_files(product.path)
+    assert others.name != weights.name
+    assert {path.name for path in tmp_path.iterdir()} == {"m.onnx", "m.onnx.json", others.name, "other"}
+
+
+@pytest.mark.usefixtures("writes_weights_beside")
+def test_weights_of_a_network_that_disagrees_with_torch_are_not_kept(
+    videoseal_small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_RELATIVE_ERROR", -1.0)
+    with pytest.raises(ToolError, match="disagrees with torch; nothing was kept"):
+        convert_detector(model=str(videoseal_small.card), checkpoint=videoseal_small.checkpoint, output=tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_onnx_model_that_disagrees_with_torch_never_gets_its_name(
+    videoseal_small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = module._in_child
+
+    def in_child(message: dict[str, Any], where: Path) -> dict[str, Any]:
+        reply = real(message, where)
+        model = onnx.load(message["draft"])
+        for node in model.graph.node:
+            node.op_type = "Tanh" if node.op_type == "Gelu" else node.op_type
+            if node.op_type == "Tanh":
+                del node.attribute[:]
+        onnx.save(model, message["draft"])
+        return reply
+
+    monkeypatch.setattr(module, "_in_child", in_child)
+    with pytest.raises(ToolError, match="disagrees with torch; nothing was kept"):
+        convert_detector(model=str(videoseal_small.card), checkpoint=videoseal_small.checkpoint, output=tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())

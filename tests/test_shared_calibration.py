@@ -434,6 +434,75 @@ def test_a_header_of_a_hundred_megabytes_is_not_read(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
+def split_manifest(folder: Path) -> Path:
+    """Write a manifest of six pictures that holds the last two out."""
+    pictures(folder)
+    parts = {"samples": range(4), "holdout": (4, 5)}
+    content = {part: [{"file": f"{number}.png"} for number in numbers] for part, numbers in parts.items()}
+    (folder / "manifest.json").write_text(json.dumps(content))
+    return folder / "manifest.json"
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_manifest_holds_samples_out_of_calibration(tmp_path: Path, is_folder: bool) -> None:
+    path = split_manifest(tmp_path)
+    path = path.parent if is_folder else path
+    assert CalibrationSet(path).has_holdout()
+    assert greys(CalibrationSet(path, "0..255")) == [0, 10, 20, 30]
+    held = CalibrationSet(path, "0..255", part="holdout")
+    assert greys(held) == [40, 50]
+    assert [file.name for file in held.files()] == ["manifest.json", "4.png", "5.png"]
+    assert held.sha256() != CalibrationSet(path, "0..255").sha256()
+
+
+@pytest.mark.parametrize("content", [{"samples": [{"file": "0.png"}]}, {"samples": [{"file": "0.png"}], "holdout": []}, [], "text"])
+def test_a_manifest_without_a_part_of_that_name_holds_nothing_out(tmp_path: Path, content: object) -> None:
+    pictures(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    assert not CalibrationSet(tmp_path).has_holdout()
+    with pytest.raises(ToolError, match=r"no calibration manifest|names no files beside it; got none"):
+        CalibrationSet(tmp_path, "0..1", part="holdout").check(IMAGE, None)
+
+
+def test_folders_arrays_and_damaged_manifests_hold_nothing_out(tmp_path: Path) -> None:
+    assert not CalibrationSet(npz(tmp_path, image=values())).has_holdout()
+    assert not CalibrationSet(pictures(tmp_path / "pictures")).has_holdout()
+    assert not CalibrationSet(tmp_path / "absent.json").has_holdout()
+    for text in ("", "{", "[" * 100_000, "\xff"):
+        (tmp_path / "set.json").write_bytes(text.encode("latin-1"))
+        assert not CalibrationSet(tmp_path / "set.json").has_holdout()
+
+
+def test_a_free_axis_takes_the_length_that_the_samples_have(tmp_path: Path) -> None:
+    free = [TensorSpec("image", (-1, 3, -1, -1), "float32")]
+    Image.new("RGB", (9, 5)).save(tmp_path / "a.png")
+    (sample,) = CalibrationSet(tmp_path, "0..1").samples(free)
+    assert sample["image"].shape == (1, 3, 5, 9)
+    for shape in ((6, 3, 8, 10), (6, 1, 3, 8, 10)):
+        for row in CalibrationSet(npz(tmp_path, image=values(shape))).samples(free):
+            assert row["image"].shape == (1, 3, 8, 10)
+    with pytest.raises(ToolError, match="does not fit input 'image'"):
+        CalibrationSet(npz(tmp_path, image=values((6, 4, 8, 10)))).check(free, None)
+
+
+@pytest.mark.parametrize(
+    ("free", "shape"), [((-1, -1, -1, 3), (8, 10, 3)), ((-1, -1, 8), (7, 8)), ((1, -1, 32, 3), (10, 32, 3)), ((-1, -1), (5,))]
+)
+@pytest.mark.parametrize("has_batch", [False, True])
+def test_free_axes_in_front_take_the_lengths_of_arrays_too(
+    tmp_path: Path, free: tuple[int, ...], shape: tuple[int, ...], has_batch: bool
+) -> None:
+    path = npz(tmp_path, x=values((6, 1, *shape) if has_batch else (6, *shape)))
+    samples = [sample["x"] for sample in CalibrationSet(path).samples([TensorSpec("x", free, "float32")])]
+    assert {sample.shape for sample in samples} == {(1, *shape)}
+
+
+def test_a_model_of_one_channel_gets_luma(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "red.png")
+    (sample,) = CalibrationSet(tmp_path, "0..1").samples([TensorSpec("y", (-1, 1, 8, 8), "float32")])
+    np.testing.assert_allclose(sample["y"], np.full((1, 1, 8, 8), 76 / 255), atol=1e-6)
+
+
 @pytest.mark.realdata
 def test_real_photographs_are_samples(tmp_path: Path) -> None:
     inputs = [TensorSpec("image", (1, 192, 192, 3), "float32")]

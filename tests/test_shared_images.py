@@ -10,13 +10,18 @@ from PIL import Image
 
 from shared.errors import ToolError
 from shared.images import (
+    ImageForm,
     as_image,
+    from_form,
     image_files,
+    image_form,
     image_layout,
+    images_at,
     read_pixels,
     seeded_image,
     stretch,
     stretch_image,
+    to_form,
     to_image,
     to_layout,
 )
@@ -172,7 +177,96 @@ def test_arrays_that_are_no_image_are_refused(array: object, reason: str) -> Non
         as_image(array)
 
 
+@pytest.mark.parametrize(
+    ("shape", "form"),
+    [
+        ((1, 3, 16, 24), ImageForm("nchw", 3, 16, 24)),
+        ((1, 16, 24, 3), ImageForm("nhwc", 3, 16, 24)),
+        ((-1, 1, 224, 224), ImageForm("nchw", 1, 224, 224)),
+        ((1, 224, 224, 1), ImageForm("nhwc", 1, 224, 224)),
+        ((1, 3, -1, -1), ImageForm("nchw", 3, None, None)),
+        ((-1, -1, 32, 3), ImageForm("nhwc", 3, None, 32)),
+        ((1, 3, 4, 4), ImageForm("nchw", 3, 4, 4)),
+        ((2, 3, 16, 16), None),
+        ((1, 4, 16, 16), None),
+        ((1, -1, 16, 16), None),
+        ((1, 1, 4, 4), None),  # attention over four tokens
+        ((1, 1, 77), None),
+        ((1, 0, 16, 3), None),
+        ((), None),
+    ],
+)
+def test_how_a_tensor_holds_an_image_is_read_from_its_shape(shape: tuple[int, ...], form: ImageForm | None) -> None:
+    assert image_form(shape) == form
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_come_back_from_the_form_of_a_model(layout: str, channels: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 14, 3), np.uint8)
+    form = ImageForm(layout, channels, 10, 14)  # type: ignore[arg-type]
+    held = to_form(pixels, form)
+    assert held.shape == ((1, channels, 10, 14) if layout == "nchw" else (1, 10, 14, channels))
+    assert (held.dtype, held.min() >= 0, held.max() <= 1) == (np.float32, True, True)
+    expected = pixels if channels == 3 else np.asarray(Image.fromarray(pixels).convert("L"))[:, :, np.newaxis]
+    np.testing.assert_array_equal(np.rint(from_form(held, form) * 255).astype(np.uint8), expected)
+
+
+def test_luma_is_weighed_as_broadcasting_does() -> None:
+    pixels = np.array([[(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]], np.uint8)
+    luma = to_form(pixels, ImageForm("nchw", 1, 1, 4))
+    np.testing.assert_allclose(luma.ravel(), [0.299, 0.587, 0.114, 1.0], atol=0.5 / 255)
+
+
+def test_an_image_keeps_its_size_where_any_fits_and_is_stretched_where_one_is_fixed() -> None:
+    pixels = np.zeros((10, 14, 3), np.uint8)
+    assert to_form(pixels, ImageForm("nchw", 3, None, None)).shape == (1, 3, 10, 14)
+    assert to_form(pixels, ImageForm("nchw", 3, 20, None)).shape == (1, 3, 20, 14)
+    assert to_form(pixels, ImageForm("nhwc", 1, None, 7)).shape == (1, 10, 7, 1)
+
+
+def test_an_image_is_stretched_to_a_width_of_its_own() -> None:
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:, 4:] = 255
+    wide = stretch(pixels, 8, 32)
+    assert wide.shape == (8, 32, 3)
+    assert (wide[:, :12].max(), wide[:, 20:].min()) == (0, 255)
+
+
 @pytest.mark.realdata
 def test_real_photographs_are_read() -> None:
     for path in image_files(REALDATA / "images"):
         assert read_pixels(path).std() > 2
+
+
+def test_images_are_one_file_a_folder_or_what_a_pattern_matches(tmp_path: Path) -> None:
+    for name in ("b_lr.png", "a_lr.PNG", "a.png", "a_lr.txt", "sub/c_lr.jpg", "a[1].png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "d_lr.png").mkdir()
+
+    def names(text: str) -> list[str]:
+        return [path.relative_to(tmp_path).as_posix() for path in images_at(tmp_path / text)]
+
+    assert names("a.png") == ["a.png"]
+    assert names("*_lr.*") == ["a_lr.PNG", "b_lr.png"]
+    assert names("?.png") == ["a.png"]
+    assert names("sub") == ["sub/c_lr.jpg"]
+    assert len(names(".")) == 5
+    assert names("a[1].png") == ["a[1].png"], "a file of that very name is no pattern"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("*.webp", "no images match"),
+        ("absent/*.png", "no images match"),
+        ("absent", "no such image folder"),
+        ("empty", "no images"),
+    ],
+)
+def test_no_images_there_are_an_error(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.png").touch()
+    with pytest.raises(ToolError, match=reason):
+        images_at(tmp_path / text)

@@ -44,7 +44,7 @@ def test_weights_in_8_bits_count_as_quantized_and_largest_come_first(source: Pat
         ("Add", 0, PLUS, PLUS, ["FLOAT"]),
     ]
     assert [(op.op_type, op.name) for op in left] == [("Add", "plus")]
-    assert "no op type with quantized weights" in left[0].reason
+    assert left[0].reason == "not among the op types to quantize, see --op-type"
 
 
 def test_weights_in_float16_count_as_quantized(source: Path) -> None:
@@ -60,7 +60,7 @@ def test_weights_in_float16_count_as_quantized(source: Path) -> None:
     [
         (Settings("static"), {"gemm": "left in float by the search"}, "left in float by the search"),
         (Settings("static", kept_op_types=("Gemm",)), {}, "excluded"),
-        (Settings("static", op_types=("Conv",)), {}, "no op type with quantized weights"),
+        (Settings("static", op_types=("Conv",)), {}, "not among the op types to quantize"),
         (Settings("static"), {}, "ONNX Runtime's quantizer left it"),
     ],
 )

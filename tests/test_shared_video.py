@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shared.errors import ToolError
-from shared.video import read_frames
+from shared.video import APART, count_frames, frames_at, read_frames, scene_changes
 from tests.conftest import REALDATA
 
 
@@ -60,6 +60,57 @@ def test_what_is_no_video_is_an_error(video: Path, tmp_path: Path) -> None:
             list(read_frames(Path(name), 3))
     with pytest.raises(ToolError, match="too few frames"):
         list(read_frames(video, 0))
+
+
+def test_frames_are_counted_and_the_rate_is_told(video: Path, tmp_path: Path) -> None:
+    assert count_frames(video) == (11, 10)
+    content = video.read_bytes()
+    (tmp_path / "cut.avi").write_bytes(content[: int(0.9 * len(content))])
+    total, _ = count_frames(tmp_path / "cut.avi")
+    assert total == len(list(read_frames(tmp_path / "cut.avi", 99))) < 11, "what can be decoded, not what the container says"
+
+
+def test_frames_come_by_their_numbers(video: Path) -> None:
+    found = list(frames_at(video, {7, 2, 3}))
+    assert [number for number, _ in found] == [2, 3, 7]
+    assert [round(float(frame[..., 0].mean()) / 20) for _, frame in found] == [2, 3, 7]
+    everything = list(read_frames(video, 11))
+    for number, frame in found:
+        np.testing.assert_array_equal(frame, everything[number])
+    assert [number for number, _ in frames_at(video, {9, 10, 11, 5000})] == [9, 10]
+    for none in ({11}, set[int]()):
+        with pytest.raises(ToolError, match="not a video that can be decoded"):
+            list(frames_at(video, none))
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty frames: dark up to 19, bright up to 44, with a flash of a single frame at 24, then middling."""
+    levels = [20] * 20 + [200] * 25 + [110] * 15
+    levels[24] = 150
+    frames = [np.full((32, 48, 3), level + number % 3, np.uint8) for number, level in enumerate(levels)]
+    return write_video(tmp_path_factory.mktemp("scenes") / "a.avi", frames)
+
+
+@pytest.mark.parametrize(("count", "numbers"), [(1, [0]), (2, [0, 20]), (3, [0, 20, 45])])
+def test_scene_changes_are_found_the_hardest_first(scenes: Path, count: int, numbers: list[int]) -> None:
+    assert scene_changes(scenes, count) == numbers
+
+
+def test_scene_changes_lie_apart(scenes: Path) -> None:
+    found = scene_changes(scenes, 99)
+    assert {0, 20, 45} <= set(found)
+    assert not {24, 25} & set(found), "the flash is too near the change before"
+    assert min(np.diff(found)) >= APART
+    assert found == sorted(found)
+
+
+def test_scene_changes_of_what_is_no_video_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "text.mp4").write_text("not a video")
+    for name, reason in (("text.mp4", "not a video that can be decoded"), ("absent.mp4", "no such video file")):
+        for ask in (count_frames, lambda path: scene_changes(path, 3), lambda path: list(frames_at(path, {0}))):
+            with pytest.raises(ToolError, match=reason):
+                ask(tmp_path / name)
 
 
 @pytest.mark.realdata

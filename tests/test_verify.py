@@ -6,12 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from shared.child import ChildError
 from shared.errors import ToolError
+from shared.onnx_graph import read_model, write_metadata
 from shared.runtime import Model, ModelSource
-from tests.conftest import REALDATA, Run
+from tests.conftest import REALDATA, ROOT, Run
+from tests.small_onnx import save, save_picture_model, save_vector_model, seeded, with_external_weights
 from tools import verify as module
 from tools.verify import Findings, verify
 
@@ -189,3 +192,106 @@ def test_a_model_without_outputs_fails_and_is_not_run(float_model: Path, monkeyp
     found = verify(float_model).findings
     assert failed(found) == ["outputs"]
     assert found.checks[-1].name == "outputs"
+
+
+def values(findings: Findings) -> dict[str, str]:
+    return {check.name: check.value for check in findings.checks}
+
+
+def test_an_onnx_model_with_free_axes_passes_and_shows_them(tmp_path: Path) -> None:
+    for path, inputs, outputs in (
+        (
+            save_picture_model(tmp_path / "picture.onnx", shape=("n", 3, "h", "w")),
+            "image float32 (-1, 3, -1, -1)",
+            "made float32 (-1, 3, -1, -1)",
+        ),
+        (save_vector_model(tmp_path / "vector.onnx"), "vector float32 (-1, 8)", "out float32 (-1, 4)"),
+    ):
+        found = verify(path, threads=2).findings
+        assert found.ok, failed(found)
+        assert (values(found)["inputs"], values(found)["outputs"]) == (inputs, outputs)
+        assert "onnxruntime kernels" in values(found)["loads"]
+        assert "threads" in values(found)
+        assert found.peak_rss_bytes > 0
+        assert not any("bits" in name for name in values(found))
+
+
+def test_the_shipped_super_resolution_passes() -> None:
+    assert verify(ROOT / "models" / "minisr" / "minisr_x2.onnx").ok
+
+
+def test_a_free_axis_of_a_tflite_model_fails(float_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    init = Model.__init__
+
+    def open_shape(self: Model, *arguments: object) -> None:
+        init(self, *arguments)  # type: ignore[arg-type]
+        self.inputs = [replace(spec, shape=(-1, 3, 64, 64)) for spec in self.inputs]
+
+    monkeypatch.setattr(Model, "__init__", open_shape)
+    assert failed(verify(float_model).findings) == ["inputs"]
+
+
+def write_onnx_detector(path: Path, nbits: int, *, bits: int | None = None, positive: bool = False) -> Path:
+    """Write a network of one matrix product: (1, 3, 4, 4) -> (1, 1 + bits), whose metadata tells `nbits`."""
+    weights = {"m": seeded(48, 1 + (bits or nbits)), "b": np.full(1, 1e3 if positive else 0, np.float32)}
+    nodes = [
+        onnx.helper.make_node("Flatten", ["image"], ["flat"]),
+        onnx.helper.make_node("MatMul", ["flat", "m"], ["product"]),
+        onnx.helper.make_node("Add", ["product", "b"], ["logits"]),
+    ]
+    save(path, nodes, {"image": (1, 3, 4, 4)}, {"logits": (1, 1 + (bits or nbits))}, weights)
+    model = read_model(path)
+    write_metadata(model, {"nbits": nbits})
+    onnx.save_model(model, str(path))
+    return path
+
+
+def test_an_onnx_detector_tells_the_length_of_its_message(tmp_path: Path) -> None:
+    found = verify(write_onnx_detector(tmp_path / "a.onnx", 40)).findings
+    assert found.ok, failed(found)
+    assert values(found)["detector output"] == "(1, 41)"
+    assert len(values(found)["first 32 bits"]) == 32
+    assert values(found)["bits that are one"].endswith(" of 40")
+    assert failed(verify(write_onnx_detector(tmp_path / "b.onnx", 40, bits=48)).findings) == ["detector output"]
+    assert failed(verify(write_onnx_detector(tmp_path / "c.onnx", 40, positive=True)).findings) == ["bits that are one"]
+    assert failed(verify(tmp_path / "a.onnx", bits=32).findings) == ["detector output"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "check"), [("Log", "finite"), ("Mul", "range"), ("Sub", "reacts to its input"), ("RandomUniformLike", "repeats")]
+)
+def test_the_checks_trip_on_onnx_models_too(tmp_path: Path, kind: str, check: str) -> None:
+    given = {"Log": ["low"], "Mul": ["image", "large"], "Sub": ["image", "image"], "RandomUniformLike": ["image"]}[kind]
+    nodes = [
+        onnx.helper.make_node("Mul", ["image", "minus"], ["low"]),
+        onnx.helper.make_node(kind, given, ["made"]),
+    ]
+    weights = {"minus": np.array(-1, np.float32), "large": np.array(1e6, np.float32)}
+    path = save(tmp_path / "a.onnx", nodes, {"image": (1, 3, 8, 8)}, {"made": (1, 3, 8, 8)}, weights)
+    assert check in failed(verify(path, threads=1).findings)
+
+
+def test_a_changed_file_of_weights_makes_the_report_out_of_date(tmp_path: Path) -> None:
+    model = with_external_weights(save_picture_model(tmp_path / "a.onnx"))
+    first, second = (verify(model, output=tmp_path / "v.json") for _ in range(2))
+    assert (first.ok, second.report is not None and second.report.up_to_date) == (True, True)
+    content = bytearray((tmp_path / "weights.data").read_bytes())
+    content[5] ^= 1
+    (tmp_path / "weights.data").write_bytes(content)
+    with pytest.raises(ToolError, match="out of date"):
+        verify(model, output=tmp_path / "v.json")
+
+
+def test_exit_codes_for_onnx_models(tmp_path: Path, run_tool: Run) -> None:
+    model = save_picture_model(tmp_path / "a.onnx")
+    fine = run_tool("verify", model, "--json")
+    assert (fine.returncode, fine.stderr, json.loads(fine.stdout)["ok"]) == (0, "", True)
+    broken = read_model(model)
+    broken.graph.node[0].op_type = "Unheard"
+    onnx.save_model(broken, str(tmp_path / "b.onnx"))
+    done = run_tool("verify", tmp_path / "b.onnx")
+    assert (done.returncode, "FAILED: loads" in done.stdout, done.stderr) == (1, True, "")
+    (tmp_path / "c.onnx").write_text("no model")
+    for name in ("c.onnx", "absent.onnx"):
+        done = run_tool("verify", tmp_path / name)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

@@ -126,7 +126,7 @@ def _prepare(folder: Path, sources: Sequence[Source], given: int, wish: SamplesW
     """Choose and write all samples, and the manifest to `draft`."""
     hashes = {str(s.path): artifacts.record(s.path).sha256 for s in sources if s.path is not None and s.path.is_file()}
     candidates, skipped = look_at_all(sources, wish, hashes)
-    chosen = choose_parts(candidates, wish)
+    chosen = choose_parts(candidates, wish, [hashes.get(str(source.path), source.name) for source in sources])
     samples, holdout = chosen.samples, chosen.holdout
     for what, found, least in (("samples", samples, wish.min_samples), ("held-out samples", holdout, min(1, wish.holdout))):
         if len(found) < least:
