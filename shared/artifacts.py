@@ -260,6 +260,7 @@ def draft_beside(output: Path) -> Iterator[Path]:
         yield draft
     finally:
         draft.unlink(missing_ok=True)
+        draft.with_name(f"{draft.name}.data").unlink(missing_ok=True)  # weights that an exporter put beside it
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ become what the model takes only when the range of its input is known: from the 
 import contextlib
 import hashlib
 import io
-import itertools
 import json
 import struct
 import tokenize
@@ -272,9 +271,9 @@ def _read_npz(path: Path, inputs: list[TensorSpec]) -> Iterator[Sample]:
 
 def _require_fits(path: Path, spec: TensorSpec, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     """Raise ToolError unless an array's samples have an input's shape, with or without its batch axis of one."""
-    inner = tuple(itertools.dropwhile(lambda size: size == 1, shape[1:]))
-    wanted = tuple(itertools.dropwhile(lambda size: abs(size) == 1, spec.shape))
-    fits = len(inner) == len(wanted) and all(free in (size, -1) for size, free in zip(inner, wanted, strict=True))
+    extra, wanted = max(len(shape) - 1 - len(spec.shape), 0), spec.shape
+    fits = all(size == 1 for size in shape[1 : 1 + extra])
+    fits = fits and all(free in (size, -1) for size, free in zip(_padded(shape[1:], len(wanted)), wanted, strict=True))
     if not fits or dtype.kind not in "fiu":
         expected = f"({shape[0]}, {', '.join(map(str, wanted))}) {spec.dtype}"
         raise ToolError(
@@ -298,5 +297,10 @@ def _next_sample(path: Path, spec: TensorSpec, stream: IO[bytes], shape: tuple[i
 
 def _settled(free: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return an input's shape with its free axes as long as a sample's; the sample may lack leading axes of one."""
-    padded = (1,) * (len(free) - len(shape)) + tuple(shape)[-len(free) :]
+    padded = _padded(shape, len(free))
     return tuple(size if wanted == -1 else wanted for wanted, size in zip(free, padded, strict=True))
+
+
+def _padded(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """Return a shape with ones before it, or its leading axes off, so that it has so many axes."""
+    return (1,) * (rank - len(shape)) + tuple(shape)[max(len(shape) - rank, 0) :]

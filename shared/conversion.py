@@ -111,6 +111,8 @@ def _export_onnx(module: Any, image: "Tensor", draft: Path, metadata: dict[str, 
 
     size = sum(value.numel() * value.element_size() for value in module.state_dict().values())
     batch = torch.export.Dim("batch")
+    if has_free_batch:
+        image = image.expand(2, -1, -1, -1).clone()  # torch takes a batch of 1 for a constant
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about its own use of torch's trees
         program = torch.onnx.export(
@@ -126,6 +128,8 @@ def _export_onnx(module: Any, image: "Tensor", draft: Path, metadata: dict[str, 
     assert program is not None
     program.save(str(draft), external_data=size > ONNX_EMBEDDED_BYTES)
     model = read_model(draft)
+    if has_free_batch and not model.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        raise ToolError("the exporter has fixed the batch", remedy="convert without --dynamic-batch")
     without_traces(model)
     write_metadata(model, metadata)
     draft.write_bytes(model.SerializeToString(deterministic=True))

@@ -37,12 +37,17 @@ def mean_inputs(model: Path, augmented: Path, samples: Iterable[Mapping[str, Arr
     opset = next(entry.version for entry in proto.opset_import if not entry.domain)
     for node in list(proto.graph.node):
         if node.op_type in LAYERS and node.input[1] in constants and node.input[0] not in constants:
-            axes = _axes(node, len(constants[node.input[1]].dims))
+            lengths = list(constants[node.input[1]].dims)
+            if node.op_type == "MatMul" and len(lengths) != 2:
+                continue
             name = f"edgepress_mean_{len(nodes)}"
-            proto.graph.node.extend(_mean_nodes(node.input[0], name, axes, opset))
+            rows = lengths[0] if node.op_type == "MatMul" else None
+            proto.graph.node.extend(_mean_nodes(node.input[0], name, _axes(node, len(lengths)), opset, rows))
             proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
             nodes[name] = node.name
     onnx.save_model(proto, str(augmented))
+    if not nodes:
+        return {}
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(augmented), options, providers=["CPUExecutionProvider"])
@@ -55,28 +60,25 @@ def mean_inputs(model: Path, augmented: Path, samples: Iterable[Mapping[str, Arr
     return {name: total / max(count, 1) for name, total in sums.items()}
 
 
-def _axes(node: Any, rank: int) -> list[int] | None:
-    """Return the axes to average over; None is all but the last one, whatever the rank."""
+def _axes(node: Any, rank: int) -> list[int]:
+    """Return the axes of an input to average over; that of a MatMul is made one of rows first."""
     if node.op_type == "Conv":
         return [0, *range(2, rank)]
-    if node.op_type == "Gemm":
-        return [1] if _integer(node, "transA", 0) else [0]
-    return None
+    return [1] if node.op_type == "Gemm" and _integer(node, "transA", 0) else [0]
 
 
-def _mean_nodes(tensor: str, name: str, axes: list[int] | None, opset: int) -> list[Any]:
+def _mean_nodes(tensor: str, name: str, axes: list[int], opset: int, rows: int | None) -> list[Any]:
+    """Return the nodes that average a tensor; one with rows of K values, whatever its leading axes, where `rows` is K."""
     import onnx
 
     made = []
-    if axes is None:  # (..., K) -> (M, K)
-        shape = onnx.numpy_helper.from_array(np.array([-1], np.int64))
+    if rows is not None:  # (..., K) -> (M, K)
+        shape = onnx.numpy_helper.from_array(np.array([-1, rows], np.int64))
         made += [
-            onnx.helper.make_node("Shape", [tensor], [f"{name}_shape"], start=-1),
-            onnx.helper.make_node("Constant", [], [f"{name}_minus"], value=shape),
-            onnx.helper.make_node("Concat", [f"{name}_minus", f"{name}_shape"], [f"{name}_to"], axis=0),
+            onnx.helper.make_node("Constant", [], [f"{name}_to"], value=shape),
             onnx.helper.make_node("Reshape", [tensor, f"{name}_to"], [f"{name}_flat"]),
         ]
-        tensor, axes = f"{name}_flat", [0]
+        tensor = f"{name}_flat"
     if opset < 18:
         return [*made, onnx.helper.make_node("ReduceMean", [tensor], [name], axes=axes, keepdims=0)]
     value = onnx.numpy_helper.from_array(np.array(axes, np.int64))
@@ -185,9 +187,8 @@ def _expected(node: Any, error: Array, mean: Array) -> Array:
         groups = _integer(node, "group", 1)
         per_input = error.reshape(*error.shape[:2], -1).sum(axis=2).reshape(groups, -1, error.shape[1])  # (G, O / G, I)
         return np.asarray(np.einsum("goi,gi->go", per_input, mean.reshape(groups, -1)).ravel())
-    if _channel_axis(node) == 0:  # (O, K)
-        return np.asarray(error @ mean)
-    return np.asarray(mean @ error) if error.ndim == 2 else np.zeros(0)  # (K, O); stacks of matrices are left alone
+    alpha = _float(node, "alpha", 1.0) if node.op_type == "Gemm" else 1.0
+    return np.asarray(alpha * (error @ mean if _channel_axis(node) == 0 else mean @ error))  # (O, K) or (K, O)
 
 
 def _integer(node: Any, name: str, default: int) -> int:

@@ -69,8 +69,9 @@ def settle_samples(source: Path, model: Path, wish: OnnxWish, threads: int) -> S
     if wish.min_psnr is not None and not makes_image:
         raise ToolError("--min-psnr is for models that make images", where=source, remedy="use --min-cosine")
     given = wish.samples
-    known = choose_range(wish.input_range, declared_range(source), given.path if given else source)
-    assumes = known is None and takes_image and given is not None and given.path.suffix != ".npz"
+    real = given or wish.holdout
+    known = choose_range(wish.input_range, declared_range(source), real.path if real else source)
+    assumes = known is None and takes_image and real is not None and real.path.suffix != ".npz"
     chosen: InputRange | None = "0..1" if assumes else known
     low, high = RANGES[chosen or "0..1"]
     calibration = None if given is None else replace(given, input_range=chosen)

@@ -3,6 +3,7 @@
 Letters in shapes: see the ops' own documentation, https://onnx.ai/onnx/operators.
 """
 
+import collections
 import hashlib
 import json
 import math
@@ -28,7 +29,7 @@ class OnnxOp:
     """One node, and its constant operands.
 
     Args:
-        name: The node's name; `<op type>_<place>` where it has none.
+        name: The node's name; one made up where it has none of its own, see `node_names`.
         op_type: Operator, such as Conv; of another domain than ONNX's with that before it.
         weights: Name of each constant operand that is a tensor of floats or of 8 bits -> bytes.
         dtype: Type of the largest of them, such as FLOAT or INT8; empty where there is none.
@@ -176,15 +177,15 @@ def read_ops(model: Model) -> list[OnnxOp]:
         if node.op_type == "Constant" and (found := [a.t for a in node.attribute if a.name == "value"]):
             constants[node.output[0]] = found[0]
     ops = []
-    for number, node in enumerate(model.graph.node):
-        held = [(name, constants[name]) for name in node.input if name in constants and node.op_type not in SIZES]
-        weights = {name: tensor for name, tensor in held if is_weight(tensor)}
+    for name, node in zip(node_names(model.graph), model.graph.node, strict=True):
+        held = [(read, constants[read]) for read in node.input if read in constants and node.op_type not in SIZES]
+        weights = {read: tensor for read, tensor in held if is_weight(tensor)}
         largest = max(weights.values(), key=tensor_bytes, default=None)
         ops.append(
             OnnxOp(
-                name=node_name(node, number),
+                name=name,
                 op_type=f"{node.domain}.{node.op_type}" if node.domain else node.op_type,
-                weights={name: tensor_bytes(tensor) for name, tensor in weights.items()},
+                weights={read: tensor_bytes(tensor) for read, tensor in weights.items()},
                 dtype="" if largest is None else onnx.TensorProto.DataType.Name(largest.data_type),
                 inputs=list(node.input),
                 outputs=list(node.output),
@@ -193,9 +194,32 @@ def read_ops(model: Model) -> list[OnnxOp]:
     return ops
 
 
-def node_name(node: Any, number: int) -> str:
-    """Return a node's name, or one made of its op type and place."""
-    return str(node.name) or f"{node.op_type}_{number}"
+def node_names(graph: Any) -> list[str]:
+    """Return a name of its own for each node: as it is, or made of its op type and place where it has none or shares it."""
+    taken = collections.Counter(node.name for node in graph.node)
+    used = {name for name, count in taken.items() if name and count == 1}
+    names = []
+    for number, node in enumerate(graph.node):
+        name = str(node.name)
+        if not name or taken[name] > 1:
+            stem = name or f"{node.op_type}_{number}"
+            name = stem if stem not in used else f"{stem}_{number}"
+            while name in used:
+                name += "_"
+            used.add(name)
+        names.append(name)
+    return names
+
+
+def readers_of(graph: Any) -> "collections.Counter[str]":
+    """Return tensor name -> how often it is read: by nodes, in graphs inside of nodes, and as an output."""
+    found = collections.Counter(value.name for value in graph.output)
+    for node in graph.node:
+        found.update(node.input)
+        for attribute in node.attribute:
+            for inner in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
+                found.update(readers_of(inner))
+    return found
 
 
 def is_weight(tensor: Any) -> bool:

@@ -153,7 +153,8 @@ class _Way:
         settings, fidelity = best
         if self.wish.keeps(fidelity):
             return replace(self._quantized(settings, kept), searched=len(methods))
-        layers = [op for op in self.ops if op.op_type in LAYERS and op.weight and op.name not in kept and op.dtype == "FLOAT"]
+        kinds = [kind for kind in LAYERS if kind in settings.op_types and kind not in settings.kept_op_types]
+        layers = [op for op in self.ops if op.op_type in kinds and op.weight and op.name not in kept and op.dtype == "FLOAT"]
 
         def measure(names: frozenset[str]) -> Fidelity | None:
             trial = self._quantized(settings, {**kept, **dict.fromkeys(names, BY_SEARCH)})

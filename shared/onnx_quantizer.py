@@ -19,7 +19,7 @@ from shared.errors import ToolError, first_line
 from shared.onnx_graph import MAX_PROTOBUF_BYTES, external_files, read_model
 from shared.onnx_repair import NARROW, repair, write
 from shared.onnx_settings import Settings
-from shared.onnx_spelling import AS_FLOAT, matrix_products, write_spelled
+from shared.onnx_spelling import AS_FLOAT, matrix_products, shield_floats, write_spelled
 from shared.runtime import TensorSpec
 
 
@@ -85,6 +85,8 @@ def quantize(  # noqa: PLR0917 - called by name
             names = json.loads(str(held["names"]))
             known = {name: held[f"mean_{number}"] for number, name in enumerate(names) if name not in wanted.kept}
         corrected = correct(Path(repaired), product, known)
+    if wanted.mode == "static" and wanted.form == "qdq":
+        shield_floats(product)
     del product.metadata_props[:]
     product.metadata_props.extend(read_model(Path(source)).metadata_props)
     is_large = sum(tensor.ByteSize() for tensor in product.graph.initializer) > MAX_PROTOBUF_BYTES - NARROW
@@ -95,14 +97,17 @@ def quantize(  # noqa: PLR0917 - called by name
 def _dynamic(model: Path, target: Path, wanted: Settings, _: str | None) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    kinds = _kinds(wanted, "IntegerOpsRegistry")
+    gemms = [node.name for node in read_model(model).graph.node if node.op_type == "Gemm"]
+    kept = [name for name in gemms if name in wanted.kept or "Gemm" in wanted.kept_op_types or "Gemm" not in wanted.op_types]
     quantize_dynamic(
         model,
         target,
-        op_types_to_quantize=_kinds(wanted, "IntegerOpsRegistry"),
+        op_types_to_quantize=kinds,
         per_channel=wanted.per_channel,
         reduce_range=wanted.reduce_range,
         weight_type=QuantType.from_string(f"Q{_type_name(wanted.weight_type)}"),
-        nodes_to_exclude=list(wanted.kept),
+        nodes_to_exclude=[*wanted.kept, *(f"{name}_MatMul" for name in kept)],  # what the library makes of a Gemm first
         use_external_data_format=_is_large(model),
         extra_options={} if wanted.symmetric_weights is None else {"WeightSymmetric": wanted.symmetric_weights},
     )
@@ -190,10 +195,12 @@ class _Samples:
 def _quiet() -> Iterator[None]:
     """Keep the library's advice to run what has been run already off the log, and its progress off stdout."""
     logging.disable(logging.WARNING)
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    logging.disable(logging.NOTSET)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 WORK: dict[str, Callable[..., dict[str, Any]]] = {

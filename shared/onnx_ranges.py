@@ -43,6 +43,8 @@ def find_ranges(model: Path, augmented: Path, op_types: Sequence[str], samples: 
     from onnxruntime.quantization import calibrate
 
     names = activations(model, op_types)
+    if not names:
+        return _as_ranges({})
     limits = _smallest_and_largest(model, augmented, names, samples)
     if method == "minmax":
         return _as_ranges(limits)

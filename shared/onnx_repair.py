@@ -6,13 +6,12 @@ all), shapes noted by exporters that contradict inference, weights in Constant n
 convolutions (stays between them in float).
 """
 
-import collections
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shared.errors import ToolError, first_line
-from shared.onnx_graph import MAX_PROTOBUF_BYTES, Model, external_files, is_weight, node_name, read_model
+from shared.onnx_graph import MAX_PROTOBUF_BYTES, Model, external_files, is_weight, node_names, read_model, readers_of
 
 LEAST_OPSET = 13  # DequantizeLinear has an axis from here on
 OPSET = 17  # what older models become; runtimes of 2022 and later read it
@@ -66,11 +65,12 @@ def repair(source: Path, target: Path) -> Repairs:
     model = read_model(source) if is_large else onnx.load(str(source.absolute()))
     for opset in [entry for entry in model.opset_import if entry.domain == "ai.onnx"]:
         opset.domain = ""
+    nameless = _name_nodes(model)  # first, so that places are those in the file
     listed = _unlist_weights(model)
     opset, model = _upgrade(model, source, is_large=is_large)
     constants = _hoist_constants(model)
     batchnorms = 0 if is_large else _fold_batchnorms(model)
-    nameless = _name_nodes(model)
+    _name_nodes(model)  # what upgrading has added
     shapes = _infer_shapes(model, source)
     write(model, target, weights_of=source if is_large else None)
     return Repairs(opset, listed, nameless, constants, batchnorms, shapes)
@@ -158,8 +158,7 @@ def _fold_batchnorms(model: Model) -> int:
 
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    readers = collections.Counter(name for node in graph.node for name in node.input)
-    readers.update(value.name for value in graph.output)
+    readers = readers_of(graph)
     makers = {name: node for node in graph.node for name in node.output}
     folded = []
     for norm in [node for node in graph.node if node.op_type == "BatchNormalization"]:
@@ -194,20 +193,11 @@ def _fold_batchnorms(model: Model) -> int:
 
 def _name_nodes(model: Model) -> int:
     """Give every node a name of its own; return how many got one."""
-    taken = collections.Counter(node.name for node in model.graph.node)
-    used = {name for name, count in taken.items() if name and count == 1}
-    count = 0
-    for number, node in enumerate(model.graph.node):
-        if node.name and taken[node.name] == 1:
-            continue
-        stem = node_name(node, number)
-        name = stem if stem not in used else f"{stem}_{number}"
-        while name in used:
-            name += "_"
-        used.add(name)
+    names = node_names(model.graph)
+    renamed = [node for name, node in zip(names, model.graph.node, strict=True) if name != node.name]
+    for name, node in zip(names, model.graph.node, strict=True):
         node.name = name
-        count += 1
-    return count
+    return len(renamed)
 
 
 def _infer_shapes(model: Model, source: Path) -> int:

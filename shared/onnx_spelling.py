@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.onnx_graph import Model, read_model
+from shared.onnx_graph import Model, read_model, readers_of
 
 AS_FLOAT = ("Gemm",)  # op types whose outputs stay float
+SHIELDED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def write_spelled(source: Path, target: Path) -> tuple[bool, list[str]]:
@@ -72,9 +73,10 @@ def join_biases(model: Model) -> int:
 
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    shapes = {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in graph.value_info}
-    readers = collections.Counter(name for node in graph.node for name in node.input)
-    readers.update(value.name for value in graph.output)
+    shapes = {
+        value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in (*graph.value_info, *graph.input)
+    }
+    readers = readers_of(graph)
     behind = {name: node for node in graph.node for name in node.input}
     joined: dict[str, str] = {}  # name of an Add -> name of its MatMul
     nodes: list[Any] = []
@@ -84,13 +86,7 @@ def join_biases(model: Model) -> int:
         shape = shapes.get(node.input[0], [])
         bias = next((name for name in add.input if name in constants), "") if add is not None and add.op_type == "Add" else ""
         weight = constants.get(node.input[1]) if bias else None
-        if (
-            weight is None
-            or len(weight.dims) != 2
-            or list(constants[bias].dims) != [weight.dims[1]]
-            or not all(shape[1:])
-            or not shape
-        ):
+        if weight is None or not _is_joinable(weight, constants[bias], shape):
             nodes.append(node)
             continue
         assert add is not None
@@ -108,6 +104,48 @@ def join_biases(model: Model) -> int:
     graph.initializer.extend(added)
     _replace(graph, [node for node in nodes if node.name not in joined])
     return len(joined)
+
+
+def _is_joinable(weight: Any, bias: Any, shape: list[int]) -> bool:
+    """Return whether a product of rows of this shape with a float32 matrix and its bias can be one Gemm."""
+    from onnx import TensorProto
+
+    is_float = weight.data_type == bias.data_type == TensorProto.FLOAT
+    return is_float and len(weight.dims) == 2 and list(bias.dims) == [weight.dims[1]] and len(shape) > 1 and all(shape[1:])
+
+
+def shield_floats(product: Model) -> int:
+    """Keep ONNX Runtime from quantizing layers that were left in float, in place; return how many.
+
+    When it loads a model it rounds the float weights of a layer between DequantizeLinear and QuantizeLinear to 8 bits itself, one
+    scale for the whole weight. A step that changes nothing between the layer and what quantizes its output prevents that.
+    """
+    from onnx import TensorProto, helper
+
+    graph = product.graph
+    floats = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    behind: dict[str, list[Any]] = collections.defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            behind[name].append(node)
+    nodes: list[Any] = []
+    count = 0
+    for node in graph.node:
+        nodes.append(node)
+        if node.op_type not in SHIELDED or not any(name in floats for name in node.input[1:2]):
+            continue
+        readers = behind[node.output[0]]
+        relus = [reader for reader in readers if reader.op_type == "Relu"]
+        for relu in relus:
+            relu.op_type = "LeakyRelu"
+            relu.attribute.append(helper.make_attribute("alpha", 0.0))
+        if any(reader.op_type == "QuantizeLinear" for reader in readers):
+            plain, name = f"{node.output[0]}_plain", f"{node.name}_shield"
+            nodes.append(helper.make_node("LeakyRelu", [plain], [node.output[0]], name=name, alpha=1.0))
+            node.output[0] = plain
+        count += bool(relus) or node.output[0].endswith("_plain")
+    _replace(graph, nodes)
+    return count
 
 
 def _replace(graph: Any, nodes: list[Any]) -> None:

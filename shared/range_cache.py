@@ -12,6 +12,7 @@ from shared.errors import ToolError
 from shared.formats import model_files
 
 KIND = "edgepress ranges"
+VERSION = 1  # of how ranges are found and named; to be raised with `shared.onnx_ranges` and `shared.onnx_spelling`
 
 
 class RangeCache:
@@ -52,7 +53,7 @@ class RangeCache:
 
 def key_of(model: Path, samples: CalibrationSet, method: str, op_types: Sequence[str]) -> str:
     """Return what decides ranges as one hash: the model's files, the samples, how ranges are found, and at which ops."""
-    whole = hashlib.sha256(f"{samples.sha256()} {method} {' '.join(op_types)}".encode())
+    whole = hashlib.sha256(f"{VERSION} {samples.sha256()} {method} {' '.join(op_types)}".encode())
     for file in model_files(model):
         with file.open("rb") as content:
             whole.update(hashlib.file_digest(content, "sha256").digest())

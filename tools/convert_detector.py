@@ -200,13 +200,13 @@ def _convert(job: _Job, draft: Path, folded: Path, output: Path) -> FloatModel:
     with step(f"convert to float32 {job.model_format.value}"):
         reply = _in_child({**message, "weights": str(job.weights), "folded": str(folded), "draft": str(draft)}, job.weights)
         folded.unlink()
-    if job.model_format is ModelFormat.ONNX:
-        name_weights(draft, output)
-    else:
+    if job.model_format is ModelFormat.TFLITE:
         append_metadata(draft, job.metadata())
     seconds = round(time.monotonic() - start, 3)
     with step("check against torch"):
         agreement = _check(ModelSource(job.weights, job.card, job.form), ModelSource(draft))
+    if job.model_format is ModelFormat.ONNX:
+        name_weights(draft, output)
     peak = max(reply["peak_rss_bytes"], agreement.peak_rss_bytes)
     return FloatModel(reply["parameters"], seconds, agreement, reply["casts"], peak)
 

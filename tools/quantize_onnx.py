@@ -21,7 +21,7 @@ from shared.artifacts import Plan, Product
 from shared.calibration import CalibrationSet, InputRange
 from shared.cli import Overwrite, Refresh, Threads, run, size_text
 from shared.errors import ToolError
-from shared.formats import model_files
+from shared.formats import format_of, model_files
 from shared.machine import cpu_name, require_disk
 from shared.onnx_graph import check_is_onnx, external_files, name_weights, read_model, read_ops
 from shared.onnx_pressed import SLOWER, PressedOnnx
@@ -60,6 +60,14 @@ class _LimitBrokenError(Exception):
     def __init__(self, found: PressedOnnx) -> None:
         super().__init__()
         self.found = found
+
+
+def _require_op_types(model: Path, op_types: list[str]) -> None:
+    """Raise ToolError where the model has no op of a type that is to be quantized."""
+    kinds = {op.op_type for op in read_ops(read_model(model))}
+    if missing := [kind for kind in op_types if kind not in kinds]:
+        got = f"op types {', '.join(sorted(kinds))}"
+        raise ToolError(f"--op-type: the model has no {', '.join(missing)}", where=model, got=got)
 
 
 def _excluded(model: Path, exclude: list[str]) -> tuple[str, ...]:
@@ -109,22 +117,28 @@ def _message(found: PressedOnnx, product: Product) -> str:
     return f"{head}{product.path}: {size}; {product.seconds:.1f} s{slow}"
 
 
+def _idle(mode: ModeName, options: dict[str, object]) -> list[str]:
+    """Return the options given that do nothing in a mode."""
+    static = ("range_cache", "form", "activation_type", "calibration_method", "symmetric_activations")
+    integer = ("calibration", "weight_type", "reduce_range", "symmetric_weights", "op_type")
+    if mode not in ("dynamic", "fp16"):
+        return []
+    idle = [name for name in (*static, *(integer if mode == "fp16" else ())) if options[name] not in (None, False)]
+    if mode == "fp16" and not options["per_channel"]:
+        idle.append("no_per_channel")
+    return idle
+
+
 def _require_sense(mode: ModeName, options: dict[str, object]) -> None:
     """Raise ToolError for options that would do nothing, or contradict each other."""
-    static = ("range_cache", "form", "activation_type", "calibration_method", "symmetric_activations")
-    if mode in ("dynamic", "fp16"):
-        idle = [name for name in static if options[name]]
-        if mode == "fp16":
-            idle += [
-                name for name in ("calibration", "weight_type", "reduce_range", "symmetric_weights", "op_type") if options[name]
-            ]
-        if idle:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-            raise ToolError(f"{names} does nothing in mode {mode}", remedy="leave it out, or use --mode static")
+    if idle := _idle(mode, options):
+        names = ", ".join(f"--{'format' if name == 'form' else name.replace('_', '-')}" for name in idle)
+        raise ToolError(f"{names} does nothing in mode {mode}", remedy="leave it out, or use --mode static")
     if mode == "auto" and options["min_psnr"] is None and options["min_cosine"] is None:
         raise ToolError("--mode auto needs a limit to keep", remedy="give --min-psnr or --min-cosine")
-    for name in ("input_range", "samples", "holdout"):
-        if options[name] is not None and options["calibration"] is None:
+    needs = {"input_range": options["calibration"] or options["holdout"], "samples": options["calibration"]}
+    for name, needed in needs.items():
+        if options[name] is not None and needed is None:
             raise ToolError(f"--{name.replace('_', '-')} does nothing without --calibration", remedy="leave it out, or add that")
 
 
@@ -193,6 +207,9 @@ def quantize_onnx(
         ToolError: Damaged model, samples that don't fit, a limit that no mix of layers keeps, or no place to write.
     """
     check_is_onnx(model)
+    if format_of(model) != "onnx":
+        raise ToolError("the model's name must end in .onnx", where=model, remedy="rename it")
+    _require_op_types(model, op_type or [])
     _require_sense(mode, locals())
     settings = Settings(
         mode="static" if mode == "auto" else mode,
@@ -224,7 +241,9 @@ def quantize_onnx(
     if output.suffix != ".onnx":
         raise ToolError("the output is no .onnx file", where=output, expected="a name ending in .onnx")
     limits = {"coverage": require_coverage, "speedup": min_speedup, "psnr": min_psnr, "cosine": min_cosine}
-    read = [*model_files(model), *(file for given in (wish.samples, wish.holdout) if given for file in given.files())]
+    real = [given for given in (wish.samples, wish.holdout) if given]
+    real += [replace(wish.samples, part="holdout")] if wish.samples and wish.samples.has_holdout() else []
+    read = [*model_files(model), *dict.fromkeys(file for given in real for file in given.files())]
     require_disk(0, output.parent, "write the quantized model")
     if range_cache is not None:
         _require_cache_free(range_cache, [output, *read])
