@@ -22,6 +22,15 @@ from shared.onnx_workshop import Quantized, Workshop
 BASE_MEMORY = int(0.5 * GIB)
 MEMORY_PER_BYTE = 3.2  # the quantizer holds the model, its quantized weights, and what it writes; measured at 773.7 M parameters
 WORKSPACE_PER_BYTE = 3  # on disk: the repaired model, what the library infers its shapes in, the product
+QUANTIZED = {
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "DynamicQuantizeLinear",
+    "QLinearConv",
+    "QLinearMatMul",
+    "ConvInteger",
+    "MatMulInteger",
+}
 BY_SEARCH = "left in float by the search: quantized it would break the limit"
 BY_USER = "excluded"
 
@@ -46,6 +55,9 @@ def press(source: Path, wish: OnnxWish, workspace: Path, draft: Path) -> Pressed
     with Workshop(source, workspace) as workshop:
         repairs = str(workshop.repair())
         ops = read_ops(read_model(workshop.float_model))
+        if done := sorted({op.op_type for op in ops} & QUANTIZED):
+            what = f"mode {wish.settings.mode} changes no op of this model"
+            raise ToolError(what, where=source, got=f"quantized already: {', '.join(done)}", remedy="give the float model")
         samples = settle_samples(source, workshop.float_model, wish, wish.threads or cpu_count())
         evaluation = Evaluation(source, workshop.float_model, samples, wish.threads)
         way = _Way(source, wish, ops, samples, workshop, evaluation)

@@ -41,9 +41,10 @@ def find_ranges(model: str, target: str, settings: dict[str, Any], samples: dict
     from shared import onnx_ranges
 
     wanted, augmented = _settings(settings), Path(model).with_name("augmented.onnx")
-    found = onnx_ranges.find_ranges(Path(model), augmented, wanted.op_types, _Samples(samples, inputs), wanted.method)
+    op_types = (*wanted.op_types, *(("Gemm",) if "MatMul" in wanted.op_types else ()))
+    found = onnx_ranges.find_ranges(Path(model), augmented, op_types, _Samples(samples, inputs), wanted.method)
     save_tensors_data(found, target)
-    augmented.unlink()
+    augmented.unlink(missing_ok=True)
     return {"tensors": len(found.data)}
 
 
@@ -53,7 +54,7 @@ def find_means(model: str, target: str, samples: dict[str, Any], inputs: list[An
 
     augmented = Path(model).with_name("augmented.onnx")
     found = mean_inputs(Path(model), augmented, _Samples(samples, inputs))
-    augmented.unlink()
+    augmented.unlink(missing_ok=True)
     names = list(found)
     arrays: dict[str, Any] = {f"mean_{number}": found[name] for number, name in enumerate(names)}
     np.savez(target, names=np.array(json.dumps(names)), **arrays)
@@ -69,7 +70,10 @@ def quantize(  # noqa: PLR0917 - called by name
     wanted = _settings(settings)
     try:
         with _quiet():
-            {"dynamic": _dynamic, "static": _static, "fp16": _half}[wanted.mode](Path(model), Path(target), wanted, ranges)
+            if wanted.mode == "static":
+                _static(Path(model), Path(target), wanted, ranges, _matrix_products(Path(repaired)))
+            else:
+                {"dynamic": _dynamic, "fp16": _half}[wanted.mode](Path(model), Path(target), wanted)
     except ToolError:
         raise
     except (ValueError, KeyError, TypeError, RuntimeError, NotImplementedError, AssertionError, AttributeError) as error:
@@ -94,7 +98,7 @@ def quantize(  # noqa: PLR0917 - called by name
     return {"corrected": corrected}
 
 
-def _dynamic(model: Path, target: Path, wanted: Settings, _: str | None) -> None:
+def _dynamic(model: Path, target: Path, wanted: Settings) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     kinds = _kinds(wanted, "IntegerOpsRegistry")
@@ -113,12 +117,23 @@ def _dynamic(model: Path, target: Path, wanted: Settings, _: str | None) -> None
     )
 
 
-def _static(model: Path, target: Path, wanted: Settings, ranges: str | None) -> None:
+def _matrix_products(model: Path) -> set[str]:
+    return {node.name for node in read_model(model).graph.node if node.op_type == "MatMul"}
+
+
+def _static(model: Path, target: Path, wanted: Settings, ranges: str | None, products: set[str]) -> None:
+    """Quantize a model, some of whose Gemms may be `products` of the repaired one: these go by what is said of MatMul."""
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     options: dict[str, Any] = {"ActivationSymmetric": wanted.symmetric_activations}
     if wanted.symmetric_weights is not None:
         options["WeightSymmetric"] = wanted.symmetric_weights
+    proto = read_model(model)
+    kinds = _kinds(wanted, "QDQRegistry" if wanted.form == "qdq" else "QLinearOpsRegistry")
+    gemms = [node.name for node in proto.graph.node if node.op_type == "Gemm"]
+    idle = [name for name in gemms if ("MatMul" if name in products else "Gemm") not in kinds]
+    if len(idle) < len(gemms) and "Gemm" not in kinds:
+        kinds.append("Gemm")
     if wanted.form == "qdq":
         options["OpTypesToExcludeOutputQuantization"] = list(AS_FLOAT)
     quantize_static(
@@ -128,18 +143,18 @@ def _static(model: Path, target: Path, wanted: Settings, ranges: str | None) -> 
         calibration_cache_path=ranges,
         calibrate_method=CalibrationMethod.MinMax,  # as `shared.onnx_ranges` has them noted
         quant_format=QuantFormat.QDQ if wanted.form == "qdq" else QuantFormat.QOperator,
-        op_types_to_quantize=_kinds(wanted, "QDQRegistry" if wanted.form == "qdq" else "QLinearOpsRegistry"),
+        op_types_to_quantize=kinds,
         per_channel=wanted.per_channel,
         reduce_range=wanted.reduce_range,
         activation_type=QuantType.from_string(f"Q{_type_name(wanted.activation_type)}"),
         weight_type=QuantType.from_string(f"Q{_type_name(wanted.weight_type)}"),
-        nodes_to_exclude=[*wanted.kept, *matrix_products(read_model(model))],
+        nodes_to_exclude=[*wanted.kept, *idle, *matrix_products(proto)],
         use_external_data_format=_is_large(model),
         extra_options=options,
     )
 
 
-def _half(model: Path, target: Path, wanted: Settings, _: str | None) -> None:
+def _half(model: Path, target: Path, wanted: Settings) -> None:
     import onnx
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 

@@ -6,6 +6,7 @@ all), shapes noted by exporters that contradict inference, weights in Constant n
 convolutions (stays between them in float).
 """
 
+import collections
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,11 +194,11 @@ def _fold_batchnorms(model: Model) -> int:
 
 def _name_nodes(model: Model) -> int:
     """Give every node a name of its own; return how many got one."""
-    names = node_names(model.graph)
-    renamed = [node for name, node in zip(names, model.graph.node, strict=True) if name != node.name]
-    for name, node in zip(names, model.graph.node, strict=True):
+    taken = collections.Counter(node.name for node in model.graph.node)
+    nameless = [node for node in model.graph.node if not node.name or taken[node.name] > 1]
+    for name, node in zip(node_names(model.graph), list(model.graph.node), strict=True):
         node.name = name
-    return len(renamed)
+    return len(nameless)
 
 
 def _infer_shapes(model: Model, source: Path) -> int:
