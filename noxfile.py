@@ -177,6 +177,7 @@ def press_superres(session: nox.Session, mode: str, precision: str, min_psnr: fl
     parser = argparse.ArgumentParser(prog=f"nox -s {session.name} --")
     parser.add_argument("--model", type=Path, help="a super-resolution network, .onnx; default: minisr")
     parser.add_argument("--images", type=Path, help="images like those it will get")
+    parser.add_argument("--input-range", choices=("0..1", "-1..1", "0..255"), help="range of its images; default: 0..1")
     parser.add_argument("--min-psnr", type=float, default=min_psnr, help="least PSNR to the float32 model's images, dB")
     options = parser.parse_args(session.posargs)
     if (options.model is None) != (options.images is None):
@@ -190,13 +191,14 @@ def press_superres(session: nox.Session, mode: str, precision: str, min_psnr: fl
     tool(session, "prepare_calibration", options.images or samples / "calibration", "-o", calibration, *cut)
     given: list[str | Path] = ["--calibration", calibration] if mode == "static" else []
     limit = f"--min-psnr={options.min_psnr}"
-    tool(session, "quantize_onnx", model, "-o", product, "--mode", mode, *given, limit, "--refresh")
+    ranged = [f"--input-range={options.input_range}"] if options.input_range else []
+    tool(session, "quantize_onnx", model, "-o", product, "--mode", mode, *given, *ranged, limit, "--refresh")
     tool(session, "verify", product, "-o", product.with_name(f"{product.stem}_verify.json"), "--refresh")
     found, page = (product.with_name(f"{product.stem}_{name}") for name in ("compare.json", "report.html"))
     images: list[str | Path] = (
         ["--images", calibration] if options.model else ["--images", samples / "small", "--truth", samples / "large"]
     )
-    limits = [limit, *([] if options.model else MINISR_LIMITS)]
+    limits = [limit, *ranged, *([] if options.model else MINISR_LIMITS)]
     tool(session, "compare", model, product, *images, "-o", found, "--html", page, *limits, "--refresh")
 
 

@@ -54,12 +54,14 @@ class ImageTask:
         truths: What each should become, where known.
         reference: How near the reference's are to that.
         bicubic: How near plain enlargement is.
+        pixel_range: What 0 and 255 become in the models' images.
     """
 
     files: list[Path]
     truths: list[Path]
     reference: TruthScores | None
     bicubic: TruthScores | None
+    pixel_range: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,11 @@ def size_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in model_files(path))
 
 
+def declared_range(path: Path) -> tuple[float, float] | None:
+    """Return the range of a model's image input as its own metadata tells it, or None."""
+    return onnx_graph.declared_range(path) if format_of(path) == "onnx" else tflite.declared_range(path)
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return the metadata of one of our models, empty where the file has none."""
     return onnx_graph.read_metadata(path) if format_of(path) == "onnx" else tflite.read_metadata(path)

@@ -56,6 +56,8 @@ class TruthScores:
 def find_truths(files: Sequence[Path], folder: Path) -> list[Path]:
     """Return for each image the one in a folder that it should become: of its name, or of the longest that its name begins with.
 
+    A name goes on behind what is no letter or digit: img1_lr belongs to img1, img10 does not.
+
     Raises:
         ToolError: There is none for an image.
     """
@@ -66,7 +68,8 @@ def find_truths(files: Sequence[Path], folder: Path) -> list[Path]:
         known.setdefault(path.stem, []).append(path)
     found, missing = [], []
     for file in files:
-        stems = (file.stem[:length] for length in range(len(file.stem), 0, -1))
+        stem = file.stem
+        stems = (stem[:end] for end in range(len(stem), 0, -1) if end == len(stem) or not stem[end].isalnum())
         named = [path for stem in stems for path in _nearest(known.get(stem, []), file)]
         others = [path for path in named if path.resolve() != file.resolve()]
         found += others[:1]
@@ -106,9 +109,14 @@ def score(one: Array, other: Array, peak: float) -> ImageScore:
 
 
 def as_image(output: Array) -> Array:
-    """Return a model's image output, (1, C, H, W) or (1, H, W, C), as (H, W, C)."""
+    """Return a model's image output, (1, C, H, W) or (1, H, W, C), as (H, W, C).
+
+    Raises:
+        ValueError: It is none.
+    """
     form = image_form(output.shape)
-    assert form is not None, output.shape
+    if form is None:
+        raise ValueError(f"an output of {output.shape} is no image, or a very small one")
     return from_form(output, form)
 
 

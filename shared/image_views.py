@@ -45,14 +45,15 @@ def worst_views(findings: Findings, count: int, skip: frozenset[Path] = frozense
             stack.enter_context(open_model(ModelSource(path))) for path in (findings.reference.path, *(c.path for c in shown))
         ]
         for number in worst:
-            made = [_made(model, task.files[number]) for model in models]
+            made = [_made(model, task.files[number], task.pixel_range) for model in models]
             yield task.files[number], decibels[number], list(_views(task, number, made, [names[c.path] for c in shown]))
 
 
-def _made(model: Model, file: Path) -> NDArray[np.float32]:
+def _made(model: Model, file: Path, pixel_range: tuple[float, float]) -> NDArray[np.float32]:
     """Return the image a model makes, (H, W, 3) in 0..255, not rounded."""
-    outputs, _ = model.run(image_input(model.inputs, read_pixels(file)))
-    image = as_image(outputs[model.outputs[0].name]) * 255
+    low, high = pixel_range
+    outputs, _ = model.run(image_input(model.inputs, read_pixels(file), pixel_range))
+    image = (as_image(outputs[model.outputs[0].name]) - np.float32(low)) * np.float32(255 / (high - low))
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
 
 

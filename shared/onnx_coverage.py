@@ -57,6 +57,8 @@ def _now(op: OnnxOp, after: Mapping[str, Any]) -> tuple[str, int]:
     from shared.onnx_graph import tensor_bytes
 
     name = str(op.weight)
+    if op.is_inner:
+        return op.dtype, op.weight_bytes
     tensor = after.get(f"{name}_quantized") if name not in after else after[name]
     if tensor is None:
         return op.dtype, op.weight_bytes
@@ -64,8 +66,9 @@ def _now(op: OnnxOp, after: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _why_left(op: OnnxOp, wanted: Settings, reasons: Mapping[str, str]) -> str:
-    if op.name in reasons:
-        return reasons[op.name]
+    inner = {op.name: "inside a branch or loop, which the quantizer does not enter"} if op.is_inner else {}
+    if known := {**reasons, **inner}.get(op.name):
+        return known
     if op.dtype not in ("FLOAT", "DOUBLE"):
         return f"weights are {op.dtype} already"
     if op.op_type in wanted.kept_op_types:

@@ -74,6 +74,13 @@ def settle_samples(source: Path, model: Path, wish: OnnxWish, threads: int) -> S
     assumes = known is None and takes_image and real is not None and real.path.suffix != ".npz"
     chosen: InputRange | None = "0..1" if assumes else known
     low, high = RANGES[chosen or "0..1"]
+    if makes_image and chosen is None and real is not None:
+        if wish.min_psnr is not None:
+            remedy = "say --input-range 0..1, -1..1 or 0..255"
+            raise ToolError(
+                "--min-psnr needs the range of the model's images, which arrays do not tell", where=source, remedy=remedy
+            )
+        makes_image = False
     calibration = None if given is None else replace(given, input_range=chosen)
     count = 0
     if calibration is not None:

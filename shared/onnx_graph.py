@@ -35,6 +35,7 @@ class OnnxOp:
         dtype: Type of the largest of them, such as FLOAT or INT8; empty where there is none.
         inputs: Names of all inputs.
         outputs: Names of all outputs.
+        is_inner: Whether it stands in a graph inside of a node, such as a branch of If, which quantizers do not enter.
     """
 
     name: str
@@ -43,6 +44,7 @@ class OnnxOp:
     dtype: str = ""
     inputs: Sequence[str] = ()
     outputs: Sequence[str] = ()
+    is_inner: bool = False
 
     @property
     def weight_bytes(self) -> int:
@@ -169,29 +171,38 @@ def external_files(path: Path) -> list[Path]:
 
 
 def read_ops(model: Model) -> list[OnnxOp]:
-    """Return the nodes of a model's main graph in their order."""
+    """Return the nodes of a model in their order, those of graphs inside of nodes behind the main ones."""
+    return _ops_of(model.graph, {}, prefix="")
+
+
+def _ops_of(graph: Any, outer: Mapping[str, Any], prefix: str) -> list[OnnxOp]:
     import onnx
 
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
+    constants = {**outer, **{tensor.name: tensor for tensor in graph.initializer}}
+    for node in graph.node:
         if node.op_type == "Constant" and (found := [a.t for a in node.attribute if a.name == "value"]):
             constants[node.output[0]] = found[0]
-    ops = []
-    for name, node in zip(node_names(model.graph), model.graph.node, strict=True):
+    ops: list[OnnxOp] = []
+    inner: list[OnnxOp] = []
+    for name, node in zip(node_names(graph), graph.node, strict=True):
         held = [(read, constants[read]) for read in node.input if read in constants and node.op_type not in SIZES]
         weights = {read: tensor for read, tensor in held if is_weight(tensor)}
         largest = max(weights.values(), key=tensor_bytes, default=None)
         ops.append(
             OnnxOp(
-                name=name,
+                name=f"{prefix}{name}",
                 op_type=f"{node.domain}.{node.op_type}" if node.domain else node.op_type,
                 weights={read: tensor_bytes(tensor) for read, tensor in weights.items()},
                 dtype="" if largest is None else onnx.TensorProto.DataType.Name(largest.data_type),
                 inputs=list(node.input),
                 outputs=list(node.output),
+                is_inner=bool(prefix),
             )
         )
-    return ops
+        for attribute in node.attribute:
+            for below in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
+                inner += _ops_of(below, constants, f"{prefix}{name}/")
+    return [*ops, *inner]
 
 
 def node_names(graph: Any) -> list[str]:

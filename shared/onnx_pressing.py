@@ -13,7 +13,7 @@ from shared.onnx_coverage import measure_coverage
 from shared.onnx_evaluation import LARGE_BYTES, Evaluation, Samples, settle_samples
 from shared.onnx_graph import OnnxOp, read_model, read_ops
 from shared.onnx_pressed import FLOAT, ORIGINAL, PressedOnnx, Timed
-from shared.onnx_repair import DATA
+from shared.onnx_repair import DATA, OPSET
 from shared.onnx_search import find_kept
 from shared.onnx_settings import LAYERS, Settings
 from shared.onnx_wish import OnnxWish
@@ -31,6 +31,7 @@ QUANTIZED = {
     "ConvInteger",
     "MatMulInteger",
 }
+MOST_CHANGED = 1e-3  # relative error between the model as it came and repaired; rounding in another order gives 1e-6
 BY_SEARCH = "left in float by the search: quantized it would break the limit"
 BY_USER = "excluded"
 
@@ -166,7 +167,11 @@ class _Way:
         if self.wish.keeps(fidelity):
             return replace(self._quantized(settings, kept), searched=len(methods))
         kinds = [kind for kind in LAYERS if kind in settings.op_types and kind not in settings.kept_op_types]
-        layers = [op for op in self.ops if op.op_type in kinds and op.weight and op.name not in kept and op.dtype == "FLOAT"]
+        layers = [
+            op
+            for op in self.ops
+            if op.op_type in kinds and op.weight and op.name not in kept and op.dtype == "FLOAT" and not op.is_inner
+        ]
 
         def measure(names: frozenset[str]) -> Fidelity | None:
             trial = self._quantized(settings, {**kept, **dict.fromkeys(names, BY_SEARCH)})
@@ -191,6 +196,11 @@ class _Way:
         shows_original = is_repaired and size_bytes(float_model) <= LARGE_BYTES
         known = [*([(ORIGINAL, self.source)] if shows_original else []), (FLOAT, float_model)]
         models, runs = self.evaluation.time([*known, *((one.settings.mode, one.path) for one in candidates)])
+        repaired = models[0].fidelity if shows_original else self.evaluation.answers(self.source) if is_repaired else None
+        if repaired is not None and repaired.relative_error > MOST_CHANGED:
+            got = f"relative error {repaired.relative_error:.2g}"
+            remedy = f"export the model again with opset {OPSET} or newer"
+            raise ToolError("repairing the model changes its answers", where=self.source, got=got, remedy=remedy)
         tried = models[len(known) :]
         told = [*tried, *self.failed]
         running = [

@@ -16,6 +16,7 @@ from shared.onnx_graph import MAX_PROTOBUF_BYTES, Model, external_files, is_weig
 
 LEAST_OPSET = 13  # DequantizeLinear has an axis from here on
 OPSET = 17  # what older models become; runtimes of 2022 and later read it
+LAST_PLAIN_RESIZE = 10  # up to this opset Resize and Upsample knew one way only
 LEAST_IR = 4  # initializers need not be inputs from here on
 IR = 8  # belongs to OPSET
 NARROW = 2**20  # bytes that the protobuf holds beside weights, at most a little more
@@ -32,7 +33,7 @@ class Repairs:
         nameless: Nodes without a name, or with one that another has.
         constants: Weights moved out of Constant nodes.
         batchnorms: Batch normalizations folded into the layers before them.
-        shapes: Shapes that contradicted inference, or that it could not confirm.
+        shapes: Shapes that contradicted inference.
     """
 
     opset: int = 0
@@ -64,8 +65,10 @@ def repair(source: Path, target: Path) -> Repairs:
 
     is_large = sum(file.stat().st_size for file in (source, *external_files(source))) > MAX_PROTOBUF_BYTES - NARROW
     model = read_model(source) if is_large else onnx.load(str(source.absolute()))
-    for opset in [entry for entry in model.opset_import if entry.domain == "ai.onnx"]:
-        opset.domain = ""
+    for entry in [entry for entry in model.opset_import if entry.domain == "ai.onnx"]:
+        entry.domain = ""
+    if all(entry.domain for entry in model.opset_import):
+        model.opset_import.add(domain="", version=OPSET)  # a model of custom ops alone; what quantizing adds needs it
     nameless = _name_nodes(model)  # first, so that places are those in the file
     listed = _unlist_weights(model)
     opset, model = _upgrade(model, source, is_large=is_large)
@@ -127,8 +130,22 @@ def _upgrade(model: Model, source: Path, *, is_large: bool) -> tuple[int, Model]
         remedy = f"export the model again with opset {OPSET} or newer"
         raise ToolError(f"opset {opset} can't be upgraded", where=source, got=first_line(error), remedy=remedy) from None
     upgraded.ir_version = max(upgraded.ir_version, IR)
+    if opset <= LAST_PLAIN_RESIZE:
+        _resize_as_before(upgraded)
     upgraded.metadata_props.MergeFrom(() if upgraded.metadata_props else model.metadata_props)
     return opset, upgraded
+
+
+def _resize_as_before(model: Model) -> None:
+    """Tell Resize how opsets up to 10 placed pixels, which the converter leaves to the new default."""
+    from onnx import helper
+
+    for node in model.graph.node:
+        if node.op_type == "Resize":
+            told = {attribute.name for attribute in node.attribute}
+            for name, value in (("coordinate_transformation_mode", "asymmetric"), ("nearest_mode", "floor")):
+                if name not in told:
+                    node.attribute.append(helper.make_attribute(name, value))
 
 
 def _hoist_constants(model: Model) -> int:
@@ -205,13 +222,16 @@ def _infer_shapes(model: Model, source: Path) -> int:
     """Drop the shapes of inner tensors and infer them anew; return how many of the old ones said something else."""
     from onnx import shape_inference
 
-    before = {value.name: _lengths(value) for value in model.graph.value_info}
+    noted = list(model.graph.value_info)
+    before = {value.name: _lengths(value) for value in noted}
     del model.graph.value_info[:]
     try:
         inferred = shape_inference.infer_shapes(model, data_prop=True)  # weights of a large model are not loaded
     except Exception as error:  # noqa: BLE001 - it raises whatever its C++ code throws
         raise ToolError("the model's shapes can't be inferred", where=source, got=first_line(error)) from None
     model.graph.value_info.extend(inferred.graph.value_info)
+    found = {value.name for value in inferred.graph.value_info}
+    model.graph.value_info.extend(value for value in noted if value.name not in found)  # behind custom ops: nobody else knows
     after = {value.name: _lengths(value) for value in model.graph.value_info}
     return sum(_differ(shape, after[name]) for name, shape in before.items() if name in after)
 

@@ -12,6 +12,7 @@ Form = Literal["qdq", "qoperator"]
 LAYERS = ("Conv", "MatMul", "Gemm")  # where weights and time are
 # Ops between layers that pass 8 bits through: left in float they would cost a conversion on either side.
 PASSING = ("Relu", "Clip", "MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Gather")
+RECURRENT = ("LSTM", "Attention", "EmbedLayerNormalization")  # known to dynamic quantization only
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Settings:
     """
 
     mode: Mode
-    op_types: tuple[str, ...] = (*LAYERS, *PASSING)
+    op_types: tuple[str, ...] = (*LAYERS, *PASSING, *RECURRENT)
     form: Form = "qdq"
     activation_type: IntegerType = "uint8"
     weight_type: Literal["int8", "uint8"] = "int8"

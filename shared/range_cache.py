@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ class RangeCache:
 
 def key_of(model: Path, samples: CalibrationSet, method: str, op_types: Sequence[str]) -> str:
     """Return what decides ranges as one hash: the model's files, the samples, how ranges are found, and at which ops."""
-    whole = hashlib.sha256(f"{VERSION} {samples.sha256()} {method} {' '.join(op_types)}".encode())
+    versions = " ".join(f"{name} {metadata.version(name)}" for name in ("onnx", "onnxruntime"))
+    whole = hashlib.sha256(f"{VERSION} {versions} {samples.sha256()} {method} {' '.join(op_types)}".encode())
     for file in model_files(model):
         with file.open("rb") as content:
             whole.update(hashlib.file_digest(content, "sha256").digest())

@@ -136,19 +136,24 @@ def labelled_inputs(labelled: Sequence[Labelled], attacks: Sequence[Attack | Non
     return [sample(number, attack) for attack in attacks for number in range(len(labelled))]
 
 
-def image_input(specs: list[TensorSpec], pixels: Pixels) -> dict[str, NDArray[Any]]:
-    """Return pixels as the one image input of a model, stretched where it takes one size only.
+def image_input(specs: list[TensorSpec], pixels: Pixels, pixel_range: tuple[float, float] = (0.0, 1.0)) -> dict[str, NDArray[Any]]:
+    """Return pixels as the one image input of a model, stretched where it takes one size only; 0 to 255 become `pixel_range`.
 
     Raises:
         ChildError: The model takes something else.
     """
     if (image := image_spec(specs)) is not None:
         name, layout, size = image
-        return {name: to_layout(stretch_image(to_image(pixels), size), layout)}
+        return {name: _ranged(to_layout(stretch_image(to_image(pixels), size), layout), pixel_range)}
     if (found := runtime.image_input(specs)) is None:
         raise ChildError(f"it takes {describe(specs)}, not one float32 image; compare it on seeded samples")
     name, form = found
-    return {name: to_form(pixels, form)}
+    return {name: _ranged(to_form(pixels, form), pixel_range)}
+
+
+def _ranged(image: NDArray[np.float32], pixel_range: tuple[float, float]) -> NDArray[np.float32]:
+    low, high = pixel_range
+    return image if (low, high) == (0, 1) else image * np.float32(high - low) + np.float32(low)
 
 
 def read_accuracy(labelled: Sequence[Labelled], attacks: Sequence[Attack | None], answers: Sequence[NDArray[Any]]) -> Accuracy:

@@ -1,6 +1,7 @@
 """Frames of video files."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from shared.errors import ToolError
 from shared.images import Pixels
 
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet; what is wrong with a file is told in one line
 THUMBNAIL = 16  # pixels a side, for telling scenes apart
 APART = 8  # frames between two scene changes, at least
 

@@ -26,14 +26,15 @@ FACES = ROOT / "models" / "miniseal" / "samples"
 
 def measure(model: Path, title: str, images: Path, folder: Path) -> dict[str, Any]:
     """Return size, latency and answers of a model in each mode."""
-    tile = 64 if model.parent == MINISR else None
+    tile = 128 if model.parent == MINISR else None
     samples = prepare_calibration(
         [images], output=folder / f"{model.stem}_tiles", model=model, tile_size=tile, max_samples=24, holdout=12
     )
     found = {}
     for mode in MODES:
         calibration = None if mode == "fp16" else samples.folder
-        found[mode] = quantize_onnx(model, output=folder / f"{model.stem}_{mode}.onnx", mode=mode, calibration=calibration).found
+        made = folder / f"{model.stem}_{mode}.onnx"
+        found[mode] = quantize_onnx(model, output=made, mode=mode, calibration=calibration, holdout=samples.folder).found
     repaired = next(one for one in found["static"].models if one.label == "float32")
     original = next((one for one in found["static"].models if one.label == "original"), None)
     rows = [{"mode": "float32", "size_bytes": repaired.size_bytes, "median_ms": repaired.median_ms, "fidelity": None}]
@@ -95,7 +96,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="images for these models")
     options = parser.parse_args()
     with workspace() as folder:
-        found = [measure(MINISR / "minisr_x2.onnx", "minisr", MINISR / "samples", folder)]
+        found = [measure(MINISR / "minisr_x2.onnx", "minisr", MINISR / "samples" / "large", folder)]
         found += [measure(model, f"`{model.name}`", options.images, folder) for model in options.models]
         detector = convert_detector(
             model="videoseal", rehearsal=True, model_format=ModelFormat.ONNX, output=folder / "videoseal.onnx"

@@ -431,7 +431,7 @@ def test_auto_is_an_error_where_nothing_keeps_the_limits(model: Path) -> None:
         ({"mode": "fp16", "weight_type": "int8", "reduce_range": True}, "--weight-type, --reduce-range does nothing in mode fp16"),
         ({"mode": "fp16", "op_type": ["Conv"]}, "--op-type does nothing in mode fp16"),
         ({"mode": "dynamic", "samples": 3}, "--samples does nothing without --calibration"),
-        ({"mode": "dynamic", "input_range": "0..1"}, "--input-range does nothing without --calibration"),
+        ({"mode": "dynamic", "min_psnr": float("inf")}, "--min-psnr is not finite"),
     ],
 )
 def test_options_that_would_do_nothing_or_are_missing_are_refused(model: Path, options: dict[str, Any], says: str) -> None:

@@ -25,14 +25,14 @@ from rich.console import RenderableType
 from shared import artifacts, metrics
 from shared.artifacts import Plan, Product
 from shared.attacks import Attack, parse_attacks
-from shared.calibration import MANIFEST_NAME, CalibrationSet
+from shared.calibration import MANIFEST_NAME, RANGES, CalibrationSet, InputRange
 from shared.cards import load_card
 from shared.child import ChildError
 from shared.cli import Overwrite, Refresh, Seed, Threads, run, to_json
 from shared.comparison import Candidate, Findings, ImageFindings, ImageTask
 from shared.errors import ToolError
 from shared.fidelity import measure_fidelity
-from shared.formats import format_of, model_files
+from shared.formats import declared_range, format_of, model_files
 from shared.gates import Limits, limits_under_attack
 from shared.image_quality import TruthScores, as_image, bicubic_scores, find_truths, score, score_against_truth
 from shared.images import images_at, read_pixels
@@ -150,6 +150,7 @@ class _Task:
         threads: Threads of the runtime.
         files: The images the samples come from; empty for seeded samples.
         truths: What each of them should become; empty where that is not known.
+        pixel_range: What 0 and 255 become in the models' images.
         labelled: The images whose messages are known.
         attacks: None, then what these meet too.
     """
@@ -164,6 +165,7 @@ class _Task:
     truths: list[Path]
     labelled: list[Labelled]
     attacks: list[Attack | None]
+    pixel_range: tuple[float, float] = (0.0, 1.0)
 
     def protocol(self) -> Protocol:
         """Return how every model is run."""
@@ -181,8 +183,9 @@ class _Task:
         if not (reference.makes_images and shown.makes_images) or self.nbits is not None:
             return None
         pairs = [(as_image(one[0]), as_image(other[0])) for one, other in zip(reference.outputs, shown.outputs, strict=True)]
-        scores = [score(one, other, 1.0) for one, other in pairs]
-        whole = measure_fidelity([[one] for one, _ in pairs], [[other] for _, other in pairs], 1.0)
+        peak = self.pixel_range[1] - self.pixel_range[0]
+        scores = [score(one, other, peak) for one, other in pairs]
+        whole = measure_fidelity([[one] for one, _ in pairs], [[other] for _, other in pairs], peak)
         similarities = [one.ssim for one in scores if one.ssim is not None]
         assert whole.psnr_db is not None and whole.worst_psnr_db is not None
         return ImageFindings(
@@ -195,7 +198,10 @@ class _Task:
 
     def truth(self, shown: Shown) -> TruthScores | None:
         """Return how near a model's images are to the truth."""
-        return score_against_truth([outputs[0] for outputs in shown.outputs], self.files, self.truths) if self.truths else None
+        if not self.truths:
+            return None
+        low, high = self.pixel_range
+        return score_against_truth([(outputs[0] - low) / (high - low) for outputs in shown.outputs], self.files, self.truths)
 
     def image_task(self, reference: Shown) -> ImageTask | None:
         """Return what went in and how good the reference's images are, where it makes any."""
@@ -203,7 +209,7 @@ class _Task:
             return None
         channels = as_image(reference.outputs[0][0]).shape[2]
         plain = bicubic_scores(self.files, self.truths, channels) if self.truths else None
-        return ImageTask(self.files, self.truths, self.truth(reference), plain)
+        return ImageTask(self.files, self.truths, self.truth(reference), plain, self.pixel_range)
 
     def pictures(self) -> list[Path]:
         """Return every image that is read or shown, once."""
@@ -233,7 +239,14 @@ class _Task:
         return _recommend(found)
 
 
-def _samples(images: Path | None, labelled: list[Labelled], seed: int, count: int) -> tuple[list[Inputs], list[Path]]:
+def _declared(reference: ModelSource) -> tuple[float, float]:
+    """Return the range that a reference's metadata tells of its image input, 0 to 1 where it tells none."""
+    return (declared_range(reference.path) if reference.card is None else None) or (0.0, 1.0)
+
+
+def _samples(
+    images: Path | None, labelled: list[Labelled], seed: int, count: int, pixel_range: tuple[float, float]
+) -> tuple[list[Inputs], list[Path]]:
     """Return the inputs of the timed runs, and the files they come from.
 
     Of labelled images these are the marked ones: the logits of an unmarked image are noise around 0, whose direction means nothing.
@@ -242,20 +255,22 @@ def _samples(images: Path | None, labelled: list[Labelled], seed: int, count: in
         marked = [image for image in labelled if image.message is not None]
         return labelled_inputs(marked, [None]), [image.file for image in marked]
     if images is None:
-        return [partial(sample_inputs, seed=seed + number) for number in range(count)], []
+        return [partial(sample_inputs, seed=seed + number, pixel_range=pixel_range) for number in range(count)], []
     files = _listed(images)[:count]
-    return [partial(_from_file, file=file) for file in files], files
+    return [partial(_from_file, file=file, pixel_range=pixel_range) for file in files], files
 
 
 def _listed(images: Path) -> list[Path]:
     """Return image files; of a calibration set those that were held out, or else its samples."""
+    if images.suffix == ".npz":
+        raise ToolError("arrays can't be compared on", where=images, remedy="give images, a folder, a pattern or a manifest")
     given = CalibrationSet(images, part="holdout") if CalibrationSet(images).has_holdout() else CalibrationSet(images)
     is_set = (images / MANIFEST_NAME).is_file() or (images.suffix == ".json" and images.is_file())
     return given.images() if is_set else images_at(images)
 
 
-def _from_file(specs: list[TensorSpec], file: Path) -> dict[str, Array]:
-    return image_input(specs, read_pixels(file))
+def _from_file(specs: list[TensorSpec], file: Path, pixel_range: tuple[float, float]) -> dict[str, Array]:
+    return image_input(specs, read_pixels(file), pixel_range)
 
 
 def _labelled(messages: Path | None, samples: int | None) -> list[Labelled]:
@@ -287,9 +302,14 @@ def compare(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the comparison as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the comparison as one HTML page.")] = None,
     model: Annotated[str | None, typer.Option(help="Model card of a reference that is a checkpoint.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Image, folder, pattern or calibration set; default: seeded samples.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Image, folder, pattern or calibration manifest; default: seeded samples.")
+    ] = None,
     truth: Annotated[
         Path | None, typer.Option(help="Folder or pattern of what --images should become, by name; for super-resolution.")
+    ] = None,
+    input_range: Annotated[
+        InputRange | None, typer.Option(help="Range of the models' images; default: as the reference's metadata says, else 0..1.")
     ] = None,
     messages: Annotated[Path | None, typer.Option(help="JSON file of images and their messages; in place of --images.")] = None,
     attacks: Annotated[
@@ -357,7 +377,8 @@ def compare(
     is_large, is_small = size > LARGE_BYTES, size < SMALL_BYTES and images is None
     labelled = _labelled(messages, samples)
     wanted = samples or (ALL if truth else LARGE_SAMPLES if is_large else SAMPLES)
-    inputs, files = _samples(images, labelled, seed, wanted)
+    pixel_range = RANGES[input_range] if input_range else _declared(sources[0])
+    inputs, files = _samples(images, labelled, seed, wanted, pixel_range)
     task = _Task(
         sources=sources,
         alternatives=len(alternatives),
@@ -369,6 +390,7 @@ def compare(
         truths=find_truths(files, truth) if truth else [],
         labelled=labelled,
         attacks=[None, *met],
+        pixel_range=pixel_range,
     )
     read = [*(file for source in sources for file in _files(source)), *([messages] if messages else []), *task.pictures()]
     if html is not None:
@@ -379,6 +401,7 @@ def compare(
         arguments: dict[str, object] = {"runs": task.runs, "samples": len(inputs), "threads": task.threads, "bits": task.nbits}
         arguments |= {"seed": seed, "cpu": cpu_name()}  # latencies of one machine say nothing of another
         arguments |= {"limits": limits.__dict__, "card": card and card.as_arguments(), "alternatives": len(alternatives)}
+        arguments |= {"pixel_range": list(pixel_range), "truths": len(task.truths)}
         arguments |= {"attacks": [attack.name for attack in met], "files": [str(path.resolve()) for path in read]}  # they are shown
         plan = Plan(output, "compare", arguments, read, PACKAGES, overwrite=overwrite, refresh=refresh)
     findings, report = _build(plan, partial(task.find, limits))

@@ -22,11 +22,12 @@ from rich.table import Column, Table
 
 from shared import artifacts
 from shared.artifacts import Plan, Product
-from shared.calibration import MANIFEST_NAME, InputRange
+from shared.calibration import MANIFEST_NAME, InputRange, choose_range
 from shared.calibration_writer import ArrayForm, new_folder, write_arrays, write_sample, write_sheet
 from shared.child import ChildError
 from shared.cli import Overwrite, Refresh, Seed, run, step_progress
 from shared.errors import ToolError
+from shared.formats import declared_range
 from shared.images import ImageForm
 from shared.machine import require_disk
 from shared.runtime import ModelSource, describe, image_input, open_model
@@ -179,6 +180,11 @@ def _companions(manifest: Path) -> list[Path]:
     return [manifest.parent / name for name in (*names, *content["files"])]
 
 
+def _range(model: Path | None, asked: InputRange | None) -> InputRange:
+    """Return the range of the arrays: as asked, else as the model tells, else 0..1."""
+    return (asked if model is None else choose_range(asked, declared_range(model), model)) or "0..1"
+
+
 def _input(model: Path) -> tuple[str, ImageForm]:
     """Return name and form of a model's image input."""
     try:
@@ -228,7 +234,7 @@ def prepare_calibration(
     synthetic: Annotated[int, typer.Option(min=0, max=100_000, help="Made-up pictures to add, named so in the manifest.")] = 0,
     npz: Annotated[bool, typer.Option("--npz", help=f"Also write {ARRAYS}, and {HELD_ARRAYS}.")] = False,
     input_name: Annotated[str | None, typer.Option(help="Name of the array: the model's input; default: images.")] = None,
-    input_range: Annotated[InputRange, typer.Option(help="Range of the array's values.")] = "0..1",
+    input_range: Annotated[InputRange | None, typer.Option(help="Range of the array's values; default: 0..1.")] = None,
     layout: Annotated[Literal["nchw", "nhwc"] | None, typer.Option(help="Order of the array's axes; default: nchw.")] = None,
     channels: Annotated[Literal["3", "1"] | None, typer.Option(help="3 for RGB, 1 for luma; default: 3.")] = None,
     seed: Seed = 0,
@@ -247,8 +253,11 @@ def prepare_calibration(
         raise ToolError("--resize takes whole images, --tile-size cuts them", remedy="give one of them")
     if not sources and not synthetic:
         raise ToolError("there is nothing to take samples from", remedy="name images, folders, videos or a CSV, or use --synthetic")
+    for option, value in (("input-name", input_name), ("input-range", input_range), ("layout", layout), ("channels", channels)):
+        if value is not None and not npz:
+            raise ToolError(f"--{option} does nothing without --npz", remedy="leave it out, or add that")
     name, form = _input(model) if model is not None else ("images", ImageForm("nchw", 3, None, None))
-    shape = ArrayForm(input_name or name, layout or form.layout, int(channels or form.channels), input_range)
+    shape = ArrayForm(input_name or name, layout or form.layout, int(channels or form.channels), _range(model, input_range))
     size = _size(resize)
     if form.height and form.width and form.height != form.width and not (size or tile_size):
         size = form.height, form.width
@@ -274,6 +283,7 @@ def prepare_calibration(
     considered = [*considered, *synthetic_sources(synthetic)]
     manifest = output / MANIFEST_NAME
     _require_folder(output, manifest, overwrite=overwrite)
+    _require_ours(output, manifest, overwrite=overwrite)
     read = [source.path for source in considered if source.path is not None]
     missing = [path for path in read if not path.is_file()]
     given = len(found) + synthetic
@@ -302,6 +312,16 @@ def _require_folder(output: Path, manifest: Path, *, overwrite: bool) -> None:
         raise ToolError(
             "the folder holds other files", where=output, remedy="use --overwrite to write among them, or choose another"
         )
+
+
+def _require_ours(output: Path, manifest: Path, *, overwrite: bool) -> None:
+    """Raise ToolError where a file with a fixed name would be replaced that an earlier run did not write."""
+    old = artifacts.read_provenance(manifest)
+    ours = {Path(item.path).name: item.sha256 for item in old.companions} if old else {}
+    for name in (SHEET, PLOT, ARRAYS, HELD_ARRAYS):
+        path = output / name
+        if path.exists() and not overwrite and artifacts.record(path).sha256 != ours.get(name):
+            raise ToolError("this file would be replaced", where=path, remedy="use --overwrite, or choose another folder")
 
 
 def _message(output: Path, chosen: Chosen, product: Product, wanted: int, held_wanted: int) -> str:

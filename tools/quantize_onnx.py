@@ -6,6 +6,7 @@ Example:
 Source: onnxruntime.quantization, https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html (1.31)
 """
 
+import math
 import os
 import re
 from dataclasses import asdict, dataclass, replace
@@ -22,12 +23,12 @@ from shared.calibration import CalibrationSet, InputRange
 from shared.cli import Overwrite, Refresh, Threads, run, size_text
 from shared.errors import ToolError
 from shared.formats import format_of, model_files
-from shared.machine import cpu_name, require_disk
+from shared.machine import cpu_count, cpu_name, require_disk
 from shared.onnx_graph import check_is_onnx, external_files, name_weights, read_model, read_ops
 from shared.onnx_pressed import SLOWER, PressedOnnx
 from shared.onnx_pressing import press
 from shared.onnx_ranges import CalibrationMethod
-from shared.onnx_settings import LAYERS, PASSING, Form, IntegerType, Settings
+from shared.onnx_settings import LAYERS, PASSING, RECURRENT, Form, IntegerType, Settings
 from shared.onnx_wish import OnnxWish
 from shared.pressed import GateKept
 from shared.range_cache import RangeCache
@@ -129,6 +130,12 @@ def _idle(mode: ModeName, options: dict[str, object]) -> list[str]:
     return idle
 
 
+def _held_out(path: Path, input_range: InputRange | None) -> CalibrationSet:
+    """Return what to measure on: what a manifest holds out, or everything where it holds out nothing."""
+    given = CalibrationSet(path, input_range)
+    return replace(given, part="holdout") if given.has_holdout() else given
+
+
 def _require_sense(mode: ModeName, options: dict[str, object]) -> None:
     """Raise ToolError for options that would do nothing, or contradict each other."""
     if idle := _idle(mode, options):
@@ -136,10 +143,11 @@ def _require_sense(mode: ModeName, options: dict[str, object]) -> None:
         raise ToolError(f"{names} does nothing in mode {mode}", remedy="leave it out, or use --mode static")
     if mode == "auto" and options["min_psnr"] is None and options["min_cosine"] is None:
         raise ToolError("--mode auto needs a limit to keep", remedy="give --min-psnr or --min-cosine")
-    needs = {"input_range": options["calibration"] or options["holdout"], "samples": options["calibration"]}
-    for name, needed in needs.items():
-        if options[name] is not None and needed is None:
-            raise ToolError(f"--{name.replace('_', '-')} does nothing without --calibration", remedy="leave it out, or add that")
+    if options["samples"] is not None and options["calibration"] is None:
+        raise ToolError("--samples does nothing without --calibration", remedy="leave it out, or add that")
+    for name in ("min_psnr", "min_cosine", "min_speedup", "require_coverage"):
+        if isinstance(limit := options[name], float) and not math.isfinite(limit):
+            raise ToolError(f"--{name.replace('_', '-')} is not finite", remedy="leave it out")
 
 
 def _require_cache_free(cache: Path, others: list[Path]) -> None:
@@ -213,7 +221,7 @@ def quantize_onnx(
     _require_sense(mode, locals())
     settings = Settings(
         mode="static" if mode == "auto" else mode,
-        op_types=tuple(op_type) if op_type else (*LAYERS, *PASSING),
+        op_types=tuple(op_type) if op_type else (*LAYERS, *PASSING, *RECURRENT),
         form=form or "qdq",
         activation_type=activation_type or "uint8",
         weight_type=weight_type or "int8",
@@ -229,7 +237,7 @@ def quantize_onnx(
         tries_methods=calibration_method is None,
         exclude=_excluded(model, exclude or []),
         samples=None if calibration is None else CalibrationSet(calibration, input_range, samples),
-        holdout=None if holdout is None else CalibrationSet(holdout, input_range),
+        holdout=None if holdout is None else _held_out(holdout, input_range),
         input_range=input_range,
         corrects_bias=correct_bias,
         min_psnr=min_psnr,
@@ -267,7 +275,9 @@ def quantize_onnx(
             "correct_bias": correct_bias,
             "limits": limits,
         }
-        arguments |= {"cpu": cpu_name()} if mode == "auto" or min_speedup is not None else {}
+        arguments["real"] = [(given.part, given.sha256()) for given in real]
+        if mode == "auto" or min_speedup is not None:
+            arguments |= {"cpu": cpu_name(), "threads": threads or cpu_count()}
         plan = Plan(
             output, "quantize_onnx", arguments, read, PACKAGES, overwrite=overwrite, refresh=refresh, companions=external_files
         )

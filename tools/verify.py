@@ -95,7 +95,9 @@ def _largest(outputs: Outputs) -> float:
 
 
 def _largest_difference(one: Outputs, other: Outputs) -> float:
-    """Return the largest difference between two runs; NaN if there is one."""
+    """Return the largest difference between two runs; NaN if there is one, infinite where their shapes differ."""
+    if [output.shape for output in one] != [output.shape for output in other]:
+        return float("inf")
     with np.errstate(invalid="ignore"):  # infinite minus infinite is NaN, which no limit lets pass
         return _largest([a.astype(np.float64) - b.astype(np.float64) for a, b in zip(one, other, strict=True)])
 
