@@ -22,6 +22,7 @@ from shared.trials import Inputs, Protocol, Shown, run_trials
 
 COMPARED, LARGE_COMPARED = 16, 2  # samples that answers are compared on, unless there are fewer
 SEEDED, LARGE_SEEDED = 4, 1  # samples where there is no calibration set
+SLACK = 0.05  # that values may lie outside a range: interpolation overshoots
 SMALL_BYTES, LARGE_BYTES = 16 * MIB, 512 * MIB
 SMALL_RUNS, RUNS, LARGE_RUNS = 20, 10, 2
 
@@ -74,13 +75,6 @@ def settle_samples(source: Path, model: Path, wish: OnnxWish, threads: int) -> S
     assumes = known is None and takes_image and real is not None and real.path.suffix != ".npz"
     chosen: InputRange | None = "0..1" if assumes else known
     low, high = RANGES[chosen or "0..1"]
-    if makes_image and chosen is None and real is not None:
-        if wish.min_psnr is not None:
-            remedy = "say --input-range 0..1, -1..1 or 0..255"
-            raise ToolError(
-                "--min-psnr needs the range of the model's images, which arrays do not tell", where=source, remedy=remedy
-            )
-        makes_image = False
     calibration = None if given is None else replace(given, input_range=chosen)
     count = 0
     if calibration is not None:
@@ -95,9 +89,20 @@ def settle_samples(source: Path, model: Path, wish: OnnxWish, threads: int) -> S
         samples = list(held.samples(inputs))
         is_apart = held.part == "holdout" or given is None or held.path != given.path
         told = f"{len(samples)} samples that were {'not calibrated with' if is_apart else 'calibrated with, too'}"
+    if makes_image and chosen is None and real is not None:
+        low, high = _seen_range(samples)
+        told += f"; PSNR of values from {low:g} to {high:g}, as the samples have them, say --input-range if that is wrong"
     if assumes:
         told += f"; pixels taken as {chosen}, say --input-range if the model wants another range"
     return Samples(inputs, calibration, count, samples, told, high - low if makes_image else None)
+
+
+def _seen_range(samples: Sequence[Sample]) -> tuple[float, float]:
+    """Return the narrowest usual range that all values of arrays lie in, nearly; arrays do not tell theirs."""
+    lowest = min(float(values.min()) for sample in samples for values in sample.values())
+    highest = max(float(values.max()) for sample in samples for values in sample.values())
+    fitting = (limits for limits in RANGES.values() if limits[0] - SLACK <= lowest and highest <= limits[1] + SLACK)
+    return next(fitting, RANGES["0..255"])
 
 
 def _held_set(

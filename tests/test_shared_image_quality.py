@@ -141,7 +141,7 @@ def test_a_luma_model_that_enlarges_by_bicubic_gains_nothing_on_bicubic(tmp_path
 def test_a_truth_is_of_the_same_name_or_of_the_longest_that_the_name_begins_with(tmp_path: Path) -> None:
     for name in ("baby.png", "baby_2.jpg", "sub/bird.webp", "b.png"):
         save(tmp_path / "truth" / name, noise(8, 8))
-    files = [tmp_path / "small" / name for name in ("baby_2_lr.png", "baby_3.png", "bird.png", "butterfly.png")]
+    files = [tmp_path / "small" / name for name in ("baby_2_lr.png", "baby_3.png", "bird.png", "b-1.png")]
     found = find_truths(files, tmp_path / "truth")
     assert [path.relative_to(tmp_path / "truth").as_posix() for path in found] == [
         "baby_2.jpg",
@@ -149,6 +149,12 @@ def test_a_truth_is_of_the_same_name_or_of_the_longest_that_the_name_begins_with
         "sub/bird.webp",
         "b.png",
     ]
+
+
+def test_a_truth_whose_name_goes_on_in_letters_or_digits_is_anothers(tmp_path: Path) -> None:
+    save(tmp_path / "img1.png", noise(8, 8))
+    with pytest.raises(ToolError, match=r"images have no truth; got img10\.png"):
+        find_truths([Path("img1_lr.png"), Path("img10.png")], tmp_path)
 
 
 def test_an_image_is_not_its_own_truth(tmp_path: Path) -> None:
