@@ -19,6 +19,7 @@ OPSET = 17  # what older models become; runtimes of 2022 and later read it
 LAST_PLAIN_RESIZE = 10  # up to this opset Resize and Upsample knew one way only
 LEAST_IR = 4  # initializers need not be inputs from here on
 IR = 8  # belongs to OPSET
+ONNX_DOMAINS = ("", "ai.onnx")
 NARROW = 2**20  # bytes that the protobuf holds beside weights, at most a little more
 DATA = ".data"  # suffix of the file that holds the weights of a large model
 
@@ -225,13 +226,15 @@ def _infer_shapes(model: Model, source: Path) -> int:
     noted = list(model.graph.value_info)
     before = {value.name: _lengths(value) for value in noted}
     del model.graph.value_info[:]
+    custom = {name for node in model.graph.node if node.domain not in ONNX_DOMAINS for name in node.output}
+    kept = [value for value in noted if value.name in custom]  # of ops that nobody else knows
+    model.graph.value_info.extend(kept)
     try:
         inferred = shape_inference.infer_shapes(model, data_prop=True)  # weights of a large model are not loaded
     except Exception as error:  # noqa: BLE001 - it raises whatever its C++ code throws
         raise ToolError("the model's shapes can't be inferred", where=source, got=first_line(error)) from None
+    del model.graph.value_info[:]
     model.graph.value_info.extend(inferred.graph.value_info)
-    found = {value.name for value in inferred.graph.value_info}
-    model.graph.value_info.extend(value for value in noted if value.name not in found)  # behind custom ops: nobody else knows
     after = {value.name: _lengths(value) for value in model.graph.value_info}
     return sum(_differ(shape, after[name]) for name, shape in before.items() if name in after)
 

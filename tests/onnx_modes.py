@@ -26,7 +26,7 @@ FACES = ROOT / "models" / "miniseal" / "samples"
 
 def measure(model: Path, title: str, images: Path, folder: Path) -> dict[str, Any]:
     """Return size, latency and answers of a model in each mode."""
-    tile = 128 if model.parent == MINISR else None
+    tile = 88 if model.parent == MINISR else None
     samples = prepare_calibration(
         [images], output=folder / f"{model.stem}_tiles", model=model, tile_size=tile, max_samples=24, holdout=12
     )
