@@ -8,8 +8,6 @@ from shared.coverage import OpLeft, OpTypeCoverage
 from shared.onnx_graph import Model, OnnxOp
 from shared.onnx_settings import Settings
 
-HALF = "FLOAT16"
-
 
 def measure_coverage(
     before: Sequence[OnnxOp], product: Model, wanted: Settings, reasons: Mapping[str, str]

@@ -14,11 +14,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from shared.errors import ToolError, first_line
+from shared.sniffing import read_head
 
 METADATA_KEY = "edgepress"  # of metadata_props
 MAX_PROTOBUF_BYTES = 2**31 - 1
 MAX_METADATA_BYTES = 2**16
 SIZES = ("Resize", "Upsample")  # ops whose constant operands say how large, and are no weights
+SLOW_DYNAMIC = "ONNX Runtime finds the range of every activation at each run and has no fast convolution for what comes of it"
+SLOW_HALF = "this CPU computes float16 by way of float32; it saves size, and time only on GPUs and NPUs"
 FLOAT16 = 10  # of onnx.TensorProto.DataType
 FLOAT_TYPES = {"FLOAT", "FLOAT16", "DOUBLE", "BFLOAT16"}
 Model = Any  # onnx.ModelProto; the package has no stubs that mypy would follow
@@ -59,14 +62,7 @@ class OnnxOp:
 
 def check_is_onnx(path: Path) -> None:
     """Raise ToolError unless the file exists, holds an ONNX model, and what it refers to is there."""
-    if not path.is_file():
-        raise ToolError("no such model file", where=path, remedy="check the path")
-    with path.open("rb") as file:
-        head = file.read(64)
-    if not head:
-        raise ToolError("the model file is empty", where=path, remedy="convert or download it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise ToolError("this is a Git LFS pointer, not the model", where=path, remedy="run 'git lfs pull'")
+    head = read_head(path)
     if head[:1] == b"<" or head[4:8] == b"TFL3" or head[:2] == b"PK":
         kind = "an HTML page" if head[:1] == b"<" else "a zip file" if head[:2] == b"PK" else "a TFLite model"
         raise ToolError("not an ONNX model", where=path, got=kind, expected="an .onnx file")
@@ -268,12 +264,9 @@ def why_slower(path: Path) -> str:
     """Return why a model is slow on a CPU, from the ops that it holds, and what to take instead; empty where that is not known."""
     kinds = {node.op_type for node in read_model(path).graph.node}
     if kinds & {"DynamicQuantizeLinear", "ConvInteger", "MatMulInteger", "DynamicQuantizeLSTM"}:
-        return (
-            "ONNX Runtime finds the range of every activation at each run and has no fast convolution for what comes of it; "
-            "quantize it statically, with samples"
-        )
+        return f"{SLOW_DYNAMIC}; quantize it statically, with samples"
     if any(tensor.data_type == FLOAT16 for tensor in read_model(path).graph.initializer):
-        return "this CPU computes float16 by way of float32; it saves size, and time only on GPUs and NPUs"
+        return SLOW_HALF
     return ""
 
 

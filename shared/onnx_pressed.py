@@ -9,14 +9,14 @@ from rich.table import Column, Table
 from shared.cli import size_text
 from shared.coverage import OpLeft, OpTypeCoverage
 from shared.fidelity import Fidelity
+from shared.onnx_graph import SLOW_DYNAMIC, SLOW_HALF
 from shared.pressed import GateKept, coverage_table, gate_table, left_tables, size_sentence
 
 ORIGINAL, FLOAT = "original", "float32"  # labels of the model as it came, and repaired
 SLOWER = 1.05  # times the repaired model's latency: from here on it is said, and why
 WHY_SLOWER = {
-    "dynamic": "ONNX Runtime finds the range of every activation at each run and has no fast convolution for what comes of it; "
-    "take --mode static with --calibration, or --mode auto, which measures",
-    "fp16": "this CPU computes float16 by way of float32; it saves size, and time only on GPUs and NPUs",
+    "dynamic": f"{SLOW_DYNAMIC}; take --mode static with --calibration, or --mode auto, which measures",
+    "fp16": SLOW_HALF,
     "static": "integer kernels are slower than float ones on this CPU, or conversions at the ops left in float eat the gain; "
     "try --op-type for fewer or more of them, or --mode auto, which measures",
 }

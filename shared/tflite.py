@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ToolError, first_line
+from shared.sniffing import read_head
 
 IDENTIFIER = b"TFL3"  # at byte 4
 METADATA_NAME = "edgepress.json"
@@ -65,14 +66,7 @@ class Op:
 
 def check_is_tflite(path: Path) -> None:
     """Raise ToolError unless the file exists and starts like a TFLite flatbuffer."""
-    if not path.is_file():
-        raise ToolError("no such model file", where=path, remedy="check the path")
-    with path.open("rb") as file:
-        head = file.read(64)
-    if not head:
-        raise ToolError("the model file is empty", where=path, remedy="convert or download it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise ToolError("this is a Git LFS pointer, not the model", where=path, remedy="run 'git lfs pull'")
+    head = read_head(path)
     if head[4:8] != IDENTIFIER:
         kind = (
             "a zip file, perhaps a .task bundle"

@@ -553,3 +553,12 @@ def test_real_photographs_and_a_real_video_give_full_sets(tmp_path: Path) -> Non
     result = prepare_calibration(given, output=tmp_path / "tiles", tile_size=96, max_samples=40, holdout=10, frames_per_video=4)
     assert (result.found.samples, result.found.holdout, result.found.skipped) == (40, 10, [])
     assert not sources(entries(tmp_path / "tiles")) & sources(entries(tmp_path / "tiles", "holdout"))
+
+
+def test_a_users_file_with_one_of_our_names_is_kept(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tiles"
+    prepare_calibration([photos], output=folder, **SMALL)
+    (folder / "samples.npz").write_text("mine")
+    with pytest.raises(ToolError, match=r"samples\.npz: this file would be replaced; use --overwrite"):
+        prepare_calibration([photos], output=folder, npz=True, refresh=True, **SMALL)
+    assert (folder / "samples.npz").read_text() == "mine"

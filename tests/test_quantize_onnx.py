@@ -725,3 +725,29 @@ def test_a_product_that_was_cut_off_does_not_run(model: Path, tiles: Path) -> No
     product.write_bytes(product.read_bytes()[:-200])
     with pytest.raises((ToolError, ChildError)), open_model(ModelSource(product)):
         pass
+
+
+def test_a_repair_that_changes_the_answers_is_an_error(tmp_path: Path, tiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = save_picture_model(tmp_path / "old.onnx", opset=10)
+    monkeypatch.setattr("shared.onnx_pressing.MOST_CHANGED", -1.0)
+    with pytest.raises(ToolError, match="repairing the model changes its answers; got relative error"):
+        quantize_onnx(old, calibration=tiles)
+    assert names(tmp_path) == {"old.onnx"}
+
+
+def test_op_types_that_the_model_lacks_and_other_names_are_refused(model: Path, tiles: Path) -> None:
+    with pytest.raises(ToolError, match="--op-type: the model has no LSTM"):
+        quantize_onnx(model, calibration=tiles, op_type=["LSTM"])
+    other = model.rename(model.with_name("model.pb"))
+    with pytest.raises(ToolError, match=r"the model's name must end in \.onnx"):
+        quantize_onnx(other, calibration=tiles)
+
+
+def test_a_range_cache_is_used_again_and_gives_the_same_bytes(model: Path, tiles: Path) -> None:
+    cache = model.with_name("ranges.json")
+    products = [model.with_name(f"{number}.onnx") for number in range(2)]
+    for product in products:
+        quantize_onnx(model, output=product, calibration=tiles, range_cache=cache)
+    assert products[0].read_bytes() == products[1].read_bytes()
+    with pytest.raises(ToolError, match="the range cache would replace another file of this run"):
+        quantize_onnx(model, output=model.with_name("2.onnx"), calibration=tiles, range_cache=model)

@@ -285,3 +285,12 @@ def test_other_peoples_models_give_the_same_answers(name: str, shape: tuple[int,
     names = [node.name for node in onnx.load(str(target)).graph.node]
     assert all(names)
     assert len(set(names)) == len(names)
+
+
+def test_an_old_resize_places_pixels_as_it_did(tmp_path: Path) -> None:
+    scales = np.array([1, 1, 2, 2], np.float32)
+    node = helper.make_node("Resize", ["image", "scales"], ["made"], name="resize", mode="linear")
+    source = save(tmp_path / "m.onnx", [node], {"image": (1, 3, 16, 16)}, {"made": (1, 3, 32, 32)}, {"scales": scales}, opset=10)
+    done, target = repaired(source)
+    assert done.opset == 10
+    assert difference(source, target) < 1e-6

@@ -124,7 +124,7 @@ def make_samples(
             marked = marker.mark(original, message)
             psnrs.append(metrics.psnr_db(to_image(original), to_image(marked)))
             files = {kind: f"{kind}/{len(psnrs) - 1:02d}_{name}.png" for kind in ("marked", "unmarked")}
-            size += _write_png(output / files["marked"], marked) + _write_png(output / files["unmarked"], original)
+            size += write_png(output / files["marked"], marked) + write_png(output / files["unmarked"], original)
             place = {"source": name, "box": list(box)}
             entries.append({"file": files["marked"], "message": to_hex(message), "original": files["unmarked"], **place})
             entries.append({"file": files["unmarked"], "message": None, **place})
@@ -137,7 +137,7 @@ def make_samples(
     return Samples(listing, len(psnrs), size, float(min(psnrs)), float(np.mean(psnrs)))
 
 
-def _write_png(path: Path, pixels: Pixels) -> int:
+def write_png(path: Path, pixels: Pixels) -> int:
     """Write an image and return its size in bytes."""
     from PIL import Image
 

@@ -14,7 +14,6 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from models.minisr.train import FOLDER
-from shared import artifacts
 from shared.cli import run
 from shared.errors import ToolError
 from shared.images import Pixels
@@ -63,6 +62,7 @@ def make_samples(
     Raises:
         ToolError: The folder has samples already.
     """
+    from models.miniseal.make_samples import write_png
     from models.miniseal.pictures import HELD_OUT_PHOTOS, photo
     from models.minisr.pictures import halved
 
@@ -74,24 +74,13 @@ def make_samples(
         for _ in range(MEASURED):
             large = cut_out(photo(name), rng)
             file = f"{pairs:02d}_{name}.png"
-            size += _write_png(output / "large" / file, large) + _write_png(output / "small" / file, halved(large))
+            size += write_png(output / "large" / file, large) + write_png(output / "small" / file, halved(large))
             pairs += 1
     for name in CALIBRATION_PHOTOS:
         for _ in range(CALIBRATED):
-            size += _write_png(output / "calibration" / f"{calibration:02d}_{name}.png", halved(cut_out(photo(name), rng)))
+            size += write_png(output / "calibration" / f"{calibration:02d}_{name}.png", halved(cut_out(photo(name), rng)))
             calibration += 1
     return Samples(output, pairs, calibration, size)
-
-
-def _write_png(path: Path, pixels: Pixels) -> int:
-    """Write an image and return its size in bytes."""
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with artifacts.draft_beside(path) as draft:
-        Image.fromarray(pixels).save(draft, "PNG", optimize=True)
-        draft.replace(path)
-    return path.stat().st_size
 
 
 if __name__ == "__main__":
