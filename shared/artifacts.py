@@ -1,47 +1,25 @@
-"""Write files whole or not at all, hash them, keep their provenance beside them, and tell whether they are up to date.
+"""Write files whole or not at all, with their provenance beside them, and tell whether they are up to date.
 
-Next to each product lies `<product>.json`: tool, arguments, inputs and output with sha256, versions, duration, peak memory and
-what the tool found. A product is up to date when all of that still holds. A file whose size, times and inode are as recorded
-is not hashed again: content can't change without one of them changing.
+A product is up to date when its tool, arguments, inputs, versions and its own bytes are what its provenance says.
 """
 
 import contextlib
-import fcntl
-import glob
-import hashlib
-import json
 import os
 import shutil
-import stat
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NoReturn, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from shared.errors import ToolError
-from shared.machine import peak_rss_bytes
+from shared.drafts import alone_in, draft_beside, identity, sync, write_json
+from shared.errors import CheckError, ToolError
+from shared.machine import Needs, available_memory_bytes, peak_rss_bytes, size_text
+from shared.provenance import FileRecord, Provenance, as_json, provenance_path, read_provenance, record, versions, vouched
 
-WORKSPACE = "edgepress"
-ROOT = Path(__file__).resolve().parent.parent
 Found = TypeVar("Found")
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """A file's content, and the stat values under which it was hashed."""
-
-    path: str
-    size_bytes: int
-    mtime_ns: int
-    ctime_ns: int
-    inode: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -68,7 +46,12 @@ class Plan:
         packages: Distributions whose version matters.
         overwrite: Replace whatever is at `output`.
         refresh: Replace it if this project wrote it.
+        reproducible: Make it twice, and fail where the bytes differ.
+        dry_run: Check what can be checked, and raise `Foreseen`.
+        needs: Tells what making it takes; asked only when it is about to be made.
         companions: Returns the files in the output's folder that a product refers to, such as the weights of a large ONNX model.
+        reopen: Reads a draft as its consumer will, and raises where that fails.
+        makes_folder: Whether the output's folder is made with it.
     """
 
     output: Path
@@ -78,23 +61,18 @@ class Plan:
     packages: Sequence[str] = ()
     overwrite: bool = False
     refresh: bool = False
+    reproducible: bool = False
+    dry_run: bool = False
+    needs: Callable[[], Needs] = Needs
     companions: Callable[[Path], Sequence[Path]] = field(default=lambda _: ())
+    reopen: Callable[[Path], object] = field(default=lambda _: None)
+    makes_folder: bool = False
 
-
-@dataclass(frozen=True)
-class Provenance:
-    """The content of `<product>.json`."""
-
-    tool: str
-    arguments: dict[str, Any]
-    versions: dict[str, str]
-    inputs: list[FileRecord]
-    output: FileRecord
-    replaces_sha256: str | None  # of the file that stood here before; tells our file from another's after a crash
-    seconds: float
-    peak_rss_bytes: int
-    found: dict[str, Any] = field(default_factory=dict)
-    companions: list[FileRecord] = field(default_factory=list)  # files the output refers to, in its folder
+    @property
+    def folder(self) -> Path:
+        """The output's folder; the nearest that is there, where that is yet to be made."""
+        folders = (self.output.parent, *self.output.absolute().parent.parents) if self.makes_folder else (self.output.parent,)
+        return next((folder for folder in folders if folder.exists()), self.output.parent)
 
 
 def build(plan: Plan, found_type: type[Found], make: Callable[[Path], Found]) -> tuple[Product, Found]:
@@ -105,48 +83,243 @@ def build(plan: Plan, found_type: type[Found], make: Callable[[Path], Found]) ->
     A `found.peak_rss_bytes` is the peak memory of the processes that did the work.
 
     Raises:
-        ToolError: The output exists and may not be replaced, is an input, or cannot be written.
+        ToolError: The output exists and may not be replaced, is an input, a link, or cannot be written; memory or disk are short;
+            an input changed meanwhile, or is not what its checksum says.
+        CheckError: It was to be reproducible, and is not.
+        Foreseen: In a dry run, where all that can be checked before the work is fine.
     """
-    _require_file_name(plan.output)
-    for source in plan.inputs:
-        for written in (plan.output, provenance_path(plan.output)):
-            if written.exists() and source.exists() and written.samefile(source):
-                raise ToolError("the output is the input", where=written, remedy="choose another file with -o")
-    old = read_provenance(plan.output)
-    inputs = [record(path, known=old.inputs if old else ()) for path in plan.inputs]
-    if old is not None and plan.output.is_file() and _describes(old, plan, inputs):
-        with contextlib.suppress(ValidationError):
-            found = TypeAdapter(found_type).validate_python(old.found)
-            if getattr(found, "ok", True):
-                return Product(plan.output, _size(old), old.output.sha256, old.seconds, old.peak_rss_bytes, up_to_date=True), found
+    old = _require_place(plan)
+    inputs = _input_records(plan, old)
+    current = _current(plan, old, inputs, found_type)
+    if plan.dry_run:
+        raise Foreseen(_foresee(plan, old, is_current=current is not None))
+    if current is not None:
+        return current
     replaces = _require_replaceable(plan, old)
-    found_there = _identity(plan.output)
+    found_there = identity(plan.output)
+    plan.needs().require(plan.output.parent)
     start = time.monotonic()
     with draft_beside(plan.output) as draft:
         found = make(draft)
-        _sync(draft)
-        provenance = Provenance(
-            tool=plan.tool,
-            arguments=_as_json(plan.arguments),
-            versions=_versions(plan),
-            inputs=inputs,
-            output=record(draft, name=plan.output),
-            replaces_sha256=replaces,
-            seconds=round(time.monotonic() - start, 3),
-            peak_rss_bytes=max(peak_rss_bytes(), getattr(found, "peak_rss_bytes", 0)),
-            found=_as_json(found),
-            companions=[record(path) for path in plan.companions(draft)],
-        )
-        with _alone_in(plan.output.parent):
-            if _identity(plan.output) != found_there:
-                raise ToolError("another run wrote the output meanwhile; it was kept", where=plan.output, remedy="run again")
-            _write_json(provenance_path(plan.output), asdict(provenance))
-            draft.replace(plan.output)  # atomic: same folder
-            _sync(plan.output.parent)
-            final = replace(provenance, output=record(plan.output, sha256=provenance.output.sha256))  # renaming moved the ctime
-            _write_json(provenance_path(plan.output), asdict(final))
-        _remove_former(old, final, plan.output.parent)
+        try:
+            seconds = round(time.monotonic() - start, 3)
+            provenance = _settled(
+                plan,
+                draft,
+                Provenance(
+                    tool=plan.tool,
+                    arguments=as_json(plan.arguments),
+                    versions=versions(plan.tool, plan.packages),
+                    inputs=inputs,
+                    output=record(draft, name=plan.output),
+                    replaces_sha256=replaces,
+                    seconds=seconds,
+                    peak_rss_bytes=max(peak_rss_bytes(), getattr(found, "peak_rss_bytes", 0)),
+                    found=as_json(found),
+                    companions=[record(path) for path in plan.companions(draft)],
+                    made_twice=plan.reproducible,
+                ),
+                make,
+            )
+            with alone_in(plan.output.parent):
+                _require_as_it_was(plan.output, found_there)
+                final = _publish(plan, draft, provenance)
+        except BaseException:
+            _discard(plan, draft, old)
+            raise
+    _remove_former(old, final, plan.output.parent)
     return Product(plan.output, _size(final), final.output.sha256, final.seconds, final.peak_rss_bytes), found
+
+
+def _require_as_it_was(output: Path, before: tuple[int, int] | None) -> None:
+    if identity(output) != before:
+        raise ToolError("another run wrote the output meanwhile; it was kept", where=output, remedy="run again")
+
+
+def _settled(plan: Plan, draft: Path, provenance: Provenance, make: Callable[[Path], object]) -> Provenance:
+    """Return the provenance of a draft that is fit to get its name; raise ToolError where it is not."""
+    _require_unchanged(plan.inputs, provenance.inputs)
+    sync(draft)
+    plan.reopen(draft)
+    if plan.reproducible:
+        _require_same_again(plan, provenance, make)
+    return provenance
+
+
+def _publish(plan: Plan, draft: Path, provenance: Provenance) -> Provenance:
+    """Give a draft its name, files it refers to first; return its provenance, which lies beside it at every moment."""
+    for companion in plan.companions(draft):
+        sync(companion)
+    write_json(provenance_path(plan.output), as_json(asdict(provenance)))
+    draft.replace(plan.output)  # atomic: same folder
+    sync(plan.output.parent)
+    final = replace(provenance, output=record(plan.output, sha256=provenance.output.sha256))  # renaming moved the ctime
+    write_json(provenance_path(plan.output), as_json(asdict(final)))
+    return final
+
+
+def _discard(plan: Plan, draft: Path, old: Provenance | None) -> None:
+    """Remove the files that only a draft refers to, which will not get its name."""
+    kept = {Path(item.path).name for item in old.companions} if old else set()
+    with contextlib.suppress(ToolError, OSError, ValueError, LookupError):
+        for companion in plan.companions(draft):
+            if companion.name not in kept:
+                companion.unlink()
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What would become of a product. Sizes are the most that is expected.
+
+    Args:
+        output: The file it would write.
+        state: What would become of it.
+        needs: What making it would take.
+        free_disk_bytes: In the output's folder.
+        free_memory_bytes: None where the system does not tell.
+    """
+
+    output: Path
+    state: str
+    needs: Needs
+    free_disk_bytes: int
+    free_memory_bytes: int | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is enough of everything."""
+        enough_memory = self.free_memory_bytes is None or self.needs.memory_bytes <= self.free_memory_bytes
+        return enough_memory and self.needs.disk_bytes <= self.free_disk_bytes
+
+    def __rich__(self) -> str:
+        memory = "unknown" if self.free_memory_bytes is None else size_text(self.free_memory_bytes)
+        taken = (
+            f"needs {size_text(self.needs.disk_bytes)} of disk ({size_text(self.free_disk_bytes)} free) "
+            f"and {size_text(self.needs.memory_bytes)} of memory ({memory} free)"
+        )
+        short = "" if self.ok else "; NOT ENOUGH"
+        return f"{self.output}: {self.state}; at most {size_text(self.needs.product_bytes)}; {taken}{short}; nothing was written"
+
+
+@dataclass(frozen=True)
+class Forecasts:
+    """What a tool would do: its result in a dry run."""
+
+    forecasts: list[Forecast]
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is enough of everything for each product."""
+        return all(forecast.ok for forecast in self.forecasts)
+
+    def __rich__(self) -> str:
+        return "\n".join(forecast.__rich__() for forecast in self.forecasts)
+
+
+class Foreseen(Exception):  # noqa: N818 - no error: it ends a dry run
+    """A dry run came to where it would begin to write; `result` tells what it would do."""
+
+    def __init__(self, *forecasts: Forecast) -> None:
+        super().__init__("a dry run writes nothing")
+        self.result = Forecasts(list(forecasts))
+
+
+def foresee(*plans: Plan) -> NoReturn:
+    """Raise Foreseen for all of several plans, as `build` does for one in a dry run."""
+
+    def never(_: Path) -> NoReturn:
+        raise AssertionError("a dry run makes nothing")
+
+    forecasts: list[Forecast] = []
+    for plan in plans:
+        try:
+            build(replace(plan, dry_run=True), object, never)
+        except Foreseen as one:
+            forecasts += one.result.forecasts
+    raise Foreseen(*forecasts)
+
+
+def _foresee(plan: Plan, old: Provenance | None, *, is_current: bool) -> Forecast:
+    if not is_current:
+        _require_replaceable(plan, old)
+    state = "is up to date" if is_current else "would be replaced" if plan.output.exists() else "would be written"
+    free = shutil.disk_usage(plan.folder).free
+    return Forecast(plan.output, state, Needs() if is_current else plan.needs(), free, available_memory_bytes())
+
+
+def _require_place(plan: Plan) -> Provenance | None:
+    """Raise ToolError where the output can't be written whatever the work brings; return the provenance that is there."""
+    output = plan.output
+    _require_file_name(output)
+    if output.is_symlink():
+        remedy = "name the file it leads to, or another with -o"
+        raise ToolError("the output is a symbolic link, which is never followed or replaced", where=output, remedy=remedy)
+    for source in plan.inputs:
+        for written in (output, provenance_path(output)):
+            if written.exists() and source.exists() and written.samefile(source):
+                raise ToolError("the output is the input", where=written, remedy="choose another file with -o")
+    if not plan.folder.is_dir() or not os.access(plan.folder, os.W_OK | os.X_OK):
+        what = "cannot write here: no permission" if plan.folder.is_dir() else "cannot write here: no such folder"
+        raise ToolError(what, where=plan.folder, remedy="create the folder or choose another with -o")
+    old = read_provenance(output)
+    if old is None:
+        _require_replaceable(plan, old)
+    return old
+
+
+def _input_records(plan: Plan, old: Provenance | None) -> list[FileRecord]:
+    return [vouched(path, record(path, known=old.inputs if old else ())) for path in plan.inputs]
+
+
+def _current(plan: Plan, old: Provenance | None, inputs: list[FileRecord], found_type: type[Found]) -> tuple[Product, Found] | None:
+    """Return the product that is there, if it is up to date."""
+    if old is None or not plan.output.is_file() or not _describes(old, plan, inputs):
+        return None
+    try:
+        found = TypeAdapter(found_type).validate_python(old.found)
+    except ValidationError:
+        return None
+    if not getattr(found, "ok", True):
+        return None
+    return Product(plan.output, _size(old), old.output.sha256, old.seconds, old.peak_rss_bytes, up_to_date=True), found
+
+
+def _describes(old: Provenance, plan: Plan, inputs: Sequence[FileRecord]) -> bool:
+    same_inputs = [item.sha256 for item in old.inputs] == [item.sha256 for item in inputs]
+    same_request = (old.tool, old.arguments, old.versions) == (
+        plan.tool,
+        as_json(plan.arguments),
+        versions(plan.tool, plan.packages),
+    )
+    if not (same_inputs and same_request and record(plan.output).sha256 == old.output.sha256):
+        return False
+    companions = [plan.output.parent / Path(item.path).name for item in old.companions]
+    return all(path.is_file() for path in companions) and [record(path, known=old.companions).sha256 for path in companions] == [
+        item.sha256 for item in old.companions
+    ]
+
+
+def _require_unchanged(paths: Sequence[Path], records: Sequence[FileRecord]) -> None:
+    for path, known in zip(paths, records, strict=True):
+        try:
+            now = path.stat()
+        except OSError:
+            now = None
+        if now is None or (now.st_size, now.st_mtime_ns, now.st_ino) != (known.size_bytes, known.mtime_ns, known.inode):
+            what = "the file changed while it was worked on; nothing was kept"
+            raise ToolError(what, where=path, remedy="wait until it is complete, then try again")
+
+
+def _require_same_again(plan: Plan, first: Provenance, make: Callable[[Path], object]) -> None:
+    """Make the product once more, and raise CheckError unless all its files have the same bytes."""
+    with draft_beside(plan.output.with_name(f"{plan.output.stem}.again{plan.output.suffix}")) as again:
+        make(again)
+        hashes = [record(path).sha256 for path in (again, *plan.companions(again))]
+    if hashes != [item.sha256 for item in (first.output, *first.companions)]:
+        remedy = "leave out --reproducible, and report it"
+        raise CheckError(
+            "made twice, the product is not the same to the last byte; nothing was kept", where=plan.output, remedy=remedy
+        )
 
 
 def _size(provenance: Provenance) -> int:
@@ -165,134 +338,8 @@ def _remove_former(old: Provenance | None, new: Provenance, folder: Path) -> Non
 
 def require_not_anothers(output: Path, *, overwrite: bool) -> None:
     """Raise ToolError where a tool is bound to refuse an output later: for what it would do before that."""
-    _require_file_name(output)
     plan = Plan(output, "", {}, overwrite=overwrite, refresh=True)
-    _require_replaceable(plan, read_provenance(output))
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep other runs from putting a product into the folder; only while one takes its name."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Return inode and ctime of what stands at a path, None where nothing does."""
-    try:
-        status = path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return status.st_ino, status.st_ctime_ns
-
-
-def provenance_path(product: Path) -> Path:
-    """Return where the provenance of a product lies."""
-    return product.with_name(product.name + ".json")
-
-
-def read_provenance(product: Path) -> Provenance | None:
-    """Return the provenance beside a product, or None where there is none of ours."""
-    path = provenance_path(product)
-    try:
-        return TypeAdapter(Provenance).validate_json(path.read_bytes()) if path.is_file() else None
-    except (OSError, ValidationError):
-        return None
-
-
-def record(path: Path, *, known: Iterable[FileRecord] = (), name: Path | None = None, sha256: str | None = None) -> FileRecord:
-    """Return size, times and sha256 of a file; the hash comes from an earlier record where that still holds.
-
-    Args:
-        path: The file.
-        known: Earlier records, beside the one in the file's own provenance.
-        name: The name to record, where it is about to change.
-        sha256: The hash, where the caller has just computed it.
-
-    Raises:
-        ToolError: No such file, or it changed while it was read.
-    """
-    try:
-        before = path.stat()
-        if not stat.S_ISREG(before.st_mode):
-            raise ToolError("not a regular file", where=path, expected="a file")
-        unhashed = FileRecord(
-            str(name or path), before.st_size, before.st_mtime_ns, before.st_ctime_ns, before.st_ino, sha256 or ""
-        )
-        if sha256 is not None:
-            return unhashed
-        own = read_provenance(path)
-        for earlier in (*known, *([own.output] if own else [])):
-            if replace(earlier, path=unhashed.path, sha256="") == unhashed:
-                return replace(unhashed, sha256=earlier.sha256)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if path.stat().st_mtime_ns != before.st_mtime_ns:
-            raise ToolError("the file changed while it was read", where=path, remedy="wait until it is complete, then try again")
-    except FileNotFoundError:
-        raise ToolError("no such file", where=path, remedy="check the path") from None
-    return replace(unhashed, sha256=digest)
-
-
-@contextlib.contextmanager
-def draft_beside(output: Path) -> Iterator[Path]:
-    """Yield a fresh file in the output's folder; it is gone afterwards unless it was renamed.
-
-    Raises:
-        ToolError: The folder is missing or not writable.
-    """
-    draft = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    for stale in output.parent.glob(f".{glob.escape(output.name)}.*.partial*"):  # and what an exporter put beside its draft
-        if not _is_running(stale.name.rpartition(".partial")[0].rpartition(".")[2]):
-            stale.unlink(missing_ok=True)
-    try:
-        draft.touch()
-    except OSError as error:
-        raise ToolError(
-            f"cannot write here: {error.strerror}", where=output.parent, remedy="create the folder or choose another with -o"
-        ) from None
-    try:
-        yield draft
-    finally:
-        draft.unlink(missing_ok=True)
-        draft.with_name(f"{draft.name}.data").unlink(missing_ok=True)  # weights that an exporter put beside it
-
-
-@contextlib.contextmanager
-def workspace() -> Iterator[Path]:
-    """Yield a temporary folder; those that killed runs left behind are removed first."""
-    for stale in Path(tempfile.gettempdir()).glob(f"{WORKSPACE}-*-*"):
-        pid = stale.name.split("-")[1]
-        if pid.isdigit() and not _is_running(pid):  # others may call their folders something like it
-            shutil.rmtree(stale, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f"{WORKSPACE}-{os.getpid()}-") as folder:
-        yield Path(folder)
-
-
-def _is_running(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _describes(old: Provenance, plan: Plan, inputs: Sequence[FileRecord]) -> bool:
-    same_inputs = [item.sha256 for item in old.inputs] == [item.sha256 for item in inputs]
-    same_request = (old.tool, old.arguments, old.versions) == (plan.tool, _as_json(plan.arguments), _versions(plan))
-    if not (same_inputs and same_request and record(plan.output).sha256 == old.output.sha256):
-        return False
-    companions = [plan.output.parent / Path(item.path).name for item in old.companions]
-    return all(path.is_file() for path in companions) and [record(path, known=old.companions).sha256 for path in companions] == [
-        item.sha256 for item in old.companions
-    ]
+    _require_replaceable(plan, _require_place(plan))
 
 
 def _require_replaceable(plan: Plan, old: Provenance | None) -> str | None:
@@ -300,58 +347,20 @@ def _require_replaceable(plan: Plan, old: Provenance | None) -> str | None:
     output, side = plan.output, provenance_path(plan.output)
     if side.exists() and old is None and not plan.overwrite:
         raise ToolError("the provenance would replace this file", where=side, remedy="use --overwrite, or another name with -o")
-    if not output.exists() and not output.is_symlink():
+    if not output.exists():
         return None
     if output.exists() and not output.is_file():
         raise ToolError("the output is no regular file", where=output, remedy="choose a file with -o")
     ours = False
-    if output.is_file() and not output.is_symlink() and old is not None:
+    if old is not None:
         current = record(output).sha256
         ours = current in (old.output.sha256, old.replaces_sha256)
     if plan.overwrite or (plan.refresh and ours):
-        return record(output).sha256 if output.is_file() else None
+        return record(output).sha256
     what = "the output exists and is out of date" if ours else "the output exists"
     raise ToolError(what, where=output, remedy="use --overwrite to replace it, or choose another file with -o")
 
 
 def _require_file_name(output: Path) -> None:
     if output.is_dir() or not output.name:
-        raise ToolError("the output is a folder", where=output, expected="a file name")
-
-
-def _versions(plan: Plan) -> dict[str, str]:
-    """Return the versions that decide a product's bytes; for this project's own code, a hash of it."""
-    code = hashlib.sha256()
-    for path in sorted([ROOT / "tools" / f"{plan.tool}.py", *(ROOT / "shared").glob("*.py")]):
-        if path.exists():
-            code.update(path.read_bytes())
-    packages = {name: metadata.version(name) for name in plan.packages if _is_installed(name)}
-    return {"python": ".".join(map(str, sys.version_info[:3])), **packages, "edgepress-code": code.hexdigest()[:16]}
-
-
-def _is_installed(name: str) -> bool:
-    return any(metadata.distributions(name=name))
-
-
-def _as_json(value: Any) -> Any:
-    """Return the value as JSON gives it back, so that what was written compares equal with what is planned."""
-    return TypeAdapter(Any).dump_python(value, mode="json")
-
-
-def _write_json(path: Path, content: object) -> None:
-    with draft_beside(path) as draft:
-        draft.write_text(json.dumps(_as_json(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        _sync(draft)
-        draft.replace(path)
-
-
-def _sync(path: Path) -> None:
-    """Wait until the file, or the folder's list of names, is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:  # some file systems refuse it for folders
-        if not path.is_dir():
-            raise
-    finally:
-        os.close(handle)
+        raise ToolError("the output is a folder", where=output, expected="a file name", remedy="choose a file with -o")

@@ -7,6 +7,7 @@ Source: https://github.com/google-ai-edge/mediapipe/blob/v0.10.21/mediapipe/task
 
 import mmap
 import shutil
+import stat
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -14,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import ToolError, first_line
-from shared.tflite import DISK_TROUBLE, IDENTIFIER, ZIP_DAMAGE
+from shared.supervision import reading
+from shared.tflite import DISK_TROUBLE, IDENTIFIER, ZIP_DAMAGE, check_is_tflite
+from shared.zip_layout import LOCAL_HEADER, LayoutError, locate, require_stored
 
 ALIGNMENT = 64  # bytes; weights inside a model lie at multiples of 16
 EXTRA_ID = 0xD935  # Android's zipalign: alignment, then padding
 MAX_ENTRIES = 256
 LARGEST_ENTRY = 1_900_000_000  # bytes; above, zipfile writes headers of another length
 MAX_DEPTH = 3  # bundles inside bundles; the deepest published one has one level
-LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # signature, version, flags, method, time, date, crc, sizes, lengths of name and extra
 UNDATED = (1980, 1, 1, 0, 0, 0)
 REMEDY = "download the bundle again"
 
@@ -75,7 +77,7 @@ def unpack_bundle(path: Path, folder: Path, name: str | None = None, depth: int 
         raise ToolError(f"bundles lie in each other more than {MAX_DEPTH} deep", where=name, remedy=REMEDY)
     folder.mkdir()
     try:
-        with zipfile.ZipFile(path) as archive:
+        with reading(path), zipfile.ZipFile(path) as archive:
             _require_plain(archive, path, name)
             places = [(info, folder / f"{number}") for number, info in enumerate(archive.infolist())]
             return tuple(_unpack(archive, info, place, f"{name}/{info.filename}", depth) for info, place in places)
@@ -83,6 +85,15 @@ def unpack_bundle(path: Path, folder: Path, name: str | None = None, depth: int 
         if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
             raise
         raise ToolError("damaged bundle", where=name, got=first_line(error), remedy=REMEDY) from None
+
+
+def check_packed(path: Path, folder: Path) -> None:
+    """Read a bundle that was just written: its entries, their checksums and its models; `folder` is made, and removed again."""
+    try:
+        for _, entry in models_of(unpack_bundle(path, folder)):
+            check_is_tflite(entry.path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, place: Path, name: str, depth: int) -> Entry:
@@ -96,53 +107,27 @@ def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, place: Path, name: 
 def _require_plain(archive: zipfile.ZipFile, path: Path, where: str) -> None:
     """Raise ToolError unless the bundle is what every reader of zip files sees alike."""
     infos = archive.infolist()
-    names = [info.filename for info in infos]
-
-    def refuse(what: str, name: str) -> None:
-        raise ToolError(what, where=where, got=f"entry {name!r}", remedy=REMEDY)
-
     if not infos or len(infos) > MAX_ENTRIES:
-        raise ToolError("not a MediaPipe bundle", where=where, got=f"{len(infos)} entries", expected=f"1 to {MAX_ENTRIES}")
+        got, expected = f"{len(infos)} entries", f"1 to {MAX_ENTRIES}"
+        raise ToolError("not a MediaPipe bundle", where=where, got=got, expected=expected, remedy=REMEDY)
+    try:
+        require_stored(infos, most=MAX_ENTRIES)
+        _require_files(infos)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            locate(archive, content, zero_gaps=True)
+    except LayoutError as error:
+        raise ToolError(f"not a plain bundle: {error}", where=where, got=error.got, remedy=REMEDY) from None
+
+
+def _require_files(infos: list[zipfile.ZipInfo]) -> None:
+    """Raise LayoutError unless all entries are files that MediaPipe can hold, and that every file system tells apart."""
     for info in infos:
-        name = info.filename
-        if names.count(name) > 1:
-            refuse("two entries of the bundle have the same name", name)
-        if name.endswith("/"):
-            refuse("the bundle holds a folder", name)
-        written = info.orig_filename  # zipfile cuts a name off at a NUL
-        if not written.isprintable() or "\\" in written or {"", ".", ".."} & set(written.split("/")):
-            refuse("an entry's name is no plain name", written)
-        if info.flag_bits & 0x41:
-            refuse("an entry is encrypted", name)
+        if info.is_dir() or stat.S_ISLNK(info.external_attr >> 16):
+            raise LayoutError("the bundle holds a folder or a link", info.filename)
         if info.file_size > LARGEST_ENTRY:
-            refuse(f"an entry is larger than {LARGEST_ENTRY} bytes", name)
-        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            refuse("an entry is compressed; MediaPipe reads stored ones only", name)
-    _require_in_a_row(infos, archive.start_dir, path, where)
-
-
-def _require_in_a_row(infos: list[zipfile.ZipInfo], end: int, path: Path, where: str) -> None:
-    """Raise ToolError unless entries lie one behind the other, local and central headers agree, and gaps hold zeros only."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        reached = 0
-        for info in sorted(infos, key=lambda info: info.header_offset):
-            start = info.header_offset
-            if start < reached or start + LOCAL_HEADER.size > end or content[reached:start].strip(b"\0"):
-                raise ToolError("something lies between or across the bundle's entries", where=where, remedy=REMEDY)
-            header = LOCAL_HEADER.unpack(content[start : start + LOCAL_HEADER.size])
-            signature, _, flags, method, _, _, crc, packed, size, name_length, extra_length = header
-            behind = start + LOCAL_HEADER.size
-            name = content[behind : behind + name_length]
-            has_descriptor = flags & 0x08  # sizes follow the data; the runtime reads those of the central directory
-            agrees = has_descriptor or (crc, packed, size) == (info.CRC, info.compress_size, info.file_size)
-            agrees = agrees and flags == info.flag_bits
-            if signature != b"PK\3\4" or method != 0 or name.decode("utf-8", "replace") != info.orig_filename or not agrees:
-                raise ToolError("an entry's two headers differ", where=where, got=f"entry {info.filename!r}", remedy=REMEDY)
-            reached = behind + name_length + extra_length + info.file_size + (16 if has_descriptor else 0)
-            if reached > end:
-                raise ToolError("an entry reaches into the bundle's directory", where=where, remedy=REMEDY)
-        if content[reached:end].strip(b"\0"):
-            raise ToolError("something lies between the bundle's entries and its directory", where=where, remedy=REMEDY)
+            raise LayoutError(f"an entry is larger than {LARGEST_ENTRY} bytes", info.filename)
+    if len({info.filename.casefold() for info in infos}) < len(infos):
+        raise LayoutError("two entries differ only in case")
 
 
 def models_of(entries: Sequence[Entry], prefix: str = "") -> Iterator[tuple[str, Entry]]:

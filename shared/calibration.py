@@ -20,9 +20,11 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import ToolError
+from shared.errors import ToolError, first_line
 from shared.images import image_files, read_pixels, to_form
 from shared.runtime import TensorSpec, describe, image_input
+from shared.sniffing import read_head
+from shared.supervision import reading
 from shared.tflite import ZIP_DAMAGE
 
 Sample = dict[str, NDArray[Any]]
@@ -34,6 +36,7 @@ TOLERANCE = 0.05  # of the range's width: interpolation overshoots, and normalis
 LEAST_SPAN = 0.1  # of the range's width: below it, all samples together are likelier of another scale
 MAX_HEADER_BYTES = 10_000  # of an array in an .npz; numpy writes about 100
 MANIFEST_NAME = "manifest.json"
+AGAIN = "make the calibration set again"
 Part = Literal["samples", "holdout"]
 PARTS: dict[Part, tuple[str, ...]] = {"samples": ("samples", "tiles"), "holdout": ("holdout",)}  # names in a manifest
 
@@ -62,7 +65,7 @@ class CalibrationSet:
         """
         if self.path.suffix == ".npz":
             if not self.path.is_file():
-                raise ToolError("no such calibration set", where=self.path, expected="a folder of images, a manifest or an .npz")
+                raise _no_set(self.path)
             return [self.path]
         manifests = [path for path in (self.path, self.path / MANIFEST_NAME) if path.is_file()]
         return [*manifests, *_listed_images(self.path, self.part)]
@@ -114,12 +117,11 @@ class CalibrationSet:
             for spec in inputs:
                 values = sample[spec.name]
                 if not np.isfinite(values).all():
-                    raise ToolError(
-                        "a calibration sample holds NaN or infinity", where=self.path, got=f"sample {count}, {spec.name}"
-                    )
+                    got = f"sample {count}, {spec.name}"
+                    raise ToolError("a calibration sample holds NaN or infinity", where=self.path, got=got, remedy=AGAIN)
                 low, high = min(low, float(values.min())), max(high, float(values.max()))
         if count == 0:
-            raise ToolError("the calibration set is empty", where=self.path)
+            raise ToolError("the calibration set is empty", where=self.path, remedy=AGAIN)
         if known is not None and len(inputs) == 1:
             _require_range(self.path, (low, high), known)
         return count
@@ -135,8 +137,14 @@ def choose_range(name: str | None, declared: tuple[float, float] | None, where: 
         (key for key, limits in RANGES.items() if declared and np.allclose(limits, declared, atol=0.02 * np.ptp(limits))), None
     )
     if name is not None and near is not None and name != near:
-        raise ToolError("--input-range differs from the model's own metadata", where=where, got=name, expected=near)
+        what, remedy = "--input-range differs from the model's own metadata", "leave it out"
+        raise ToolError(what, where=where, got=name, expected=near, remedy=remedy)
     return name or near  # type: ignore[return-value]
+
+
+def _no_set(path: Path) -> ToolError:
+    expected = "a folder of images, a manifest or an .npz"
+    return ToolError("no such calibration set", where=path, expected=expected, remedy="prepare_calibration makes one")
 
 
 def _require_range(path: Path, found: tuple[float, float], known: tuple[float, float]) -> None:
@@ -167,7 +175,8 @@ def _listed_images(path: Path, part: Part = "samples") -> list[Path]:
         manifest = path / MANIFEST_NAME
         return _listed_images(manifest, part) if manifest.is_file() else image_files(path)
     if not path.is_file():
-        raise ToolError("no such calibration set", where=path, expected="a folder of images, a manifest or an .npz")
+        raise _no_set(path)
+    read_head(path, "manifest", limit="text-mb")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         entries = next(content[key] for key in PARTS[part] if key in content)
@@ -175,13 +184,14 @@ def _listed_images(path: Path, part: Part = "samples") -> list[Path]:
         assert all(isinstance(name, str) for name in names)
     except (ValueError, KeyError, TypeError, StopIteration, AssertionError, RecursionError):
         expected = 'JSON such as {"samples": [{"file": "tile_0.png"}]}'
-        raise ToolError("no calibration manifest", where=path, expected=expected) from None
+        raise ToolError("no calibration manifest", where=path, expected=expected, remedy=AGAIN) from None
     strange = [name for name in names if not name.isprintable() or name.startswith("/") or ".." in PurePosixPath(name).parts]
     if strange or not names:
-        raise ToolError("the manifest names no files beside it", where=path, got=strange[:1] or "none")
+        raise ToolError("the manifest names no files beside it", where=path, got=strange[:1] or "none", remedy=AGAIN)
     files = [path.parent / name for name in names]
     if missing := [file for file in files if not file.is_file()]:
-        raise ToolError("the manifest names files that are not there", where=path, got=f"{len(missing)}, the first {missing[0]}")
+        got = f"{len(missing)}, the first {missing[0]}"
+        raise ToolError("the manifest names files that are not there", where=path, got=got, remedy=AGAIN)
     return files
 
 
@@ -205,7 +215,8 @@ def _npz_arrays(archive: zipfile.ZipFile, path: Path, streams: contextlib.ExitSt
         stream = streams.enter_context(archive.open(name))
         shape, is_fortran, dtype = _npy_header(stream)
         if dtype.hasobject:
-            raise ToolError("the calibration set holds Python objects, which are never loaded", where=path, got=name)
+            what = "the calibration set holds Python objects, which are never loaded"
+            raise ToolError(what, where=path, got=name, remedy=AGAIN)
         if is_fortran or not shape:
             remedy = "save numpy.ascontiguousarray of samples along the first axis"
             raise ToolError(
@@ -235,16 +246,15 @@ def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]
 
 def _npz_length(path: Path) -> int:
     try:
-        with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as streams:
+        read_head(path, "calibration set")
+        with reading(path), zipfile.ZipFile(path) as archive, contextlib.ExitStack() as streams:
             lengths = {shape[0] for _, shape, _ in _npz_arrays(archive, path, streams).values()}
-    except FileNotFoundError:
-        raise ToolError("no such calibration set", where=path) from None
     except ZIP_DAMAGE as error:
-        raise ToolError("damaged .npz", where=path, got=error) from None
+        raise ToolError("damaged .npz", where=path, got=first_line(error), remedy=AGAIN) from None
     if not lengths:
-        raise ToolError("the calibration set is empty", where=path)
+        raise ToolError("the calibration set is empty", where=path, remedy=AGAIN)
     if len(lengths) != 1:
-        raise ToolError("the arrays of the calibration set differ in length", where=path, got=sorted(lengths))
+        raise ToolError("the arrays of the calibration set differ in length", where=path, got=sorted(lengths), remedy=AGAIN)
     return int(lengths.pop())
 
 
@@ -258,15 +268,14 @@ def _read_npz(path: Path, inputs: list[TensorSpec]) -> Iterator[Sample]:
                 source = {inputs[0].name: IMAGES_KEY}
             missing = [spec.name for spec in inputs if source[spec.name] not in arrays]
             if missing:
-                raise ToolError(
-                    "the calibration set lacks inputs of the model", where=path, got=sorted(arrays), expected=describe(inputs)
-                )
+                what, got = "the calibration set lacks inputs of the model", sorted(arrays)
+                raise ToolError(what, where=path, got=got, expected=describe(inputs), remedy="name arrays as the inputs")
             for spec in inputs:
                 _require_fits(path, spec, *arrays[source[spec.name]][1:])
             for _ in range(arrays[source[inputs[0].name]][1][0]):
                 yield {spec.name: _next_sample(path, spec, *arrays[source[spec.name]]) for spec in inputs}
     except ZIP_DAMAGE as error:
-        raise ToolError("damaged .npz", where=path, got=error) from None
+        raise ToolError("damaged .npz", where=path, got=first_line(error), remedy=AGAIN) from None
 
 
 def _require_fits(path: Path, spec: TensorSpec, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -276,9 +285,8 @@ def _require_fits(path: Path, spec: TensorSpec, shape: tuple[int, ...], dtype: n
     fits = fits and all(free in (size, -1) for size, free in zip(_padded(shape[1:], len(wanted)), wanted, strict=True))
     if not fits or dtype.kind not in "fiu":
         expected = f"({shape[0]}, {', '.join(map(str, wanted))}) {spec.dtype}"
-        raise ToolError(
-            f"the calibration set does not fit input '{spec.name}'", where=path, got=f"{shape} {dtype}", expected=expected
-        )
+        what, got = f"the calibration set does not fit input '{spec.name}'", f"{shape} {dtype}"
+        raise ToolError(what, where=path, got=got, expected=expected, remedy=AGAIN)
 
 
 def _next_sample(path: Path, spec: TensorSpec, stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -291,7 +299,7 @@ def _next_sample(path: Path, spec: TensorSpec, stream: IO[bytes], shape: tuple[i
         sample = values.astype(spec.dtype)
         is_same = sample.dtype.kind == "f" or bool(np.array_equal(sample, values))
     if not is_same:
-        raise ToolError(f"a calibration sample does not fit the {spec.dtype} of input '{spec.name}'", where=path)
+        raise ToolError(f"a calibration sample does not fit the {spec.dtype} of input '{spec.name}'", where=path, remedy=AGAIN)
     return sample.reshape(_settled(spec.shape, shape[1:]))
 
 

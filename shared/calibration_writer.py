@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
-from shared.artifacts import draft_beside
 from shared.calibration import RANGES, InputRange
+from shared.drafts import abandoned_drafts, draft_beside
 from shared.images import ImageForm, Pixels, read_pixels, to_form
+from shared.provenance import read_provenance, record
 from shared.sheets import write_contact_sheet
 
 WRITTEN = (".png", ".npz")
+SAMPLE = re.compile(r"[sh]\d{4,}_[0-9a-f]{8}\.png")
 UNDATED = (1980, 1, 1, 0, 0, 0)
 
 
@@ -81,6 +84,29 @@ def write_sheet(path: Path, files: Sequence[Path]) -> None:
 def _numbered(files: Sequence[Path]) -> Iterator[tuple[str, Pixels]]:
     for file in files:
         yield file.stem.rpartition("_")[0], read_pixels(file)
+
+
+def clear_interrupted(folder: Path, manifest: Path, extra: Sequence[str]) -> None:
+    """Remove what a run that was killed left in a folder: files named as we do that are not as its manifest says.
+
+    The draft of its manifest tells that there was one.
+
+    Args:
+        folder: The calibration set.
+        manifest: Its manifest, which may be there from an earlier run.
+        extra: Names of files that are written beside the samples.
+    """
+    drafts = abandoned_drafts(manifest)
+    if not drafts:
+        return
+    old = read_provenance(manifest)
+    ours = {Path(item.path).name: item.sha256 for item in old.companions} if old else {}
+    for file in folder.iterdir():
+        is_named_so = file.name in extra or SAMPLE.fullmatch(file.name)
+        if is_named_so and file.is_file() and record(file).sha256 != ours.get(file.name):
+            file.unlink()
+    for draft in drafts:
+        draft.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-from shared.errors import ToolError
+from shared.errors import ToolError, first_line
+from shared.sniffing import read_head
 
 CARDS = Path(__file__).resolve().parent.parent / "models"
 PRODUCTS = Path("models")  # where products go by default, seen from where the command runs: the project's root
@@ -21,6 +22,7 @@ Positive = Annotated[int, Field(ge=1, le=65536, strict=True)]
 Four = tuple[Positive, Positive, Positive, Positive]
 FileStem = Annotated[str, StringConstraints(pattern=re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$"))]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+AGAIN = "correct it; models/miniseal.toml shows the form"
 STRICT = ConfigDict(extra="forbid")  # a misspelt field is an error, never ignored
 
 
@@ -30,6 +32,7 @@ class Source:
 
     Args:
         url: Address of the published file.
+        sha256: Of that file, where it is known: what a download must have.
         file: A file that lies beside the card, seen from there; instead of an address.
         container: Key of the checkpoint's dict that holds the flat state dict.
         prefix: What the detector's keys start with.
@@ -37,6 +40,7 @@ class Source:
 
     __pydantic_config__ = STRICT
     url: Annotated[str, StringConstraints(pattern=re.compile(r"^https?://[!-.0-~]+/[!-~]*[!-.0-~]$"))] | None = None
+    sha256: Annotated[str, StringConstraints(pattern=re.compile(r"^[0-9a-f]{64}$"))] | None = None
     file: Annotated[str, StringConstraints(pattern=re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"))] | None = None
     container: str = "model"
     prefix: str = "detector."
@@ -119,18 +123,17 @@ def load_card(name: str) -> Card:
         ToolError: No such card, or a card with a wrong field; the message names field and file.
     """
     path = Path(name) if name.endswith(".toml") else CARDS / f"{name}.toml"
-    if not path.is_file():
-        if name.endswith(".toml"):
-            raise ToolError("no such model card", where=path)
+    if not name.endswith(".toml") and not path.is_file():
         near = difflib.get_close_matches(name.lower(), card_names(), n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else "name one of them, or a path to your own card (.toml)"
         raise ToolError(f"unknown model '{name}'", expected="one of " + ", ".join(card_names()), remedy=hint)
+    read_head(path, "model card", limit="text-mb", again=AGAIN)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         card = TypeAdapter(Card).validate_python({"name": path.stem, **content, "folder": str(path.parent)})
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ToolError("model card is not valid TOML", where=path, got=error) from None
+        raise ToolError("model card is not valid TOML", where=path, got=first_line(error), remedy=AGAIN) from None
     except ValidationError as error:
         faults = [f"field {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        raise ToolError("bad model card: " + "; ".join(faults), where=path) from None
+        raise ToolError("bad model card: " + "; ".join(faults), where=path, remedy=AGAIN) from None
     return card

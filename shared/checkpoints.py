@@ -4,17 +4,21 @@ Nothing here executes what a file says: `.pth` files are read with an unpickler 
 (`weights_only=True`, with no second try), and their tensors, like those of `.safetensors` files, stay memory-mapped.
 """
 
+import collections
 import json
 import math
 import pickle
 import warnings
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from shared.errors import ToolError, first_line
+from shared.limits import require_size
+from shared.pth_layout import RESAVE, check_pth
+from shared.sniffing import name_kind, read_head
+from shared.supervision import reading
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +28,6 @@ CONTAINERS = ("model", "state_dict")  # keys under which most training code keep
 REHEARSAL = "rehearsal"  # note on weights that are seeded, not trained
 NOTES = ("args", REHEARSAL)  # texts beside the weights that go on with them
 WRAPPER = "module."  # what DataParallel puts before every key
-RESAVE = "ask its author for a plain state dict (torch.save of tensors), or for .safetensors"
 
 
 @dataclass(frozen=True)
@@ -56,37 +59,27 @@ def open_checkpoint(path: Path, container: str = "model") -> Checkpoint:
     Raises:
         ToolError: The file is missing, empty, no checkpoint, damaged, or holds more than tensors and plain containers.
     """
-    if not path.is_file():
-        raise ToolError("no such checkpoint file", where=path, remedy="check the path, or get the checkpoint first")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(512)
-    if size == 0:
-        raise ToolError("the checkpoint file is empty", where=path, remedy="download it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise ToolError("this is a Git LFS pointer, not the weights", where=path, remedy="run 'git lfs pull'")
-    if head.startswith(b"PK\x03\x04"):
-        return _open_pth(path, container)
-    if len(head) > 8 and 2 <= int.from_bytes(head[:8], "little") <= size - 8 and head[8:9] == b"{":
-        return _open_safetensors(path)
+    head = read_head(path, "checkpoint", again="download it again")
+    with reading(path):
+        if head.startswith(b"PK\x03\x04"):
+            return _open_pth(path, container)
+        if len(head) > 8 and 2 <= int.from_bytes(head[:8], "little") <= path.stat().st_size - 8 and head[8:9] == b"{":
+            return _open_safetensors(path)
     if head.startswith(b"\x80"):
         raise ToolError("the checkpoint is in PyTorch's legacy format, before 1.6", where=path, remedy=RESAVE)
-    kind = "an HTML page" if head.lstrip()[:1] == b"<" else "text" if _is_text(head) else "an unknown or cut-off format"
     raise ToolError(
-        "not a checkpoint", where=path, got=kind, expected="a .pth (zip) or .safetensors file", remedy="download it again"
+        "not a checkpoint",
+        where=path,
+        got=name_kind(head),
+        expected="a .pth (zip) or .safetensors file",
+        remedy="download it again",
     )
-
-
-def _is_text(head: bytes) -> bool:
-    try:
-        return head.decode("utf-8").isprintable() or b"\n" in head
-    except UnicodeDecodeError:
-        return False
 
 
 def _open_safetensors(path: Path) -> Checkpoint:
     from safetensors import SafetensorError, safe_open
 
+    _require_unique_keys(path)
     try:
         with safe_open(path, framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
@@ -96,10 +89,30 @@ def _open_safetensors(path: Path) -> Checkpoint:
         raise ToolError("damaged .safetensors file", where=path, got=error, remedy="download it again") from None
 
 
+def _require_unique_keys(path: Path) -> None:
+    """Refuse a header that names a tensor twice: the format forbids it, the library takes the last."""
+    twice: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        twice.extend(name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1)
+        return found
+
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        require_size(path, length, "text-mb")
+        try:
+            json.loads(file.read(length), object_pairs_hook=unique)
+        except (ValueError, RecursionError) as error:
+            raise ToolError("damaged .safetensors header", where=path, got=first_line(error), remedy="download it again") from None
+    if twice:
+        raise ToolError("the .safetensors header names a tensor twice", where=path, got=twice[0], remedy="download it again")
+
+
 def _open_pth(path: Path, wanted: str) -> Checkpoint:
     import torch
 
-    _check_pth_layout(path)
+    check_pth(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tensor kinds that are refused later
@@ -117,13 +130,18 @@ def _open_pth(path: Path, wanted: str) -> Checkpoint:
     found = content if container is None else content[container]
     state = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     if not state:
-        raise ToolError("no tensors in the checkpoint", where=path, got=f"keys {sorted(map(str, content))}", remedy=RESAVE)
+        named = sorted(key for key in content if isinstance(key, str))
+        raise ToolError("no tensors in the checkpoint", where=path, got=f"keys {', '.join(named)}", remedy=RESAVE)
     notes = {key: value for key, value in content.items() if key in NOTES and isinstance(value, str)}
     if not all(_is_encodable(text) for text in (*state, *notes.values())):
         raise ToolError("keys or notes of the checkpoint are no text", where=path, remedy=RESAVE)
     if all(key.startswith(WRAPPER) for key in state):
         state = {key.removeprefix(WRAPPER): value for key, value in state.items()}
-    others = {} if container is None else {str(key): tensors_in(value) for key, value in content.items() if key != container}
+    others = (
+        {}
+        if container is None
+        else {key: tensors_in(value) for key, value in content.items() if isinstance(key, str) and key != container}
+    )
     beside = {key: tensors for key, tensors in others.items() if tensors}
     return Checkpoint(path, state, container, beside, notes)
 
@@ -137,48 +155,20 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-def _check_pth_layout(path: Path) -> None:
-    """Refuse what memory-mapping would read wrongly: compressed, overlapping or cut-off records, code, tampered headers."""
-    try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            records = sorted(archive.infolist(), key=lambda record: record.header_offset)
-            names = {record.filename.partition("/")[2] for record in records}
-            if "constants.pkl" in names or any(name.startswith("code/") for name in names):
-                raise ToolError("this is a TorchScript program, not a checkpoint", where=path, remedy=RESAVE)
-            end = 0
-            for record in records:
-                start = _data_offset(record, file)
-                stored = record.compress_type == zipfile.ZIP_STORED and record.compress_size == record.file_size
-                if not stored or record.header_offset < end or start + record.file_size > archive.start_dir:
-                    raise ToolError(
-                        f"record '{record.filename}' is compressed, overlaps another or lies outside the file",
-                        where=path,
-                        expected="records as torch.save writes them",
-                        remedy=RESAVE,
-                    )
-                end = start + record.file_size
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
-        what = "damaged .pth file, probably cut off"
-        raise ToolError(what, where=path, got=first_line(error), remedy="download it again") from None
-
-
-def _data_offset(record: zipfile.ZipInfo, file: IO[bytes]) -> int:
-    """Return where a record's data starts: after its local header, whose name and extra field vary in length."""
-    file.seek(record.header_offset)
-    header = file.read(30)
-    if header[:4] != b"PK\x03\x04":
-        raise zipfile.BadZipFile(f"no record at byte {record.header_offset}")
-    return record.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-
-
 def tensors_in(value: object) -> "list[Tensor]":
-    """Return all tensors in a nest of dicts, lists and tuples."""
+    """Return all tensors in a nest of dicts, lists and tuples, however deep, each container looked into once."""
     import torch
 
-    if isinstance(value, torch.Tensor):
-        return [value]
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return [tensor for item in items for tensor in tensors_in(item)]
+    found: list[Tensor] = []
+    waiting, seen = [value], set()
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+        elif isinstance(item, Mapping | list | tuple) and id(item) not in seen:
+            seen.add(id(item))
+            waiting.extend(item.values() if isinstance(item, Mapping) else item)
+    return found
 
 
 def select_detector(checkpoint: Checkpoint, prefix: str) -> "dict[str, Tensor]":
@@ -219,24 +209,33 @@ def require_match(state: "Mapping[str, Tensor]", expected: Mapping[str, Iterable
         )
 
 
-def require_sound(state: "Mapping[str, Tensor]", where: Path, *, integers: bool = False) -> None:
-    """Raise ToolError unless every tensor is dense, finite and floating point, or integer where allowed; all faults at once."""
+def require_sound(state: "Mapping[str, Tensor]", where: Path, *, integers: bool = False) -> list[str]:
+    """Return the keys of weights of two axes and more that are zero throughout: sound, but hardly trained.
+
+    Raises:
+        ToolError: A tensor is not dense, not finite, or neither floating point nor, where allowed, integer; all faults at once.
+    """
     import torch
 
     floats = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
     whole = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
-    faults = []
+    faults, blank = [], []
     for key, tensor in state.items():
         if tensor.layout is not torch.strided or tensor.is_nested or tensor.device.type != "cpu":
             faults.append(f"{key} is no dense tensor with values")
         elif tensor.dtype not in floats:
             if not (integers and tensor.dtype in whole):
                 faults.append(f"{key} is {tensor.dtype}")
-        elif tensor.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(tensor)):
-            bad = int((~torch.isfinite(tensor)).sum())
-            faults.append(f"{key} holds {bad} NaN or infinite of {tensor.numel()} values")
+        elif tensor.numel():
+            low, high = torch.aminmax(tensor)
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                bad = int((~torch.isfinite(tensor)).sum())
+                faults.append(f"{key} holds {bad} NaN or infinite of {tensor.numel()} values")
+            elif low == high == 0 and tensor.ndim > 1:
+                blank.append(key)
     if faults:
         raise ToolError("unusable weights: " + "; ".join(faults), where=where, remedy="get the checkpoint again")
+    return blank
 
 
 def write_safetensors(

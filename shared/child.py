@@ -5,7 +5,6 @@ unpickles anything the other sent.
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -20,16 +19,15 @@ from typing import IO, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.artifacts import ROOT
-from shared.errors import ToolError, first_line, one_line
+from shared.errors import ToolError, first_line, of_disk, one_line
 from shared.machine import peak_rss_bytes
+from shared.provenance import ROOT
+from shared.supervision import PARENT, die_with_parent
 
 Arrays = Mapping[str, NDArray[Any]]
 Message = dict[str, Any]
 Handler = Callable[[Message, Arrays], tuple[Message, Arrays]]
 
-PARENT = "EDGEPRESS_PARENT"  # environment variable with the parent's process id
-PR_SET_PDEATHSIG = 1  # prctl(2): the signal this process gets when its parent dies
 LOG_TAIL = 200  # characters of a crashed child's last line that go into the error
 
 
@@ -97,7 +95,7 @@ class Child:
             watchdog.cancel()
         self.peak_rss_bytes = reply["peak_rss_bytes"]
         if "tool_error" in reply:
-            raise ToolError(reply["tool_error"])
+            raise ToolError.of_parts(reply["tool_error"])
         if "error" in reply:
             raise ChildError(one_line(reply["error"]))
         return reply, results
@@ -126,23 +124,12 @@ def serve(handler: Handler) -> None:
             try:
                 reply, results = handler(message, arrays)
             except ToolError as error:
-                reply = {"tool_error": str(error)}
+                reply = {"tool_error": error.parts}
             except Exception as error:  # noqa: BLE001 - the parent decides what it means; the traceback stays in the log
                 traceback.print_exc()
-                reply = {"error": first_line(error)}
+                full = of_disk(error)
+                reply = {"tool_error": full.parts} if full else {"error": first_line(error)}
             _send(replies, {**reply, "peak_rss_bytes": peak_rss_bytes()}, results)
-
-
-def die_with_parent(parent: int | None = None) -> None:
-    """Ask Linux to end this process with its parent, so that a killed tool leaves nobody writing.
-
-    Args:
-        parent: Process id of the parent; default: as `Child` told it, or whoever it is now.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != (parent or int(os.environ.get(PARENT, os.getppid()))):  # it died before it could be asked for
-            os._exit(1)
 
 
 def _send(stream: IO[bytes], message: Message, arrays: Arrays) -> None:

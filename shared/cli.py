@@ -1,12 +1,14 @@
 """Make a command of a tool's function: its result to stdout, its errors to one line, its outcome to an exit code.
 
 Exit codes: 0 done; 1 a check ran and failed; 2 could not run, nothing written; 130 interrupted, 129 and 143 hung up and terminated.
+With `--json` an error is an object too: `{"ok": false, "error": {"what", "where", "got", "expected", "remedy"}}`.
 """
 
 import contextlib
 import dataclasses
 import functools
 import inspect
+import io
 import json
 import os
 import re
@@ -29,19 +31,30 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from shared.errors import ToolError, one_line
-from shared.machine import GIB, MIB, peak_rss_bytes
+from shared.artifacts import Foreseen
+from shared.errors import ToolError, of_disk, one_line
+from shared.limits import DEFAULTS, raise_limits
+from shared.machine import GIB, peak_rss_bytes
+from shared.supervision import supervise
 
 # typer carries its own click and exports only BadParameter of its errors; this is the class of all wrong usage.
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 
 OWN_PACKAGES = ("shared", "tools")
 INTERRUPTED = 130
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LIMIT_HELP = f"Raise a limit on what is read: {', '.join(f'{name}={value:g}' for name, value in DEFAULTS.items())}; repeatable."
 INTERRUPTION = "interrupted; what was finished is kept, and nothing half-written"
 PLAIN_WIDTH = 140  # columns when the output is no terminal
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output file, whatever it is.")]
 Refresh = Annotated[bool, typer.Option("--refresh", help="Replace the output file if edgepress wrote it and it is out of date.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check what can be checked, say what would be written and what it takes; write nothing.")
+]
+Reproducible = Annotated[
+    bool, typer.Option("--reproducible", help="Make the product twice, and write it only if both have the same bytes.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, max=256, help="Threads of the runtime; default: all CPUs.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the generated samples.")]
 ModelName = Annotated[
@@ -52,13 +65,25 @@ progress_console = Console(stderr=True, highlight=False, markup=False, emoji=Fal
 
 
 def run(tool: Callable[..., Any], *, dependencies: str | None = None) -> NoReturn:
-    """Run a tool's function as the command of this process, and exit; its dependency set is named after it unless told."""
-    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # also where a shell had it ignored
+    """Run a tool's function as the command of this process, watched by a parent, and exit.
+
+    Args:
+        tool: The function.
+        dependencies: Its dependency set; named after it unless told.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be text
+    supervise(functools.partial(_run, tool, dependencies or tool.__name__.replace("_", "-")))
+
+
+def _run(tool: Callable[..., Any], dependencies: str) -> NoReturn:
+    for ending in ENDINGS:  # also where a shell had it ignored
         signal.signal(ending, _terminate)
     app = typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
     )
-    app.command(name=tool.__name__)(_with_json_option(tool))
+    app.command(name=tool.__name__)(_with_common_options(tool))
     try:
         code = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -67,38 +92,47 @@ def run(tool: Callable[..., Any], *, dependencies: str | None = None) -> NoRetur
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at exit
         sys.exit(1)
     except Exception as error:
-        line = _as_line(error, dependencies or tool.__name__.replace("_", "-"))
-        if line is None:
+        told = _as_tool_error(error, dependencies)
+        if told is None:
             raise
-        _fail(line)
+        if "--json" in sys.argv[1:]:
+            sys.stdout.write(json.dumps({"ok": False, "error": told.parts}) + "\n")
+            sys.stdout.flush()
+        _fail(str(told), code=told.exit_code)
     if code == INTERRUPTED:  # also how typer returns Ctrl-C
         _fail(INTERRUPTION, code=INTERRUPTED)
     sys.exit(code or 0)
 
 
-def _as_line(error: Exception, dependencies: str) -> str | None:
-    """Return what a user can act on as one line, None for a programming error."""
+def _as_tool_error(error: Exception, dependencies: str) -> ToolError | None:
+    """Return what a user can act on, None for a programming error."""
+    told: ToolError | None = None
     match error:
         case ToolError():
-            return str(error)
+            told = error
         case UsageError():
-            return f"{error.format_message().rstrip('.')}; see --help"
+            told = ToolError(error.format_message().rstrip("."), remedy="see --help")
         case ModuleNotFoundError() if (error.name or "").partition(".")[0] not in OWN_PACKAGES:
             install = f"pip install --constraint constraints.txt --editable '.[{dependencies}]'"
-            return f"package {error.name} is not installed; {install}"
+            told = ToolError(f"package {error.name} is not installed", remedy=install)
         case MemoryError():
-            return "out of memory; close other programs or use a larger machine"
+            told = ToolError("out of memory", remedy="close other programs or use a larger machine")
         case OSError():
-            return f"{error.filename or 'input or output'}: {error.strerror or error}"
-    return None
+            remedy = "check the path and its permissions"
+            told = ToolError(error.strerror or str(error), where=error.filename or "input or output", remedy=remedy)
+    return of_disk(error) or told
 
 
-def _with_json_option(tool: Callable[..., Any]) -> Callable[..., None]:
-    """Return the tool with `--json` added, printing its result instead of returning it."""
+def _with_common_options(tool: Callable[..., Any]) -> Callable[..., None]:
+    """Return the tool with `--json` and `--limit` added, printing its result instead of returning it."""
 
     @functools.wraps(tool)
-    def command(*, json_output: bool, **arguments: Any) -> None:
-        result = tool(**arguments)
+    def command(*, json_output: bool, raised: list[str] | None, **arguments: Any) -> None:
+        raise_limits(raised or [])
+        try:
+            result = tool(**arguments)
+        except Foreseen as dry:
+            result = dry.result
         if json_output:
             sys.stdout.write(to_json(result) + "\n")
         else:
@@ -110,14 +144,20 @@ def _with_json_option(tool: Callable[..., Any]) -> Callable[..., None]:
         if not getattr(result, "ok", True):
             raise typer.Exit(1)
 
-    option = typer.Option("--json", help="Print one JSON object instead of tables.")
-    extra = inspect.Parameter("json_output", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
+    common: dict[str, tuple[object, object]] = {
+        "json_output": (False, Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]),
+        "raised": (None, Annotated[list[str] | None, typer.Option("--limit", metavar="NAME=VALUE", help=LIMIT_HELP)]),
+    }
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (default, annotation) in common.items()
+    ]
     signature = inspect.signature(tool)
     command.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*signature.parameters.values(), extra], return_annotation=None
+        parameters=[*signature.parameters.values(), *extra], return_annotation=None
     )
     command.__doc__ = _help(tool)
-    command.__annotations__ = {**tool.__annotations__, "json_output": extra.annotation}
+    command.__annotations__ = {**tool.__annotations__, **{parameter.name: parameter.annotation for parameter in extra}}
     command.__annotations__.pop("return", None)
     return command
 
@@ -149,6 +189,8 @@ def _fail(message: str, code: int = 2) -> NoReturn:
 
 
 def _terminate(number: int, _: object) -> NoReturn:
+    for ending in ENDINGS:
+        signal.signal(ending, signal.SIG_IGN)  # what was begun is cleared away now, and that once
     _fail(INTERRUPTION, code=128 + number)
 
 
@@ -192,10 +234,3 @@ def step_progress(name: str, total: int, done: int = 0) -> Iterator[Callable[[st
 def warn(message: str) -> None:
     """Print one line on stderr, terminal or not: for what a user must not miss."""
     sys.stderr.write(f"note: {one_line(message)}\n")
-
-
-def size_text(size_bytes: float) -> str:
-    """Return a size in MiB, or in KiB or bytes where that is too coarse."""
-    if abs(size_bytes) >= MIB:
-        return f"{size_bytes / MIB:.1f} MiB"
-    return f"{size_bytes / 1024:.1f} KiB" if abs(size_bytes) >= 1024 else f"{size_bytes:.0f} B"

@@ -1,10 +1,15 @@
 """The one error that a user is meant to read."""
 
+import errno
 from pathlib import Path
+from typing import Any, Self
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MOST_GOT = 600  # characters of what was found: it may come out of a stranger's file
 
 
 class ToolError(Exception):
-    """A tool could not do its job; shown as one line, exit code 2.
+    """A tool could not do its job; shown as one line.
 
     Args:
         what: What went wrong, as a sentence without a full stop.
@@ -13,6 +18,8 @@ class ToolError(Exception):
         expected: What would have been right.
         remedy: What the user can do next.
     """
+
+    exit_code = 2  # could not run; nothing was written
 
     def __init__(
         self,
@@ -23,15 +30,28 @@ class ToolError(Exception):
         expected: object = None,
         remedy: str | None = None,
     ) -> None:
-        head = f"{where}: {what}" if where is not None else what
-        parts = [head]
-        if got is not None:
-            parts.append(f"got {got}")
-        if expected is not None:
-            parts.append(f"expected {expected}")
-        if remedy is not None:
-            parts.append(remedy)
-        super().__init__(one_line("; ".join(parts)))
+        parts = {"what": what, "where": where, "got": got, "expected": expected, "remedy": remedy}
+        self.parts = {name: one_line(str(part)) for name, part in parts.items() if part is not None}
+        if len(found := self.parts.get("got", "")) > MOST_GOT:
+            self.parts["got"] = f"{found[:MOST_GOT]}... ({len(found)} characters)"
+        told = self.parts
+        head = f"{told['where']}: {told['what']}" if where is not None else told["what"]
+        words = {"got": "got ", "expected": "expected ", "remedy": ""}
+        super().__init__("; ".join([head, *(f"{word}{told[name]}" for name, word in words.items() if name in told)]))
+
+    @classmethod
+    def of_parts(cls, parts: dict[str, Any]) -> Self:
+        """Return the error that `parts` is of: so it goes from a process to its parent."""
+        return cls(**parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).of_parts, (self.parts,)
+
+
+class CheckError(ToolError):
+    """A check of the product itself failed, and nothing was written."""
+
+    exit_code = 1
 
 
 def first_line(error: BaseException) -> str:
@@ -42,3 +62,19 @@ def first_line(error: BaseException) -> str:
 def one_line(text: str) -> str:
     """Return the text with control characters escaped, so that a file's content cannot forge a line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def of_disk(error: BaseException) -> ToolError | None:
+    """Return what to tell of a disk that is full, or of a quota or file size limit that is reached; None for other errors.
+
+    Libraries written in other languages say it in their own words, with the system's inside.
+    """
+    number = getattr(error, "errno", None)
+    told = str(error)
+    is_full = number in DISK_FULL or any(f"os error {known}" in told for known in DISK_FULL)
+    if not (is_full or any(words in told for words in ("No space left on device", "Disk quota exceeded", "File too large"))):
+        return None
+    where = getattr(error, "filename", None)
+    return ToolError(
+        "the disk is full, or a quota or size limit is reached", where=where, remedy="free some space, or write elsewhere"
+    )

@@ -9,10 +9,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import ToolError
+from shared.errors import ToolError, first_line
+from shared.limits import limit
+from shared.sniffing import name_kind, read_head
+from shared.supervision import reading
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+AGAIN = "open it in an image editor and save it again, or leave it out"
+END_OF_JPEG = b"\xff\xd9"
 CHANNELS = 3
 LEAST_SIDE = 8  # pixels; one channel with shorter axes is something else than an image
 # What Pillow raises on damaged files; its UnidentifiedImageError is an OSError.
@@ -28,10 +33,11 @@ def image_files(folder: Path) -> list[Path]:
         ToolError: No such folder, or no image in it.
     """
     if not folder.is_dir():
-        raise ToolError("no such image folder", where=folder)
+        raise ToolError("no such image folder", where=folder, remedy="check the path")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
-        raise ToolError("no images in this folder", where=folder, expected="files ending in " + ", ".join(SUFFIXES))
+        expected = "files ending in " + ", ".join(SUFFIXES)
+        raise ToolError("no images in this folder", where=folder, expected=expected, remedy="name another folder")
     return files
 
 
@@ -46,7 +52,8 @@ def images_at(path: Path) -> list[Path]:
     if not path.is_dir() and any(sign in path.name for sign in "*?["):
         if files := sorted(file for file in path.parent.glob(path.name) if file.suffix.lower() in SUFFIXES and file.is_file()):
             return files
-        raise ToolError("no images match", where=path, expected="files ending in " + ", ".join(SUFFIXES))
+        expected = "files ending in " + ", ".join(SUFFIXES)
+        raise ToolError("no images match", where=path, expected=expected, remedy="correct the pattern")
     return image_files(path)
 
 
@@ -57,19 +64,36 @@ def read_pixels(path: Path) -> Pixels:
         ToolError: The file is no image of an accepted format, or cut off.
     """
     from PIL import Image as pillow
-    from PIL import ImageOps
+    from PIL import ImageOps, UnidentifiedImageError
 
+    kind = name_kind(read_head(path, "image", limit="image-mb", again=AGAIN))
+    most = int(limit("megapixels") * 1e6)
+    pillow.MAX_IMAGE_PIXELS = most // 2  # it refuses what has twice as many
     try:
-        with warnings.catch_warnings():
+        with reading(path), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about EXIF and the like; what matters is raised
-            warnings.simplefilter("error", pillow.DecompressionBombWarning)
+            with pillow.open(path, formats=FORMATS) as file:
+                _require_whole(path, file.format or "")
+                if file.format == "PNG":
+                    file.verify()  # the checksums of all chunks; decoding looks at some only
             with pillow.open(path, formats=FORMATS) as file:
                 upright = ImageOps.exif_transpose(file)
                 if upright.mode.startswith("I;16"):  # Pillow would cut off at 255
                     upright = pillow.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
                 return np.asarray(upright.convert("RGB"))
-    except (*DAMAGE, pillow.DecompressionBombWarning, pillow.DecompressionBombError) as error:
-        raise ToolError("unreadable image", where=path, got=error, expected=", ".join(FORMATS)) from None
+    except pillow.DecompressionBombError as error:
+        remedy = "make it smaller, or raise the limit with --limit megapixels=VALUE"
+        raise ToolError("the image has too many pixels", where=path, got=first_line(error), remedy=remedy) from None
+    except UnidentifiedImageError:
+        raise ToolError("unreadable image", where=path, got=kind, expected=", ".join(FORMATS), remedy=AGAIN) from None
+    except DAMAGE as error:
+        raise ToolError("unreadable image", where=path, got=first_line(error), remedy=AGAIN) from None
+
+
+def _require_whole(path: Path, kind: str) -> None:
+    """Raise ValueError for a JPEG without its end marker: it was cut off, though maybe behind its last row."""
+    if kind in ("JPEG", "MPO") and END_OF_JPEG not in path.read_bytes():
+        raise ValueError("cut off: a JPEG without its end marker")
 
 
 def stretch(pixels: Pixels, height: int, width: int | None = None) -> Pixels:

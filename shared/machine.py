@@ -1,16 +1,25 @@
-"""What this machine has: CPUs, free memory within any limit set on the process, free disk; and what a process took."""
+"""What this machine has: CPUs, free memory within any limit set on the process, free disk; what a process took, what work needs."""
 
 import os
 import platform
 import resource
 import shutil
 import sys
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import ToolError
 
 GIB = 2**30
 MIB = 2**20
+
+
+def size_text(size_bytes: float) -> str:
+    """Return a size in MiB, or in KiB or bytes where that is too coarse."""
+    if abs(size_bytes) >= MIB:
+        return f"{size_bytes / MIB:.1f} MiB"
+    return f"{size_bytes / 1024:.1f} KiB" if abs(size_bytes) >= 1024 else f"{size_bytes:.0f} B"
 
 
 def cpu_count() -> int:
@@ -25,6 +34,15 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def saturates() -> bool:
+    """Return whether ONNX Runtime's sums of 8-bit products overflow here: x86 without VNNI adds pairs of them in 16 bits."""
+    info = Path("/proc/cpuinfo")
+    if platform.machine() not in ("x86_64", "AMD64") or not info.exists():
+        return False
+    flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "avx_vnni").split()
+    return not {"avx512_vnni", "avx_vnni"} & set(flags)
 
 
 def peak_rss_bytes(*, children: bool = False) -> int:
@@ -101,3 +119,28 @@ def require_disk(need_bytes: int, folder: Path, purpose: str) -> None:
             expected=f"at least {need_bytes / GIB:.1f} GiB",
             remedy="free some space or write elsewhere with -o",
         )
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What making a product takes, at most.
+
+    Args:
+        purpose: What for, as in 'not enough free memory to ...'.
+        product_bytes: Size of the product, all its files.
+        disk_bytes: In the product's folder while it is made, the product included.
+        memory_bytes: Memory that can't be dropped.
+        workspace_bytes: In the folder for temporary files.
+    """
+
+    purpose: str = "write the product"
+    product_bytes: int = 0
+    disk_bytes: int = 0
+    memory_bytes: int = 0
+    workspace_bytes: int = 0
+
+    def require(self, folder: Path) -> None:
+        """Raise ToolError where the disk of `folder`, that of temporary files, or the memory does not suffice."""
+        require_disk(self.disk_bytes, folder, self.purpose)
+        require_disk(self.workspace_bytes, Path(tempfile.gettempdir()), self.purpose)
+        require_memory(self.memory_bytes, self.purpose)

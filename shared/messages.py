@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from shared.errors import ToolError
+from shared.sniffing import read_head
 
 Bits = NDArray[np.bool_]  # (K,)
 FILE_NAME = "messages.json"
-MAX_FILE_BYTES = 64 * 2**20
+AGAIN = "correct it; models/miniseal/samples/messages.json shows the form"
 
 
 def to_bit_string(bits: Bits) -> str:
@@ -64,7 +65,7 @@ def parse_message(message: "str | int | Bits", nbits: int) -> Bits:
             if len(text) == digits and set(text) <= set("0123456789abcdef") and int(text, 16) < 2**nbits:
                 return _from_int(int(text, 16), nbits)
     got = f"an array of shape {message.shape}" if isinstance(message, np.ndarray) else repr(message)
-    raise ToolError(f"not a message of {nbits} bits", got=got, expected=expected)
+    raise ToolError(f"not a message of {nbits} bits", got=got, expected=expected, remedy="correct it")
 
 
 def _from_int(number: int, nbits: int) -> Bits:
@@ -120,15 +121,12 @@ def read_messages(path: Path) -> list[Labelled]:
     Raises:
         ToolError: The file is missing or of another form, names an image that is not there or lies elsewhere, or a wrong message.
     """
-    if not path.is_file():
-        raise ToolError("no such messages file", where=path)
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ToolError("the messages file is too large", where=path, expected=f"at most {MAX_FILE_BYTES} bytes")
+    read_head(path, "messages", limit="text-mb", again=AGAIN)
     try:
         content = TypeAdapter(_Content).validate_json(path.read_bytes())
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}" for fault in error.errors()[:3]]
-        raise ToolError("bad messages file: " + "; ".join(faults), where=path) from None
+        raise ToolError("bad messages file: " + "; ".join(faults), where=path, remedy=AGAIN) from None
     images = [
         Labelled(
             _beside(path, entry.file),
@@ -148,7 +146,7 @@ def _message(path: Path, entry: _Entry, nbits: int) -> Bits:
     try:
         return parse_message(entry.message, nbits)
     except ToolError as error:
-        raise ToolError(f"image '{entry.file}': {error}", where=path) from None
+        raise ToolError(f"image '{entry.file}': {error}", where=path, remedy=AGAIN) from None
 
 
 def _beside(path: Path, name: str) -> Path:
@@ -159,7 +157,8 @@ def _beside(path: Path, name: str) -> Path:
     except (OSError, RuntimeError, ValueError):  # a loop of links, a name that is none
         is_inside = False
     if not is_inside:
-        raise ToolError("an image lies outside the folder of its messages file", where=path, got=repr(name))
+        what, remedy = "an image lies outside the folder of its messages file", "put it there, or below"
+        raise ToolError(what, where=path, got=repr(name), remedy=remedy)
     if not (folder / name).is_file():
-        raise ToolError("an image of the messages file is not there", where=path, got=repr(name))
+        raise ToolError("an image of the messages file is not there", where=path, got=repr(name), remedy=AGAIN)
     return folder / name

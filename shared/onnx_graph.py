@@ -4,27 +4,22 @@ Letters in shapes: see the ops' own documentation, https://onnx.ai/onnx/operator
 """
 
 import collections
-import hashlib
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from shared.errors import ToolError, first_line
-from shared.sniffing import read_head
+from shared.onnx_files import Model, read_model, tensor_bytes
 
 METADATA_KEY = "edgepress"  # of metadata_props
-MAX_PROTOBUF_BYTES = 2**31 - 1
 MAX_METADATA_BYTES = 2**16
 SIZES = ("Resize", "Upsample")  # ops whose constant operands say how large, and are no weights
 SLOW_DYNAMIC = "ONNX Runtime finds the range of every activation at each run and has no fast convolution for what comes of it"
 SLOW_HALF = "this CPU computes float16 by way of float32; it saves size, and time only on GPUs and NPUs"
 FLOAT16 = 10  # of onnx.TensorProto.DataType
 FLOAT_TYPES = {"FLOAT", "FLOAT16", "DOUBLE", "BFLOAT16"}
-Model = Any  # onnx.ModelProto; the package has no stubs that mypy would follow
 
 
 @dataclass(frozen=True)
@@ -58,112 +53,6 @@ class OnnxOp:
     def weight(self) -> str | None:
         """Name of its largest constant operand."""
         return max(self.weights, key=lambda name: self.weights[name], default=None)
-
-
-def check_is_onnx(path: Path) -> None:
-    """Raise ToolError unless the file exists, holds an ONNX model, and what it refers to is there."""
-    head = read_head(path)
-    if head[:1] == b"<" or head[4:8] == b"TFL3" or head[:2] == b"PK":
-        kind = "an HTML page" if head[:1] == b"<" else "a zip file" if head[:2] == b"PK" else "a TFLite model"
-        raise ToolError("not an ONNX model", where=path, got=kind, expected="an .onnx file")
-    external_files(path)
-
-
-def read_model(path: Path) -> Model:
-    """Return the model as onnx.ModelProto, weights of external files not loaded.
-
-    Raises:
-        ToolError: No ONNX model, or one without a graph.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    if path.stat().st_size > MAX_PROTOBUF_BYTES:
-        raise ToolError("the file is larger than any ONNX model can be", where=path, expected="at most 2 GiB beside external data")
-    try:
-        model = onnx.load(os.path.abspath(path), load_external_data=False)  # noqa: PTH100 - bare names slip past its checks
-    except (DecodeError, ValueError, OSError) as error:
-        raise ToolError("not an ONNX model, or a damaged one", where=path, got=first_line(error)) from None
-    if not model.graph.node or not model.opset_import:
-        raise ToolError("not an ONNX model, or a damaged one", where=path, got="no graph with nodes")
-    return model
-
-
-def name_weights(draft: Path, output: Path) -> None:
-    """Give the file `<draft>.data` that a draft's weights lie in, if any, its final name beside the output, and tell the draft.
-
-    The name holds the start of the content's sha256: so a new model's weights never replace those of the model it replaces, and
-    either is whole at any moment.
-    """
-    from onnx import TensorProto
-
-    data = draft.with_name(f"{draft.name}.data")
-    if not data.exists():
-        return
-    try:
-        with data.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        final = output.with_name(f"{output.stem}.{digest[:8]}.data")
-        model = read_model(draft)
-        for tensor in tensors(model.graph):
-            if tensor.data_location == TensorProto.EXTERNAL:
-                next(entry for entry in tensor.external_data if entry.key == "location").value = final.name
-        draft.write_bytes(model.SerializeToString(deterministic=True))
-        data.replace(final)
-    finally:
-        data.unlink(missing_ok=True)
-
-
-def tensors(graph: Any) -> Iterator[Any]:
-    """Yield all constant tensors of a graph and of the graphs inside its nodes."""
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            for inner in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
-                yield from tensors(inner)
-
-
-def external_files(path: Path) -> list[Path]:
-    """Return the files beside a model that hold its weights, sorted.
-
-    Raises:
-        ToolError: One is missing, too short, or lies outside the model's folder.
-    """
-    from onnx import TensorProto
-
-    ends: dict[str, int] = {}
-    for tensor in tensors(read_model(path).graph):
-        if tensor.data_location == TensorProto.EXTERNAL:
-            entries = {entry.key: entry.value for entry in tensor.external_data}
-            location = entries.get("location", "")
-            try:
-                offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
-            except ValueError:
-                offset = length = -1
-            parts = PurePosixPath(location).parts
-            if not location.isprintable() or len(parts) != 1 or parts[0] in ("..", "/") or min(offset, length) < 0:
-                got = f"{tensor.name}: {location!r} at {entries.get('offset', 0)}"
-                raise ToolError("external weights must lie beside the model", where=path, got=got, expected="a file name")
-            ends[location] = max(ends.get(location, 0), offset + (length or tensor_bytes(tensor)))
-    files = []
-    for location, end in sorted(ends.items()):
-        file = path.parent / location
-        if not file.is_file():
-            raise ToolError("the model's weights are missing", where=file, remedy=f"put {location} beside {path.name}")
-        if file.is_symlink() or file.stat().st_nlink > 1:
-            remedy = "copy the file itself there; huggingface_hub does with local_dir"
-            raise ToolError("the model's weights are a link, which ONNX does not follow", where=file, remedy=remedy)
-        if file.stat().st_size < end:
-            raise ToolError(
-                "the model's weights are cut off", where=file, got=file.stat().st_size, expected=f"at least {end} bytes"
-            )
-        files.append(file)
-    return files
 
 
 def read_ops(model: Model) -> list[OnnxOp]:
@@ -235,19 +124,6 @@ def is_weight(tensor: Any) -> bool:
 
     kind = onnx.TensorProto.DataType.Name(tensor.data_type)
     return kind in (*FLOAT_TYPES, "INT8", "UINT8", "INT4", "UINT4") and math.prod(tensor.dims) > 1
-
-
-def tensor_bytes(tensor: Any) -> int:
-    """Return the bytes a tensor's values take, wherever they lie."""
-    import onnx
-
-    bits = {"INT4": 4, "UINT4": 4}.get(onnx.TensorProto.DataType.Name(tensor.data_type))
-    if bits is None:
-        try:
-            bits = 8 * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
-        except (KeyError, TypeError, ValueError):
-            bits = 8
-    return int((math.prod(tensor.dims) * bits + 7) // 8)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from rich.console import RenderableType
 from rich.table import Column, Table
 
-from shared.cli import size_text
 from shared.coverage import OpLeft, OpTypeCoverage
 from shared.fidelity import Fidelity
+from shared.machine import size_text
 from shared.onnx_graph import SLOW_DYNAMIC, SLOW_HALF
 from shared.pressed import GateKept, coverage_table, gate_table, left_tables, size_sentence
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from shared.errors import ToolError
 from shared.fidelity import Fidelity
 from shared.formats import model_files, size_bytes
-from shared.machine import GIB, cpu_count, require_disk, require_memory
+from shared.machine import GIB, Needs, cpu_count
 from shared.onnx_coverage import measure_coverage
 from shared.onnx_evaluation import LARGE_BYTES, Evaluation, Samples, settle_samples
-from shared.onnx_graph import OnnxOp, read_model, read_ops
+from shared.onnx_files import read_model, tensor_bytes, tensors
+from shared.onnx_graph import OnnxOp, read_ops
 from shared.onnx_pressed import FLOAT, ORIGINAL, PressedOnnx, Timed
 from shared.onnx_repair import DATA, OPSET
 from shared.onnx_search import find_kept
@@ -22,6 +23,9 @@ from shared.onnx_workshop import Quantized, Workshop
 BASE_MEMORY = int(0.5 * GIB)
 MEMORY_PER_BYTE = 3.2  # the quantizer holds the model, its quantized weights, and what it writes; measured at 773.7 M parameters
 WORKSPACE_PER_BYTE = 3  # on disk: the repaired model, what the library infers its shapes in, the product
+FLOAT_TYPE = 1  # of onnx.TensorProto.DataType
+SCALES_SHARE = 0.05  # of the weights' bytes: scales, zero points, biases
+ROOM_BYTES = 2**17  # for nodes that are added
 QUANTIZED = {
     "QuantizeLinear",
     "DequantizeLinear",
@@ -36,10 +40,25 @@ BY_SEARCH = "left in float by the search: quantized it would break the limit"
 BY_USER = "excluded"
 
 
+def needs_of(source: Path, mode: str) -> Needs:
+    """Return what quantizing a model takes, at most."""
+    size = size_bytes(source)
+    weights = sum(tensor_bytes(tensor) for tensor in tensors(read_model(source)) if tensor.data_type == FLOAT_TYPE)
+    share = 0.5 if mode in ("fp16", "auto") else 0.25
+    product = size - weights + int(weights * (share + SCALES_SHARE)) + ROOM_BYTES
+    return Needs(
+        "quantize this model",
+        product_bytes=product,
+        disk_bytes=2 * product,
+        memory_bytes=BASE_MEMORY + int(size * MEMORY_PER_BYTE),
+        workspace_bytes=WORKSPACE_PER_BYTE * size,
+    )
+
+
 def press(source: Path, wish: OnnxWish, workspace: Path, draft: Path) -> PressedOnnx:
     """Write the product to `draft` and return what became of the model.
 
-    Weights of a product above 2 GiB are written to `<draft>.data`, see `shared.onnx_graph.name_weights`.
+    Weights of a product above 2 GiB are written to `<draft>.data`, see `shared.onnx_files.name_weights`.
 
     Args:
         source: The file.
@@ -51,8 +70,6 @@ def press(source: Path, wish: OnnxWish, workspace: Path, draft: Path) -> Pressed
         ToolError: Damaged model, samples that don't fit, nothing to quantize, or no candidate inside the limits.
     """
     size = size_bytes(source)
-    require_disk(WORKSPACE_PER_BYTE * size, workspace, "quantize this model")
-    require_memory(BASE_MEMORY + int(size * MEMORY_PER_BYTE), "quantize this model")
     with Workshop(source, workspace) as workshop:
         repairs = str(workshop.repair())
         ops = read_ops(read_model(workshop.float_model))

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ToolError, first_line
-from shared.onnx_graph import MAX_PROTOBUF_BYTES, Model, external_files, is_weight, node_names, read_model, readers_of
+from shared.onnx_files import MAX_PROTOBUF_BYTES, Model, external_files, read_model
+from shared.onnx_graph import is_weight, node_names, readers_of
 
 LEAST_OPSET = 13  # DequantizeLinear has an axis from here on
 OPSET = 17  # what older models become; runtimes of 2022 and later read it

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from rich.console import RenderableType
 from rich.table import Column, Table
 
-from shared.cli import size_text
 from shared.coverage import OpLeft, OpTypeCoverage, RuleMatches
 from shared.damage import LayerDamage
+from shared.machine import size_text
 from shared.measured import Measured
 from shared.recipes import Rules
 

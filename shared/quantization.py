@@ -14,7 +14,7 @@ from shared.cli import step
 from shared.coverage import RuleMatches, count_matches, measure_coverage, unmatched
 from shared.damage import LayerDamage, measure_layers
 from shared.errors import ToolError
-from shared.machine import MIB, cpu_count, cpu_name, require_memory
+from shared.machine import MIB, Needs, cpu_count, cpu_name
 from shared.measured import Measured, measure_pair
 from shared.pressed import PressedModel, Searched
 from shared.recipes import (
@@ -30,7 +30,7 @@ from shared.recipes import (
 from shared.repair import Repairs, cut_before_custom_ops, needed_repairs
 from shared.runtime import Kernels, ModelSource, TensorSpec, open_model
 from shared.search import Ledger, Search, Target
-from shared.tflite import Op, check_is_tflite, copy_appended_zip, custom_ops, declared_range, read_ops
+from shared.tflite import Op, check_is_tflite, copy_appended_zip, custom_ops, declared_range, read_ops, require_finite
 from shared.wish import Wish
 
 # Measured at 33.4 M and 773.7 M parameters: libraries, and the weights already quantized.
@@ -41,7 +41,37 @@ REPAIR_MEMORY_PER_BYTE = 2.0  # folded weights take twice their bytes
 STATIC_MEMORY_PER_BYTE = 4.5  # the calibrator holds the model twice beside XNNPACK's copy; measured at 134 M parameters
 COMPARED = 16  # samples, unless the user says how many, for bias correction, searches, layers' damage and the product's answers
 
+ROOM_BYTES = 2**16  # for what the quantizer adds beside scales
+
 STATISTICS = "calibration.json"  # in the workspace, where samples were calibrated with
+
+
+def needs_of(source: Path, wish: Wish) -> Needs:
+    """Return what quantizing one model takes, at most."""
+    size = source.stat().st_size
+    is_repaired = bool(str(needed_repairs(source)))
+    per_byte = STATIC_MEMORY_PER_BYTE if wish.is_static() else REPAIR_MEMORY_PER_BYTE if is_repaired else MEMORY_PER_BYTE
+    copies = (is_repaired or wish.is_static()) * 2 + wish.short_names
+    return Needs(
+        "quantize this model",
+        product_bytes=_largest_product(source, wish),
+        disk_bytes=2 * size,
+        memory_bytes=BASE_MEMORY + int(size * per_byte),
+        workspace_bytes=copies * size,
+    )
+
+
+def _largest_product(source: Path, wish: Wish) -> int:
+    """Return the size of a product all of whose float weights become as small as its widest rule says; a mix is no larger."""
+    size = source.stat().st_size
+    kinds = {"FLOAT32": 32, "FLOAT16": 16}
+    ops = [op for op in read_ops(source) if op.dtype in kinds]
+    configs = [rule.get("op_config", {}).get("weight_tensor_config") or {} for rule in wish.base]
+    bits = 16 if wish.search else max((int(config.get("num_bits", 16)) for config in configs), default=32)
+    is_plain = not (wish.rules or wish.exclude or wish.only)
+    saved = sum(op.size_weights * max(0, 1 - bits / kinds[op.dtype]) for op in ops) if is_plain else 0
+    scales = sum(op.size_weights for op in ops) // 64
+    return size - int(saved) + scales + ROOM_BYTES
 
 
 class UnchangedError(ToolError):
@@ -75,9 +105,9 @@ class Quantizer:
         if not wish.base and not wish.rules and wish.search is None:
             raise ToolError(f"recipe {wish.recipe} changes nothing", where=self._name, remedy="choose another recipe")
         self._require_runs(self._source, "the model does not load")
+        with step(f"check the weights of {self._name}"):
+            require_finite(self._source)
         needed = needed_repairs(self._source)
-        per_byte = STATIC_MEMORY_PER_BYTE if wish.is_static() else REPAIR_MEMORY_PER_BYTE if str(needed) else MEMORY_PER_BYTE
-        require_memory(BASE_MEMORY + int(size * per_byte), "quantize this model")
         source = self._repaired(needed, is_static=wish.is_static())
         ops = read_ops(source)
         missing = self._unmatched(ops)

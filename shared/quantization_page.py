@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.cli import size_text
 from shared.damage import LayerDamage
+from shared.machine import size_text
 from shared.pages import TEMPLATES, Bar, write_template
 from shared.pressed import Pressed, PressedModel, layer_cells, number_text, sentences, short_name
 

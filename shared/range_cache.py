@@ -7,8 +7,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from shared.artifacts import draft_beside
 from shared.calibration import CalibrationSet
+from shared.drafts import draft_beside
 from shared.errors import ToolError
 from shared.formats import model_files
 

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import ToolError
+from shared.errors import ToolError, first_line
+from shared.sniffing import read_head
 from shared.tflite import enum_names
 
+AGAIN = "correct it; the _recipe.json beside each product shows the form"
 RULE_KEYS = {"regex": str, "operation": str, "algorithm_key": str, "op_config": dict}
 NO_QUANTIZE = "no_quantize"
 NONE = "none"  # leaves a model as it is
@@ -31,7 +33,6 @@ ALIASES = {
     "int4": INT4_RECIPE,
 }
 INPUT_OUTPUT = ("INPUT", "OUTPUT")  # the library's names for a model's ends
-MAX_RULES_BYTES = 2**24
 
 Rules = list[dict[str, Any]]
 
@@ -98,14 +99,11 @@ def read_recipe_file(path: Path) -> Any:
     Raises:
         ToolError: No such file, or no JSON.
     """
-    if not path.is_file():
-        raise ToolError("no such recipe file", where=path)
-    if path.stat().st_size > MAX_RULES_BYTES:
-        raise ToolError("the recipe is too large", where=path, got=f"{path.stat().st_size} bytes")
+    read_head(path, "recipe", limit="text-mb", again=AGAIN)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ToolError("the recipe is not valid JSON", where=path, got=error) from None
+        raise ToolError("the recipe is not valid JSON", where=path, got=first_line(error), remedy=AGAIN) from None
 
 
 def check_rules(rules: Any, path: Path) -> Rules:
@@ -120,14 +118,14 @@ def check_rules(rules: Any, path: Path) -> Rules:
         )
         missing = sorted(needed - rule.keys()) if isinstance(rule, dict) else sorted(needed)
         if missing:
-            raise ToolError(f"rule {number} lacks {', '.join(missing)}", where=path)
+            raise ToolError(f"rule {number} lacks {', '.join(missing)}", where=path, remedy=AGAIN)
         wrong = [key for key, kind in RULE_KEYS.items() if key in rule and not isinstance(rule[key], kind)]
         if wrong:
-            raise ToolError(f"rule {number}: wrong type of {', '.join(wrong)}", where=path)
+            raise ToolError(f"rule {number}: wrong type of {', '.join(wrong)}", where=path, remedy=AGAIN)
         try:
             re.compile(rule["regex"])
         except (re.error, RecursionError) as error:
-            raise ToolError(f"rule {number}: bad regex {rule['regex']!r}: {error}", where=path) from None
+            raise ToolError(f"rule {number}: bad regex {rule['regex']!r}: {error}", where=path, remedy=AGAIN) from None
         if rule["operation"] == "*" and rule["regex"] in whole_scopes:
             remedy = "write the same regex differently, e.g. with '^' before it"
             raise ToolError(

@@ -1,24 +1,89 @@
-"""The first bytes of a stranger's file: what it is not, said in one line."""
+"""The one way to a stranger's file: a regular file, not empty, not too large, and what its first bytes say it is."""
 
+import os
+import stat
 from pathlib import Path
 
 from shared.errors import ToolError
+from shared.limits import require_size
 
-HEAD_BYTES = 64
+HEAD_BYTES = 512
+MAGIC: tuple[tuple[int, bytes, str], ...] = (  # byte, what stands there, what that is
+    (0, b"version https://git-lfs", "a Git LFS pointer"),
+    (4, b"TFL3", "a TFLite model"),
+    (0, b"PK\x05\x06", "an empty zip file"),
+    (0, b"PK", "a zip file"),
+    (0, b"\x89PNG", "a PNG image"),
+    (0, b"\xff\xd8\xff", "a JPEG image"),
+    (0, b"\x89HDF", "an HDF5 file"),
+    (0, b"\x1f\x8b", "a gzip file"),
+    (0, b"%PDF", "a PDF file"),
+    (0, b"\x93NUMPY", "a NumPy array"),
+    (4, b"ftyp", "an MP4 video"),
+    (0, b"#EXTM3U", "a playlist"),
+    (0, b"ffconcat", "a playlist"),
+    (0, b"%!PS", "a PostScript program"),
+    (0, b"\x80\x02", "a pickle"),
+    (0, b"\x80\x03", "a pickle"),
+    (0, b"\x80\x04", "a pickle"),
+)
 
 
-def read_head(path: Path) -> bytes:
-    """Return the first bytes of a model file.
+def read_head(path: Path, kind: str, *, limit: str = "model-gb", again: str = "get the file again") -> bytes:
+    """Return the first 512 bytes of a file that is about to be parsed.
+
+    Args:
+        path: The file.
+        kind: What it is taken for, such as 'model'.
+        limit: Which of `shared.limits` holds for its size.
+        again: What to do where it is not what it should be.
 
     Raises:
-        ToolError: The file is missing, empty, or a Git LFS pointer.
+        ToolError: No regular file, empty, larger than the limit, unreadable, or a Git LFS pointer or a web page in its place.
     """
-    if not path.is_file():
-        raise ToolError("no such model file", where=path, remedy="check the path")
+    size = regular_size(path, kind)
+    if size == 0:
+        raise ToolError(f"the {kind} file is empty", where=path, remedy=again)
+    require_size(path, size, limit)
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
-    if not head:
-        raise ToolError("the model file is empty", where=path, remedy="convert or download it again")
     if head.startswith(b"version https://git-lfs"):
-        raise ToolError("this is a Git LFS pointer, not the model", where=path, remedy="run 'git lfs pull'")
+        raise ToolError(f"this is a Git LFS pointer, not the {kind}", where=path, remedy="run 'git lfs pull'")
     return head
+
+
+def regular_size(path: Path, kind: str) -> int:
+    """Return the size in bytes of a regular file; raise ToolError for anything else, before it is opened."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        what = f"no such {kind} file" if not path.is_symlink() else f"the {kind} is a link to a file that is not there"
+        raise ToolError(what, where=path, remedy="check the path") from None
+    except OSError as error:  # a loop of links, a name that is too long, no permission
+        raise ToolError(f"the {kind} can't be reached: {error.strerror}", where=path, remedy="check the path") from None
+    except ValueError:
+        raise ToolError(f"no name of a {kind} file", got=path, remedy="check the path") from None
+    if not stat.S_ISREG(status.st_mode):
+        found = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
+        raise ToolError(f"the {kind} is no regular file", where=path, got=found, remedy="name a file")
+    if not os.access(path, os.R_OK):
+        raise ToolError(f"the {kind} may not be read", where=path, remedy="change its permissions")
+    return status.st_size
+
+
+def name_kind(head: bytes) -> str:
+    """Return what a file is by its first bytes, in words."""
+    for place, magic, kind in MAGIC:
+        if head[place : place + len(magic)] == magic:
+            return kind
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text[:1] == b"<":
+        return "an HTML page" if b"html" in text.lower() else "XML"
+    try:
+        # The head may end within a character of several bytes.
+        is_text = (
+            head.decode("utf-8", "strict" if len(head) < HEAD_BYTES else "ignore").replace("\n", "").replace("\r", "").isprintable()
+        )
+    except UnicodeDecodeError:
+        is_text = False
+    return "text" if is_text else "an unknown or cut-off format"

@@ -10,6 +10,7 @@ import numpy as np
 
 from shared.errors import ToolError, first_line
 from shared.images import SUFFIXES, Pixels, image_files, read_pixels, seeded_image
+from shared.sniffing import read_head, regular_size
 from shared.video import count_frames, frames_at, scene_changes
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
@@ -17,6 +18,7 @@ FILE_COLUMNS = ("file", "path", "filename", "file_name", "filepath", "image", "v
 FRAME_COLUMNS = ("frame", "frame_number", "frame_index", "frame_id")
 TIME_COLUMNS = ("time", "time_s", "seconds", "timestamp", "timestamp_s", "sec")
 PATTERNS = ("waves", "checks", "gradient", "noise")
+AGAIN = "correct it: a line of column names, such as file,frame, then a line for each file"
 MAX_CSV_ROWS = 1_000_000
 MAX_FIELD = 4096  # characters
 
@@ -103,7 +105,7 @@ def _frames(path: Path, source: Source, count: int, *, at_scene_changes: bool) -
         wanted = [*(source.frames or ()), *(round(min(time * rate, float(2**53))) for time in source.times)]
         if outside := [number for number in wanted if not 0 <= number < total]:
             got = f"frame {outside[0]} at {rate:g} frames a second"
-            raise ToolError("the video has no such frame", where=path, got=got, expected=f"0 to {total - 1}")
+            raise ToolError("the video has no such frame", where=path, got=got, expected=f"0 to {total - 1}", remedy=AGAIN)
     elif at_scene_changes:
         wanted = scene_changes(path, count)
     else:
@@ -123,13 +125,15 @@ def _sources(path: Path, columns: Columns) -> list[Source]:
             images = []
         files = [(file, "image") for file in images] + [(file, "video") for file in videos]
         return [Source(f"{path.resolve().name}/{file.relative_to(path).as_posix()}", file, kind) for file, kind in files]
-    if not path.is_file():
-        raise ToolError("no such file or folder", where=path, expected="images, videos, folders or CSV files")
+    regular_size(path, "source")
     if path.suffix.lower() == ".csv":
         return _listed(path, columns)
     if (kind := _kind(path)) is None:
         expected = ", ".join((*SUFFIXES, *VIDEO_SUFFIXES, ".csv"))
-        raise ToolError("neither an image nor a video nor a CSV", where=path, expected=f"a name ending in {expected}")
+        remedy = "leave it out, or rename it"
+        raise ToolError(
+            "neither an image nor a video nor a CSV", where=path, expected=f"a name ending in {expected}", remedy=remedy
+        )
     return [Source(path.name, path, kind)]
 
 
@@ -154,27 +158,28 @@ def _listed(path: Path, columns: Columns) -> list[Source]:
     for number, row in [(number, row) for number, row in enumerate(rows[1:], start=2) if any(row)]:
         name = row[place_of_file].strip() if place_of_file < len(row) else ""
         if not name:
-            raise ToolError("a row names no file", where=path, got=f"line {number}")
+            raise ToolError("a row names no file", where=path, got=f"line {number}", remedy=AGAIN)
         frames, times = wanted.setdefault(name, ([], []))
         frame, time = (_number(path, row, place, number) for place in (place_of_frame, place_of_time))
         if frame is not None:
             if frame != int(frame):
-                raise ToolError("a frame number is no whole number", where=path, got=f"{frame:g} in line {number}")
+                raise ToolError("a frame number is no whole number", where=path, got=f"{frame:g} in line {number}", remedy=AGAIN)
             frames.append(int(frame))
         elif time is not None:
             times.append(time)
     found = []
     for name, (frames, times) in wanted.items():
         if not name.isprintable() or (kind := _kind(Path(name))) is None:
-            raise ToolError("a row names neither an image nor a video", where=path, got=repr(name))
+            raise ToolError("a row names neither an image nor a video", where=path, got=repr(name), remedy=AGAIN)
         file = path.parent / name
         if kind == "image" and (frames or times):
-            raise ToolError("a row gives an image a frame or a time", where=path, got=name)
+            raise ToolError("a row gives an image a frame or a time", where=path, got=name, remedy=AGAIN)
         found.append(Source(name, file, kind, tuple(frames) if frames else None, tuple(times)))
     return found
 
 
 def _rows(path: Path) -> list[list[str]]:
+    read_head(path, "CSV", limit="text-mb", again=AGAIN)
     csv.field_size_limit(MAX_FIELD)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -182,18 +187,19 @@ def _rows(path: Path) -> list[list[str]]:
             for row in csv.reader(file):
                 rows.append(row)
                 if len(rows) > MAX_CSV_ROWS:
-                    raise ToolError("the CSV has too many rows", where=path, expected=f"at most {MAX_CSV_ROWS}")
+                    raise ToolError("the CSV has too many rows", where=path, expected=f"at most {MAX_CSV_ROWS}", remedy=AGAIN)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ToolError("not a CSV in UTF-8", where=path, got=first_line(error)) from None
+        raise ToolError("not a CSV in UTF-8", where=path, got=first_line(error), remedy=AGAIN) from None
     if len(rows) < 2 or not any(map(any, rows[1:])):
-        raise ToolError("the CSV names no files", where=path, expected="a line of column names, and a line for each file")
+        expected = "a line of column names, and a line for each file"
+        raise ToolError("the CSV names no files", where=path, expected=expected, remedy=AGAIN)
     return rows
 
 
 def _column(path: Path, header: dict[str, int], asked: str | None, usual: Sequence[str], option: str) -> int | None:
     if asked is not None:
         if asked.strip().lower() not in header:
-            raise ToolError(f"{option} {asked}: no such column", where=path, got=", ".join(header))
+            raise ToolError(f"{option} {asked}: no such column", where=path, got=", ".join(header), remedy="name one of them")
         return header[asked.strip().lower()]
     return next((header[name] for name in usual if name in header), None)
 
@@ -207,7 +213,8 @@ def _number(path: Path, row: list[str], place: int | None, line: int) -> float |
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value >= 0):
-        raise ToolError("no frame number or time", where=path, got=f"{text!r} in line {line}", expected="a number, at least 0")
+        got = f"{text!r} in line {line}"
+        raise ToolError("no frame number or time", where=path, got=got, expected="a number, at least 0", remedy=AGAIN)
     return value
 
 

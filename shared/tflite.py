@@ -20,10 +20,14 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import numpy as np
 
 from shared.errors import ToolError, first_line
-from shared.sniffing import read_head
+from shared.sniffing import name_kind, read_head
+from shared.supervision import reading
+from shared.tflite_structure import check_structure
 
 IDENTIFIER = b"TFL3"  # at byte 4
 METADATA_NAME = "edgepress.json"
@@ -32,6 +36,8 @@ DAMAGE = (struct.error, LookupError, TypeError, ValueError, AttributeError, Asse
 # What reading an appended zip can raise on a damaged or encrypted one.
 ZIP_DAMAGE = (zipfile.BadZipFile, zlib.error, LookupError, ValueError, EOFError, RuntimeError, NotImplementedError, OSError)
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # no fault of the zip that was read
+AGAIN = "convert or download it again"
+CHUNK_BYTES = 2**24
 MAX_METADATA_BYTES = 2**16
 MAX_APPENDED_BYTES = 2**28  # of all associated files together; label files and vocabularies are far smaller
 
@@ -65,17 +71,33 @@ class Op:
 
 
 def check_is_tflite(path: Path) -> None:
-    """Raise ToolError unless the file exists and starts like a TFLite flatbuffer."""
-    head = read_head(path)
+    """Raise ToolError unless the file is a TFLite model whose tables hold together; reads no weights."""
+    head = read_head(path, "model", again=AGAIN)
     if head[4:8] != IDENTIFIER:
-        kind = (
-            "a zip file, perhaps a .task bundle"
-            if b"PK\x03\x04" in head[:8]
-            else "an HTML page"
-            if head[:1] == b"<"
-            else "no 'TFL3' at byte 4"
-        )
-        raise ToolError("not a TFLite model", where=path, got=kind, expected="a .tflite file")
+        is_bundle = head[:4].strip(b"\0")[:2] == b"PK"  # official bundles start with zeros
+        kind = "a zip file, perhaps a .task bundle" if is_bundle else name_kind(head)
+        raise ToolError("not a TFLite model", where=path, got=kind, expected="a .tflite file", remedy=AGAIN)
+    status = path.stat()
+    _check_once(path, (status.st_size, status.st_mtime_ns, status.st_ino))
+
+
+@functools.lru_cache(maxsize=64)
+def _check_once(path: Path, _: tuple[int, ...]) -> None:
+    """Check the structure of a file as it is now; the second argument tells one state of it from another."""
+    with _mapped_root(path) as (model, size):
+        check_structure(model, size, enum_names)
+
+
+@contextlib.contextmanager
+def _mapped_root(path: Path) -> Iterator[tuple[Any, int]]:
+    """Yield the root table of a model, memory-mapped, and the file's size; damage met meanwhile is a ToolError."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    with reading(path), path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        try:
+            yield schema.Model.GetRootAs(content), len(content)
+        except DAMAGE as error:
+            raise ToolError("damaged TFLite model", where=path, got=first_line(error), remedy=AGAIN) from None
 
 
 @contextlib.contextmanager
@@ -85,16 +107,35 @@ def open_flatbuffer(path: Path) -> Iterator[Any]:
     Raises:
         ToolError: No TFLite model, or damage met while the caller reads it.
     """
-    from ai_edge_litert import schema_py_generated as schema
-
     check_is_tflite(path)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        try:
-            yield schema.Model.GetRootAs(content)
-        except DAMAGE as error:
-            raise ToolError(
-                "damaged TFLite model", where=path, got=first_line(error), remedy="convert or download it again"
-            ) from None
+    with _mapped_root(path) as (model, _):
+        yield model
+
+
+def require_finite(path: Path) -> None:
+    """Raise ToolError where a float weight is NaN or infinite; reads all of them once, at the speed of memory."""
+    with open_flatbuffer(path) as model, path.open("rb") as file:
+        faults = []
+        for graph in (model.Subgraphs(g) for g in range(model.SubgraphsLength())):
+            for tensor in (graph.Tensors(t) for t in range(graph.TensorsLength())):
+                dtype = {"FLOAT32": np.float32, "FLOAT16": np.float16}.get(enum_names("TensorType")[tensor.Type()])
+                if dtype is not None and (span := constant_span(model, tensor)) is not None:
+                    bad = _count_not_finite(file, span, np.dtype(dtype))
+                    faults += [f"{(tensor.Name() or b'').decode()} ({bad} values)"] if bad else []
+    if faults:
+        got = f"{len(faults)} tensors, the first {faults[0]}"
+        raise ToolError("the model holds NaN or infinite weights", where=path, got=got, remedy="train or export it again")
+
+
+def _count_not_finite(file: IO[bytes], span: tuple[int, int], dtype: np.dtype[Any]) -> int:
+    bad = 0
+    file.seek(span[0])
+    for start in range(span[0], span[1], CHUNK_BYTES):
+        values = np.frombuffer(file.read(min(CHUNK_BYTES, span[1] - start)), dtype)
+        with np.errstate(all="ignore"):
+            if not np.isfinite(values.sum(dtype=np.float32)):  # a sum is several times faster; it may overflow
+                bad += int((~np.isfinite(values)).sum())
+    return bad
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,39 +10,80 @@ import numpy as np
 
 from shared.errors import ToolError
 from shared.images import Pixels
+from shared.limits import limit
+from shared.sniffing import name_kind, read_head
+from shared.supervision import reading
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet; what is wrong with a file is told in one line
+os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = "protocol_whitelist;file"  # a container may refer to addresses
+AGAIN = "play it to see, and save it again as MP4, or leave it out"
+CONTAINERS = (  # byte, what stands there: MP4 and MOV, Matroska and WebM, AVI
+    *((4, kind) for kind in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")),
+    (0, b"\x1a\x45\xdf\xa3"),
+    (8, b"AVI "),
+)
+MISCOUNTED = 0.05  # share of its frames by which a sound container may be wrong about their number
+FEW_FRAMES = 2
 THUMBNAIL = 16  # pixels a side, for telling scenes apart
 APART = 8  # frames between two scene changes, at least
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    import cv2
-
-    capture = cv2.VideoCapture(str(path.absolute()))
-    try:
-        yield capture
-    finally:
-        capture.release()
-
-
-def count_frames(path: Path) -> tuple[int, float]:
-    """Return the number of frames that can be decoded, and how many there are in a second (0 where the file does not tell).
+def _opened(path: Path) -> Iterator[tuple[Any, Callable[[], bool]]]:
+    """Yield a video, and a function that goes on to its next frame, False behind the last.
 
     Raises:
-        ToolError: The file is missing, no video, or has no frame that can be decoded.
+        ToolError: No regular file, or by its first bytes no video: lists of other files, which FFmpeg would follow, are none.
     """
     import cv2
 
-    _require_file(path)
+    head = read_head(path, "video", limit="video-gb", again=AGAIN)
+    if not any(head[place : place + len(magic)] == magic for place, magic in CONTAINERS):
+        raise _no_video(path, name_kind(head))
+    with reading(path) as goes_on:
+        capture = cv2.VideoCapture(str(path.absolute()), cv2.CAP_FFMPEG)
+
+        def advance() -> bool:
+            goes_on()
+            return bool(capture.grab())
+
+        try:
+            if capture.get(cv2.CAP_PROP_FRAME_WIDTH) * capture.get(cv2.CAP_PROP_FRAME_HEIGHT) > limit("megapixels") * 1e6:
+                raise ToolError(
+                    "the frames have too many pixels", where=path, remedy="raise the limit with --limit megapixels=VALUE"
+                )
+            yield capture, advance
+        finally:
+            capture.release()
+
+
+def _no_video(path: Path, got: str = "no frame") -> ToolError:
+    expected = "a file with at least one frame"
+    return ToolError("not a video that can be decoded", where=path, got=got, expected=expected, remedy=AGAIN)
+
+
+def count_frames(path: Path, *, of_whole: bool = True) -> tuple[int, float]:
+    """Return the number of frames that can be decoded, and how many there are in a second (0 where the file does not tell).
+
+    Args:
+        path: The file.
+        of_whole: Whether a file that is cut off or damaged, so that fewer frames come than it tells, is an error.
+
+    Raises:
+        ToolError: The file is missing, no video, has no frame that can be decoded, or is not whole.
+    """
+    import cv2
+
     total = 0
-    with _opened(path) as capture:  # containers tell wrong counts, or none
+    with _opened(path) as (capture, advance):
         rate = float(capture.get(cv2.CAP_PROP_FPS) or 0.0)
-        while capture.grab():
+        told = float(capture.get(cv2.CAP_PROP_FRAME_COUNT) or 0.0)
+        while advance():
             total += 1
     if not total:
-        raise ToolError("not a video that can be decoded", where=path, expected="a file with at least one frame")
+        raise _no_video(path)
+    if of_whole and total < (1 - MISCOUNTED) * told - FEW_FRAMES:  # containers tell slightly wrong counts, or none
+        raise ToolError("the video is cut off or damaged", where=path, got=f"{total} of {told:.0f} frames", remedy=AGAIN)
     return total, rate
 
 
@@ -54,11 +95,10 @@ def frames_at(path: Path, wanted: set[int]) -> Iterator[tuple[int, Pixels]]:
     """
     import cv2
 
-    _require_file(path)
     yielded = 0
-    with _opened(path) as capture:
+    with _opened(path) as (capture, advance):
         for number in range(max(wanted, default=-1) + 1):
-            if not capture.grab():
+            if not advance():
                 break
             if number in wanted:
                 found, frame = capture.retrieve()
@@ -66,7 +106,7 @@ def frames_at(path: Path, wanted: set[int]) -> Iterator[tuple[int, Pixels]]:
                     yielded += 1
                     yield number, np.asarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), np.uint8)  # OpenCV decodes to BGR
     if not yielded:
-        raise ToolError("not a video that can be decoded", where=path, expected="a file with at least one frame")
+        raise _no_video(path)
 
 
 def scene_changes(path: Path, count: int) -> list[int]:
@@ -76,17 +116,16 @@ def scene_changes(path: Path, count: int) -> list[int]:
     """
     import cv2
 
-    _require_file(path)
     jumps: list[float] = []
     before = None
-    with _opened(path) as capture:
-        while capture.grab():
+    with _opened(path) as (capture, advance):
+        while advance():
             found, frame = capture.retrieve()
             small = cv2.resize(frame, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA).astype(np.float32) if found else before
             jumps.append(float("inf") if before is None or small is None else float(np.abs(small - before).mean()))
             before = small
     if not jumps:
-        raise ToolError("not a video that can be decoded", where=path, expected="a file with at least one frame")
+        raise _no_video(path)
     chosen: list[int] = []
     for number in sorted(range(len(jumps)), key=lambda number: (-jumps[number], number)):
         if len(chosen) < count and all(abs(number - other) >= APART for other in chosen):
@@ -102,15 +141,9 @@ def read_frames(path: Path, count: int) -> Iterator[Pixels]:
     Raises:
         ToolError: The file is missing, no video, or has no frame that can be decoded.
     """
-    _require_file(path)
     if count < 1:
-        raise ToolError("too few frames asked for", where=path, got=count, expected="at least 1")
-    total, _ = count_frames(path)
+        raise ToolError("too few frames asked for", where=path, got=count, expected="at least 1", remedy="ask for more")
+    total, _ = count_frames(path, of_whole=False)
     wanted = set(np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist())
     for _, pixels in frames_at(path, wanted):
         yield pixels
-
-
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise ToolError("no such video file", where=path)  # also keeps addresses from being fetched

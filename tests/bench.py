@@ -23,10 +23,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from shared.artifacts import ROOT
 from shared.cards import load_card
 from shared.comparison import Candidate
 from shared.machine import GIB, MIB, cpu_count
+from shared.provenance import ROOT
 from shared.trials import Measured
 from tools.compare import compare
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.artifacts import read_provenance
 from shared.cards import load_card
 from shared.errors import ToolError
-from shared.onnx_graph import external_files
+from shared.onnx_files import external_files
 from shared.onnx_graph import read_metadata as read_onnx_metadata
+from shared.provenance import read_provenance
 from shared.runtime import InputForm, ModelSource, open_model
 from shared.tflite import read_metadata
 from tests.conftest import ROOT, Run, Small

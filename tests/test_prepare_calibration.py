@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.artifacts import provenance_path
 from shared.calibration import CalibrationSet
 from shared.errors import ToolError
 from shared.images import read_pixels, seeded_image, stretch
+from shared.provenance import provenance_path
 from shared.runtime import TensorSpec
 from shared.sampling import MOST_OVERLAP, look_at
 from shared.video import frames_at

@@ -16,6 +16,7 @@ from shared.child import ChildError
 from shared.errors import ToolError
 from shared.fidelity import measure_fidelity
 from shared.images import image_files, read_pixels, seeded_image
+from shared.machine import saturates
 from shared.onnx_graph import read_metadata
 from shared.onnx_pressed import PressedOnnx
 from shared.runtime import ModelSource, TensorSpec, open_model, sample_inputs
@@ -227,7 +228,7 @@ def test_a_prelu_and_a_product_with_bias_run_in_the_form_that_is_fast(tmp_path: 
     ]
     weights = {"w0": seeded(32, 3, 3, 3, scale=0.2), "slope": seeded(32, 1, 1), "w1": seeded(32, 3), "b1": seeded(3)}
     model = save(tmp_path / "m.onnx", nodes, {"image": ("n", 3, 16, 16)}, {"made": ("n", 16, 16, 3)}, weights)
-    result = quantize_onnx(model, calibration=tiles)
+    result = quantize_onnx(model, calibration=tiles, reduce_range=saturates())
     kinds = kinds_of(tmp_path / "m_static.onnx")
     assert "Gemm" in kinds
     assert {"PRelu", "MatMul"}.isdisjoint(kinds)
@@ -353,7 +354,7 @@ def test_a_search_leaves_the_bad_layer_in_float_and_no_other(tmp_path: Path, til
     model = save_with_a_bad_layer(tmp_path / "m.onnx")
     without = quantize_onnx(model, output=tmp_path / "without.onnx", calibration=tiles).found.product
     assert without.fidelity.psnr_db < 55  # type: ignore[union-attr, operator]
-    result = quantize_onnx(model, calibration=tiles, min_psnr=60)
+    result = quantize_onnx(model, calibration=tiles, min_psnr=60, reduce_range=saturates())
     assert result.ok
     assert result.found.kept == ["conv1"]
     assert [(op.name, op.reason.partition(":")[0]) for op in result.found.left] == [("conv1", "left in float by the search")]

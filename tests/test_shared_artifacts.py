@@ -11,18 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from shared.artifacts import (
-    Plan,
-    Product,
-    build,
-    draft_beside,
-    provenance_path,
-    read_provenance,
-    record,
-    require_not_anothers,
-    workspace,
-)
+from shared.artifacts import Plan, Product, build, require_not_anothers
+from shared.drafts import draft_beside, workspace
 from shared.errors import ToolError
+from shared.provenance import provenance_path, read_provenance, record
 
 
 @dataclass(frozen=True)

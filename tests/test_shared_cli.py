@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from shared.cli import size_text, to_json
+from shared.cli import to_json
 from shared.errors import ToolError
+from shared.machine import size_text
 from tests.conftest import ROOT
 
 PRETENDED_TOOL = """
@@ -94,7 +95,7 @@ def test_a_failed_check_exits_1_with_its_result(command: list[str]) -> None:
     [
         (["tool"], "error: file.pth: it broke; got 1; expected 2; try again\n"),
         (["newline"], "error: a name with\\nerror: a forged line\n"),
-        (["full"], "error: out.bin: No space left on device\n"),
+        (["full"], "error: out.bin: the disk is full, or a quota or size limit is reached; free some space, or write elsewhere\n"),
         (
             ["package"],
             (

@@ -14,7 +14,7 @@ from tests.small_onnx import save_picture_model, with_external_weights
     ("name", "expected"),
     [
         ("m.onnx", "onnx"),
-        (".m.onnx.123.partial", "onnx"),
+        (".m.onnx.0123abcd-123.partial", "onnx"),
         ("m.v2.onnx", "onnx"),
         ("m.tflite", "tflite"),
         (".m.tflite.123.partial", "tflite"),

@@ -71,7 +71,7 @@ def test_a_set_names_marked_and_unmarked_images(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("", "bad messages file"),
+        ("", "the messages file is empty"),
         ("[" * 100000, "bad messages file"),
         ("\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "bad messages file"),
         ([], "bad messages file"),

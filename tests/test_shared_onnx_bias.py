@@ -11,6 +11,7 @@ import pytest
 from onnx import helper, numpy_helper
 from onnxruntime.quantization.calibrate import save_tensors_data
 
+from shared.machine import saturates
 from shared.onnx_bias import correct, mean_inputs
 from shared.onnx_quantizer import quantize
 from shared.onnx_ranges import Feed, find_ranges
@@ -93,7 +94,11 @@ LAYERS: dict[str, tuple[Any, dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("settings", [Settings("static"), Settings("dynamic")], ids=lambda settings: settings.mode)
+@pytest.mark.parametrize(
+    "settings",
+    [Settings("static", reduce_range=saturates()), Settings("dynamic", reduce_range=saturates())],
+    ids=lambda settings: settings.mode,
+)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_mean_shift_of_a_layer_is_taken_back(tmp_path: Path, kind: str, settings: Settings) -> None:
     make, options, axis = LAYERS[kind]
@@ -112,7 +117,7 @@ def test_the_mean_shift_of_a_layer_is_taken_back(tmp_path: Path, kind: str, sett
 )
 def test_other_forms_of_weights_are_understood(tmp_path: Path, changes: dict[str, Any]) -> None:
     layer = conv(tmp_path)
-    settings = Settings("static", **changes)
+    settings = Settings("static", **{"reduce_range": saturates(), **changes})
     layer.quantize(settings, corrects=False)
     before = layer.shift(1)
     assert layer.quantize(settings, corrects=True) == 1

@@ -9,7 +9,8 @@ import pytest
 from onnx import numpy_helper
 
 from shared.onnx_coverage import measure_coverage
-from shared.onnx_graph import read_model, read_ops
+from shared.onnx_files import read_model
+from shared.onnx_graph import read_ops
 from shared.onnx_settings import Settings
 from tests.small_onnx import Array, save_vector_model, seeded
 

@@ -12,19 +12,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 from shared.errors import ToolError
-from shared.onnx_graph import (
-    METADATA_KEY,
-    check_is_onnx,
-    declared_range,
-    external_files,
-    name_weights,
-    read_metadata,
-    read_model,
-    read_ops,
-    tensor_bytes,
-    without_traces,
-    write_metadata,
-)
+from shared.onnx_files import check_is_onnx, external_files, name_weights, read_model, tensor_bytes
+from shared.onnx_graph import METADATA_KEY, declared_range, read_metadata, read_ops, without_traces, write_metadata
 from tests.conftest import REALDATA
 from tests.small_onnx import answer, save, save_picture_model, seeded, with_external_weights
 
@@ -309,7 +298,7 @@ def test_a_model_that_holds_its_weights_is_left_alone(model: Path) -> None:
 @pytest.mark.realdata
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("external_data_missing.onnx", "the model's weights are missing"), ("mangled.onnx", "not an ONNX model, or a damaged one")],
+    [("external_data_missing.onnx", "the model's weights are missing"), ("mangled.onnx", "not an ONNX model; got an HTML page")],
 )
 def test_other_peoples_broken_models_are_refused(name: str, says: str) -> None:
     with pytest.raises(ToolError, match=says):

@@ -74,7 +74,7 @@ def test_a_folder_of_videos_only_will_do_one_of_neither_will_not(folder: Path, t
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("absent.png", "no such file or folder"), ("notes.txt", "neither an image nor a video nor a CSV")]
+    ("name", "reason"), [("absent.png", "no such source file"), ("notes.txt", "neither an image nor a video nor a CSV")]
 )
 def test_what_is_no_source_is_an_error(folder: Path, name: str, reason: str) -> None:
     with pytest.raises(ToolError, match=reason):
@@ -111,7 +111,7 @@ def test_a_byte_order_mark_and_empty_lines_are_no_matter(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "the CSV names no files"),
+        ("", "the CSV file is empty"),
         ("file\n", "the CSV names no files"),
         ("file;frame\nv.avi;3\n", "no column names files; got file;frame; expected one of file, path"),
         ("picture\nc.png\n", "no column names files; got picture; .*--file-column"),
@@ -176,7 +176,7 @@ def test_an_image_is_one_picture_without_frame_and_time(folder: Path) -> None:
     (picture,) = pictures(find(folder / "c.png")[0])
     np.testing.assert_array_equal(picture.pixels, read_pixels(folder / "c.png"))
     assert (picture.frame, picture.time_s) == (None, None)
-    with pytest.raises(ToolError, match="unreadable image"):
+    with pytest.raises(ToolError, match="the image file is empty"):
         pictures(find(folder / "b.jpg")[0])
 
 

@@ -65,7 +65,7 @@ def test_an_appended_zip_is_carried_over_and_no_zip_stays_none(tmp_path: Path) -
         (b"PK\x03\x04" + bytes(60), "perhaps a .task bundle"),
         (b"<html>", "an HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-        (b"0123456789", "no 'TFL3'"),
+        (b"0123456789", "got text"),
     ],
 )
 def test_what_is_no_model_is_named(tmp_path: Path, content: bytes, says: str) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from shared.child import ChildError
 from shared.errors import ToolError
-from shared.onnx_graph import read_model, write_metadata
+from shared.onnx_files import read_model
+from shared.onnx_graph import write_metadata
 from shared.runtime import Model, ModelSource
 from tests.conftest import REALDATA, ROOT, Run
 from tests.small_onnx import save, save_picture_model, save_vector_model, seeded, with_external_weights

@@ -39,6 +39,7 @@ from shared.images import images_at, read_pixels
 from shared.machine import MIB, available_memory_bytes, cpu_count, cpu_name, require_disk
 from shared.messages import Labelled, read_messages
 from shared.onnx_graph import why_slower
+from shared.provenance import provenance_path, require_vouched
 from shared.robustness import Accuracy, image_input, labelled_inputs, read_accuracy
 from shared.runtime import ModelSource, TensorSpec, memory_need_bytes, sample_inputs
 from shared.tflite import read_dequantized_types
@@ -373,6 +374,7 @@ def compare(
         raise ToolError("a candidate is named twice", where=twice)
     for source in sources:
         source.check()
+        require_vouched(_files(source))
     size = sources[0].size_bytes
     is_large, is_small = size > LARGE_BYTES, size < SMALL_BYTES and images is None
     labelled = _labelled(messages, samples)
@@ -440,8 +442,8 @@ def _message_length(bits: int | None, labelled: list[Labelled], sources: list[Mo
 
 def _require_page_writable(html: Path, output: Path | None, read: list[Path], *, overwrite: bool, refresh: bool) -> None:
     """Raise ToolError now for what writing the page would fail on after all the work."""
-    written = {os.path.realpath(path) for path in (html, artifacts.provenance_path(html))}
-    reports = () if output is None else (output, artifacts.provenance_path(output))
+    written = {os.path.realpath(path) for path in (html, provenance_path(html))}
+    reports = () if output is None else (output, provenance_path(output))
     if written & {os.path.realpath(path) for path in reports}:
         raise ToolError("--html and --output name the same file, or one's provenance", where=html, remedy="choose other names")
     if any(os.path.samefile(path, other) for path in written if os.path.exists(path) for other in read):  # noqa: PTH110, PTH121

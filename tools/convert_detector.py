@@ -9,7 +9,7 @@ Source: network and checkpoints, https://github.com/facebookresearch/videoseal; 
 
 import itertools
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -20,14 +20,15 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from shared import artifacts
-from shared.artifacts import Plan, Product, draft_beside
+from shared.artifacts import Plan, Product
 from shared.cards import PRODUCTS, Card, load_card
 from shared.child import Child, ChildError, Message
-from shared.cli import ModelName, Overwrite, Refresh, Seed, run, size_text, step, warn
+from shared.cli import DryRun, ModelName, Overwrite, Refresh, Reproducible, Seed, run, step, warn
+from shared.drafts import draft_beside
 from shared.errors import ToolError
-from shared.machine import GIB, require_disk, require_memory
+from shared.machine import GIB, Needs, size_text
 from shared.metrics import cosine, max_abs_error, relative_error
-from shared.onnx_graph import external_files, name_weights
+from shared.onnx_files import check_is_onnx, external_files, name_weights
 from shared.pressed import Pressed
 from shared.runtime import InputForm, Kernels, ModelSource, open_model, sample_inputs
 from shared.tflite import append_metadata
@@ -54,6 +55,15 @@ class Precision(StrEnum):
     INT8 = "int8"
     INT8_WEIGHT_ONLY = "int8-weight-only"
     INT4 = "int4"
+
+
+SHARES = {  # of the float32 weights' bytes, at most
+    Precision.NONE: 1.0,
+    Precision.FP16: 0.52,
+    Precision.INT8: 0.3,
+    Precision.INT8_WEIGHT_ONLY: 0.3,
+    Precision.INT4: 0.4,
+}
 
 
 class ModelFormat(StrEnum):
@@ -254,6 +264,8 @@ def convert_detector(
     simple: Annotated[bool, typer.Option("--simple/--no-simple", help="--no-simple resizes inside the graph.")] = True,
     rehearsal: Annotated[bool, typer.Option("--rehearsal", help="Use seeded, untrained weights instead of a checkpoint.")] = False,
     seed: Seed = 0,
+    reproducible: Reproducible = False,
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
     refresh: Refresh = False,
 ) -> Conversion:
@@ -276,14 +288,11 @@ def convert_detector(
     weights = checkpoint or _rehearsal_path(card, float_path.parent, seed)
     _require_outputs({float_path, output}, weights, wants_float=wants_float, overwrite=overwrite)
     weights_bytes = _weights_bytes(card)
-    if not float_path.exists():
-        require_disk((3 if rehearsal else 2) * weights_bytes, float_path.parent, "convert this model")
-    if rehearsal:
-        _write_rehearsal(card, weights, seed, overwrite=overwrite)
+    is_new = rehearsal and not weights.exists()
+    disk = (3 if is_new else 2) * weights_bytes
+    needs = Needs("convert this model", weights_bytes, disk, BASE_MEMORY + int(weights_bytes * MEMORY_PER_BYTE))
 
     def make(draft: Path) -> FloatModel:
-        require_disk(2 * weights_bytes, float_path.parent, "convert this model")
-        require_memory(BASE_MEMORY + int(weights_bytes * MEMORY_PER_BYTE), "convert this model")
         if rehearsal:
             warn(f"REHEARSAL: {card.title} with seeded, untrained weights; size, speed and memory are real, messages are not")
         with draft_beside(float_path.with_suffix(".folded")) as folded:
@@ -296,17 +305,36 @@ def convert_detector(
         float_path,
         "convert_detector",
         arguments,
-        [weights],
+        [] if is_new else [weights],
         ONNX_PACKAGES if is_onnx else PACKAGES,
         overwrite=overwrite,
         refresh=refresh,
+        reproducible=reproducible,
+        needs=lambda: needs,
         companions=external_files if is_onnx else lambda _: (),
+        reopen=check_is_onnx if is_onnx else lambda _: None,
     )
+    if dry_run:
+        pressed = Needs("quantize this model", int(weights_bytes * SHARES[quantize]), 2 * weights_bytes, needs.memory_bytes)
+        further = Plan(output, "quantize_tflite", {}, overwrite=overwrite, refresh=refresh, needs=lambda: pressed)
+        artifacts.foresee(*[plan] if wants_float else [plan, further])
+    if is_new:
+        needs.require(float_path.parent)
+    if rehearsal:
+        _write_rehearsal(card, weights, seed, overwrite=overwrite)
+        plan = replace(plan, inputs=[weights])
     float_product, found = artifacts.build(plan, FloatModel, make)
     remarks = _remarks(card, form, found, rehearsal=rehearsal, up_to_date=float_product.up_to_date)
     if wants_float:
         return Conversion(card.title, rehearsal, found, float_product, None, None, remarks)
-    quantized = quantize_tflite(float_path, output=output, recipe=quantize.value, overwrite=overwrite, refresh=refresh)
+    quantized = quantize_tflite(
+        float_path,
+        output=output,
+        recipe=quantize.value,
+        reproducible=reproducible,
+        overwrite=overwrite,
+        refresh=refresh,
+    )
     message = f"{quantized.message}\n{remarks}"
     return Conversion(card.title, rehearsal, found, float_product, quantized.product, quantized.found, message)
 

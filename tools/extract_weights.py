@@ -9,6 +9,8 @@ file is memory-mapped and copied tensor by tensor, so memory does not grow with 
 Source: layout of the checkpoints published with Video Seal, https://github.com/facebookresearch/videoseal
 """
 
+import functools
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -23,16 +25,19 @@ from shared import artifacts
 from shared.artifacts import Plan, Product
 from shared.cards import PRODUCTS, Card, card_names, load_card
 from shared.checkpoints import Checkpoint, open_checkpoint, require_match, require_sound, select_detector
-from shared.cli import Overwrite, Refresh, run, size_text, step
+from shared.cli import DryRun, Overwrite, Refresh, Reproducible, run, step
 from shared.conversion import detector_shapes
 from shared.download import download as download_file
 from shared.errors import ToolError
-from shared.machine import require_disk
+from shared.machine import MIB, Needs, size_text
+from shared.sniffing import regular_size
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PACKAGES = ("torch", "safetensors")
+HEADER_BYTES = MIB  # of a .safetensors file, at most; names and shapes
+MEMORY_BYTES = 500 * MIB  # torch and one tensor; the checkpoint stays on disk
 FORMATS = (".safetensors", ".pth")
 
 
@@ -54,11 +59,19 @@ class Group:
 
 @dataclass(frozen=True)
 class Contents:
-    """What the checkpoint held: `kept` was written, `dropped` was not; `card` is the model whose detector it is, if known."""
+    """What the checkpoint held.
+
+    Args:
+        kept: What was written.
+        dropped: What was not.
+        card: The model whose detector it is, if known.
+        blank: Keys of weights that are zero throughout.
+    """
 
     kept: list[Group]
     dropped: list[Group]
     card: str | None
+    blank: list[str]
 
 
 @dataclass(frozen=True)
@@ -80,16 +93,17 @@ class Extraction:
         return Lines(table, self.message)
 
 
-def _locate(card: Card, *, download: bool) -> Path | None:
+def _locate(card: Card, *, downloads: bool, sha256: str | None, dry_run: bool) -> Path | None:
     """Return the checkpoint of a card in the usual folders, downloaded if asked for and not there."""
-    found = card.find_checkpoint()
-    if found is None and download:
-        if card.checkpoint.url is None:
-            raise ToolError("the card names no address to download from", got=card.checkpoint.file, remedy="leave out --download")
-        found = card.checkpoint_places()[0]
-        with step(f"download {card.checkpoint.url}"):
-            download_file(card.checkpoint.url, found)
-    return found
+    found, source = card.find_checkpoint(), card.checkpoint
+    if found is not None or not downloads or dry_run:
+        return found
+    if source.url is None:
+        raise ToolError("the card names no address to download from", got=source.file, remedy="leave out --download")
+    target = card.checkpoint_places()[0]
+    with step(f"download {source.url}"):
+        download_file(source.url, target, sha256=sha256 or source.sha256, check=open_checkpoint)
+    return target
 
 
 def _choose(checkpoint: Checkpoint, prefix: str, *, is_detector: bool) -> "dict[str, Tensor]":
@@ -155,7 +169,10 @@ def extract_weights(
     component: Annotated[Component, typer.Option(help="Which network to take out.")] = Component.DETECTOR,
     prefix: Annotated[str | None, typer.Option(help="Take out every key that starts with this, instead of a component.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the published checkpoint if it is not here.")] = False,
+    sha256: Annotated[str | None, typer.Option(help="What the downloaded file must have; default: as its card says.")] = None,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Succeed, writing nothing, if there is none.")] = False,
+    reproducible: Reproducible = False,
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
     refresh: Refresh = False,
 ) -> Extraction:
@@ -166,51 +183,83 @@ def extract_weights(
     Raises:
         ToolError: No checkpoint, no such component, unusable or (with `model`) unfitting weights, or no place to write.
     """
+    _require_sense(sha256, output, download=download)
     card = None if model is None else load_card(model)
     kind = prefix.rstrip(".").replace("/", "_") if prefix is not None else component.value
     if checkpoint is None:
         if card is None:
-            raise ToolError("nothing to extract from", expected="a CHECKPOINT file, or --model")
+            remedy = "name a checkpoint, or a model with --model"
+            raise ToolError("nothing to extract from", expected="a CHECKPOINT file, or --model", remedy=remedy)
         output = output or PRODUCTS / f"{card.name}_{kind}.safetensors"
-        checkpoint = _locate(card, download=download)
+        checkpoint = _locate(card, downloads=download, sha256=sha256, dry_run=dry_run)
         if checkpoint is None:
-            return _without_checkpoint(card, output, allow_missing=allow_missing)
-    if not checkpoint.is_file():
-        raise ToolError("no such checkpoint file", where=checkpoint, remedy="check the path, or get the checkpoint first")
+            return _without_checkpoint(card, output, allow_missing=allow_missing, would_download=download)
+    regular_size(checkpoint, "checkpoint")
     output = output or checkpoint.with_name(f"{checkpoint.stem}_{kind}.safetensors")
-    if output.suffix not in FORMATS:
-        raise ToolError("unknown output format", where=output, got=output.suffix or "no suffix", expected=" or ".join(FORMATS))
     source = checkpoint
     is_detector = prefix is None and component is Component.DETECTOR
     layout = card.checkpoint if card is not None else None
 
-    def make(draft: Path) -> Contents:
+    @functools.cache
+    def chosen() -> "tuple[Checkpoint, dict[str, Tensor]]":
         with step(f"open {source}"):
             opened = open_checkpoint(source, layout.container) if layout else open_checkpoint(source)
             named = layout.prefix if layout and is_detector else f"{component.value}."
-            chosen = _choose(opened, named if prefix is None else prefix, is_detector=is_detector)
+            kept = _choose(opened, named if prefix is None else prefix, is_detector=is_detector)
         if card is not None and is_detector:
-            require_match(chosen, _detector_shapes(card), source)
-        require_disk(sum(tensor.nbytes for tensor in chosen.values()), draft.parent, "write the weights")
+            require_match(kept, _detector_shapes(card), source)
+        return opened, kept
+
+    def needs() -> Needs:
+        size = sum(tensor.nbytes for tensor in chosen()[1].values()) + HEADER_BYTES
+        return Needs("write the weights", size, size, MEMORY_BYTES)
+
+    def make(draft: Path) -> Contents:
+        opened, kept = chosen()
         with step("check the weights"):
-            require_sound(chosen, source, integers=not is_detector)
+            blank = require_sound(kept, source, integers=not is_detector)
         with step(f"write {output}"):
-            _write(draft, output.suffix, chosen, opened.notes)
-        rest = {key: tensor for key, tensor in opened.state.items() if key not in chosen}
+            _write(draft, output.suffix, kept, opened.notes)
+        rest = {key: tensor for key, tensor in opened.state.items() if key not in kept}
         beside = [_group(name, tensors) for name, tensors in opened.beside.items()]
-        return Contents(_groups(chosen), _groups(rest) + beside, _recognise(chosen))
+        return Contents(_groups(kept), _groups(rest) + beside, _recognise(kept), blank)
 
     arguments = {"component": component.value, "prefix": prefix, "format": output.suffix, "card": card and card.as_arguments()}
-    plan = Plan(output, "extract_weights", arguments, [checkpoint], PACKAGES, overwrite=overwrite, refresh=refresh)
+    plan = Plan(
+        output,
+        "extract_weights",
+        arguments,
+        [checkpoint],
+        PACKAGES,
+        overwrite=overwrite,
+        refresh=refresh,
+        reproducible=reproducible,
+        dry_run=dry_run,
+        needs=needs,
+    )
     product, contents = artifacts.build(plan, Contents, make)
     kept = f"{size_text(product.size_bytes)} kept of {size_text(checkpoint.stat().st_size)} in {checkpoint}"
     known = f"; the detector of {contents.card}" if contents.card else ""
+    if contents.blank:
+        known += f"; {len(contents.blank)} of its weights are ZERO throughout, such as {contents.blank[0]}: is it trained?"
     message = f"up to date: {kept}{known}" if product.up_to_date else f"{kept}{known}; {product.seconds:.1f} s"
     return Extraction(checkpoint, product, contents, message)
 
 
-def _without_checkpoint(card: Card, output: Path, *, allow_missing: bool) -> Extraction:
+def _require_sense(sha256: str | None, output: Path | None, *, download: bool) -> None:
+    """Raise ToolError for options that lead nowhere."""
+    if sha256 is not None and not (download and re.fullmatch("[0-9a-f]{64}", sha256)):
+        what, remedy = "--sha256 is 64 hexadecimal digits, and goes with --download", "correct it, or leave it out"
+        raise ToolError(what, got=sha256, remedy=remedy)
+    if output is not None and output.suffix not in FORMATS:
+        got, expected = output.suffix or "no suffix", " or ".join(FORMATS)
+        raise ToolError("unknown output format", where=output, got=got, expected=expected, remedy="choose another name with -o")
+
+
+def _without_checkpoint(card: Card, output: Path, *, allow_missing: bool, would_download: bool) -> Extraction:
     """Fall back on weights extracted earlier; else say where a checkpoint was looked for."""
+    if would_download:  # in a dry run, else it is there
+        return Extraction(None, None, None, f"would download {card.checkpoint.where}; nothing was written")
     places = ", ".join(str(place) for place in card.checkpoint_places())
     if allow_missing and output.is_file():
         return Extraction(None, None, None, f"no checkpoint found; using {output}, extracted earlier")

@@ -23,13 +23,15 @@ from rich.table import Column, Table
 from shared import artifacts
 from shared.artifacts import Plan, Product
 from shared.calibration import MANIFEST_NAME, InputRange, choose_range
-from shared.calibration_writer import ArrayForm, new_folder, write_arrays, write_sample, write_sheet
+from shared.calibration_writer import ArrayForm, clear_interrupted, new_folder, write_arrays, write_sample, write_sheet
 from shared.child import ChildError
-from shared.cli import Overwrite, Refresh, Seed, run, step_progress
+from shared.cli import DryRun, Overwrite, Refresh, Reproducible, Seed, run, step_progress
+from shared.drafts import draft_beside
 from shared.errors import ToolError
 from shared.formats import declared_range
 from shared.images import ImageForm
-from shared.machine import require_disk
+from shared.machine import MIB, Needs
+from shared.provenance import read_provenance, record
 from shared.runtime import ModelSource, describe, image_input, open_model
 from shared.sampling import Candidate, Look
 from shared.selection import SamplesWish, Skipped, choose_parts, look_at_all
@@ -41,6 +43,7 @@ TILE_SIZE = 224  # pixels
 CONSIDERED = 8  # sources looked at for each sample wanted; more add little but time
 SHEET, PLOT, ARRAYS, HELD_ARRAYS = "contact_sheet.png", "coverage.png", "samples.npz", "holdout.npz"
 SHOWN = 12  # skipped files in the terminal; the manifest has all
+MEMORY_BYTES = 600 * MIB  # libraries, and one decoded image of usual size
 SAMPLE_BYTES = 6  # on disk for each pixel at most, arrays included
 
 
@@ -125,7 +128,7 @@ def _entry(name: str, digest: str, source: Source, candidate: Candidate, hashes:
 
 def _prepare(folder: Path, sources: Sequence[Source], given: int, wish: SamplesWish, draft: Path) -> Chosen:
     """Choose and write all samples, and the manifest to `draft`."""
-    hashes = {str(s.path): artifacts.record(s.path).sha256 for s in sources if s.path is not None and s.path.is_file()}
+    hashes = {str(s.path): record(s.path).sha256 for s in sources if s.path is not None and s.path.is_file()}
     candidates, skipped = look_at_all(sources, wish, hashes)
     chosen = choose_parts(candidates, wish, [hashes.get(str(source.path), source.name) for source in sources])
     samples, holdout = chosen.samples, chosen.holdout
@@ -139,7 +142,7 @@ def _prepare(folder: Path, sources: Sequence[Source], given: int, wish: SamplesW
     files = {part: [folder / entry["file"] for entry in entries[part]] for part in parts}
     extra = [SHEET, PLOT]
     write_sheet(folder / SHEET, [*files["samples"], *files["holdout"]])
-    with artifacts.draft_beside(folder / PLOT) as plot:
+    with draft_beside(folder / PLOT) as plot:
         write_coverage_plot(plot, _points(candidates), _points(samples), _points(holdout))
         plot.replace(folder / PLOT)
     if wish.arrays is not None:
@@ -195,7 +198,8 @@ def _input(model: Path) -> tuple[str, ImageForm]:
                 raise ToolError("the model does not take one image", where=model, got=got, remedy="say --tile-size instead")
             return found
     except ChildError as error:
-        raise ToolError("the model does not load", where=model, got=error) from None
+        remedy = "see what verify says of it, or say --tile-size instead"
+        raise ToolError("the model does not load", where=model, got=error, remedy=remedy) from None
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
@@ -204,10 +208,11 @@ def _size(text: str | None) -> tuple[int, int] | None:
         return None
     width, _, height = text.partition("x")
     if not (width.isdecimal() and (height or width).isdecimal()):
-        raise ToolError("--resize is no size", got=text, expected="pixels, such as 256 or 320x240 (width x height)")
+        expected = "pixels, such as 256 or 320x240 (width x height)"
+        raise ToolError("--resize is no size", got=text, expected=expected, remedy="correct it")
     sides = int(height or width), int(width)
     if not all(1 <= side <= 16384 for side in sides):
-        raise ToolError("--resize is out of range", got=text, expected="1 to 16384 pixels")
+        raise ToolError("--resize is out of range", got=text, expected="1 to 16384 pixels", remedy="correct it")
     return sides
 
 
@@ -238,6 +243,8 @@ def prepare_calibration(
     layout: Annotated[Literal["nchw", "nhwc"] | None, typer.Option(help="Order of the array's axes; default: nchw.")] = None,
     channels: Annotated[Literal["3", "1"] | None, typer.Option(help="3 for RGB, 1 for luma; default: 3.")] = None,
     seed: Seed = 0,
+    reproducible: Reproducible = False,
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
     refresh: Refresh = False,
 ) -> CalibrationSamples:
@@ -282,25 +289,31 @@ def prepare_calibration(
         considered = [found[place] for place in sorted(places)]
     considered = [*considered, *synthetic_sources(synthetic)]
     manifest = output / MANIFEST_NAME
+    if not dry_run:
+        clear_interrupted(output, manifest, (SHEET, PLOT, ARRAYS, HELD_ARRAYS))
     _require_folder(output, manifest, overwrite=overwrite)
     _require_ours(output, manifest, overwrite=overwrite)
     read = [source.path for source in considered if source.path is not None]
-    missing = [path for path in read if not path.is_file()]
     given = len(found) + synthetic
+    arguments: dict[str, object] = {**asdict(wish), "sources": [source.name for source in considered], "given": given}
+    most_bytes = wish.side**2 * SAMPLE_BYTES * (max_samples + holdout)
+    plan = Plan(
+        manifest,
+        "prepare_calibration",
+        arguments,
+        [path for path in read if path.is_file()],
+        PACKAGES,
+        overwrite=overwrite,
+        refresh=refresh,
+        reproducible=reproducible,
+        dry_run=dry_run,
+        needs=lambda: Needs("write the samples", most_bytes, most_bytes, MEMORY_BYTES),
+        companions=_companions,
+        makes_folder=True,
+    )
+    if dry_run:
+        artifacts.foresee(plan)
     with new_folder(output):
-        require_disk(wish.side**2 * SAMPLE_BYTES * (max_samples + holdout), output, "write the samples")
-        arguments: dict[str, object] = {**asdict(wish), "sources": [source.name for source in considered], "given": given}
-        present = [path for path in read if path not in missing]
-        plan = Plan(
-            manifest,
-            "prepare_calibration",
-            arguments,
-            present,
-            PACKAGES,
-            overwrite=overwrite,
-            refresh=refresh,
-            companions=_companions,
-        )
         product, chosen = artifacts.build(plan, Chosen, lambda draft: _prepare(output, considered, given, wish, draft))
     return CalibrationSamples(output, product, chosen, _message(output, chosen, product, max_samples, holdout))
 
@@ -316,11 +329,11 @@ def _require_folder(output: Path, manifest: Path, *, overwrite: bool) -> None:
 
 def _require_ours(output: Path, manifest: Path, *, overwrite: bool) -> None:
     """Raise ToolError where a file with a fixed name would be replaced that an earlier run did not write."""
-    old = artifacts.read_provenance(manifest)
+    old = read_provenance(manifest)
     ours = {Path(item.path).name: item.sha256 for item in old.companions} if old else {}
     for name in (SHEET, PLOT, ARRAYS, HELD_ARRAYS):
         path = output / name
-        if path.exists() and not overwrite and artifacts.record(path).sha256 != ours.get(name):
+        if path.exists() and not overwrite and record(path).sha256 != ours.get(name):
             raise ToolError("this file would be replaced", where=path, remedy="use --overwrite, or choose another folder")
 
 

@@ -9,6 +9,7 @@ Source: onnxruntime.quantization, https://onnxruntime.ai/docs/performance/model-
 import math
 import os
 import re
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,17 +21,20 @@ from rich.console import RenderableType
 from shared import artifacts
 from shared.artifacts import Plan, Product
 from shared.calibration import CalibrationSet, InputRange
-from shared.cli import Overwrite, Refresh, Threads, run, size_text
+from shared.cli import DryRun, Overwrite, Refresh, Reproducible, Threads, run
+from shared.drafts import workspace
 from shared.errors import ToolError
 from shared.formats import format_of, model_files
-from shared.machine import cpu_count, cpu_name, require_disk
-from shared.onnx_graph import check_is_onnx, external_files, name_weights, read_model, read_ops
+from shared.machine import cpu_count, cpu_name, require_disk, saturates, size_text
+from shared.onnx_files import check_is_onnx, external_files, name_weights, read_model, require_finite
+from shared.onnx_graph import read_ops
 from shared.onnx_pressed import SLOWER, PressedOnnx
-from shared.onnx_pressing import press
+from shared.onnx_pressing import needs_of, press
 from shared.onnx_ranges import CalibrationMethod
 from shared.onnx_settings import LAYERS, PASSING, RECURRENT, Form, IntegerType, Settings
 from shared.onnx_wish import OnnxWish
 from shared.pressed import GateKept
+from shared.provenance import provenance_path
 from shared.range_cache import RangeCache
 
 PACKAGES = ("onnx", "onnxruntime", "numpy", "pillow")
@@ -109,13 +113,18 @@ def _gated(found: PressedOnnx, limits: dict[str, float | None]) -> PressedOnnx:
     return replace(found, gates=gates)
 
 
-def _message(found: PressedOnnx, product: Product) -> str:
+def _message(found: PressedOnnx, product: Product, *, reduces_range: bool) -> str:
     head = "up to date: " if product.up_to_date else ""
     reduction = 1 - found.size_after_bytes / found.size_before_bytes
     change = f"{abs(reduction):.1%} {'smaller' if reduction >= 0 else 'LARGER'}"
     slow = "; SLOWER than float32" if found.speedup is not None and found.speedup * SLOWER < 1 else ""
     size = f"{size_text(found.size_before_bytes)} -> {size_text(found.size_after_bytes)}, {change}"
-    return f"{head}{product.path}: {size}; {product.seconds:.1f} s{slow}"
+    worse = ""
+    if found.mode != "fp16" and not reduces_range and saturates():
+        worse = (
+            "\nthis CPU lacks VNNI: its 8-bit sums overflow, and answers measured here are worse than elsewhere; see --reduce-range"
+        )
+    return f"{head}{product.path}: {size}; {product.seconds:.1f} s{slow}{worse}"
 
 
 def _idle(mode: ModeName, options: dict[str, object]) -> list[str]:
@@ -153,7 +162,7 @@ def _require_sense(mode: ModeName, options: dict[str, object]) -> None:
 def _require_cache_free(cache: Path, others: list[Path]) -> None:
     """Raise ToolError where the cache would replace another file, or can't be written."""
     require_disk(0, cache.parent, "write the range cache")
-    sides = [*others, *map(artifacts.provenance_path, others)]
+    sides = [*others, *map(provenance_path, others)]
     if os.path.realpath(cache) in {os.path.realpath(path) for path in sides}:
         raise ToolError("the range cache would replace another file of this run", where=cache, remedy="choose another name")
     RangeCache(cache)
@@ -203,6 +212,8 @@ def quantize_onnx(
     min_psnr: Annotated[float | None, typer.Option(min=0, help="Limit in dB; static finds what to leave in float.")] = None,
     min_cosine: Annotated[float | None, typer.Option(min=0, max=1, help="Limit of the worst sample; the same.")] = None,
     threads: Threads = None,
+    reproducible: Reproducible = False,
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
     refresh: Refresh = False,
 ) -> QuantizedOnnx:
@@ -247,19 +258,21 @@ def quantize_onnx(
     )
     output = output or model.with_name(f"{model.stem}_{mode}.onnx")
     if output.suffix != ".onnx":
-        raise ToolError("the output is no .onnx file", where=output, expected="a name ending in .onnx")
+        expected, remedy = "a name ending in .onnx", "choose another with -o"
+        raise ToolError("the output is no .onnx file", where=output, expected=expected, remedy=remedy)
     limits = {"coverage": require_coverage, "speedup": min_speedup, "psnr": min_psnr, "cosine": min_cosine}
     real = [given for given in (wish.samples, wish.holdout) if given]
     real += [replace(wish.samples, part="holdout")] if wish.samples and wish.samples.has_holdout() else []
     read = [*model_files(model), *dict.fromkeys(file for given in real for file in given.files())]
-    require_disk(0, output.parent, "write the quantized model")
     if range_cache is not None:
         _require_cache_free(range_cache, [output, *read])
 
-    with artifacts.workspace() as folder:
+    with workspace() as folder:
 
         def make(draft: Path) -> PressedOnnx:
-            found = _gated(press(model, wish, folder, draft), limits)
+            require_finite(model)
+            with tempfile.TemporaryDirectory(dir=folder) as inner:
+                found = _gated(press(model, wish, Path(inner), draft), limits)
             if not found.ok:
                 raise _LimitBrokenError(found)
             name_weights(draft, output)
@@ -279,13 +292,24 @@ def quantize_onnx(
         if mode == "auto" or min_speedup is not None:
             arguments |= {"cpu": cpu_name(), "threads": threads or cpu_count()}
         plan = Plan(
-            output, "quantize_onnx", arguments, read, PACKAGES, overwrite=overwrite, refresh=refresh, companions=external_files
+            output,
+            "quantize_onnx",
+            arguments,
+            read,
+            PACKAGES,
+            overwrite=overwrite,
+            refresh=refresh,
+            reproducible=reproducible,
+            dry_run=dry_run,
+            needs=lambda: needs_of(model, mode),
+            companions=external_files,
+            reopen=check_is_onnx,
         )
         try:
             product, found = artifacts.build(plan, PressedOnnx, make)
         except _LimitBrokenError as error:
             return QuantizedOnnx(model, None, error.found, f"FAILED: {error.found.broken()}; nothing was written")
-    return QuantizedOnnx(model, product, found, _message(found, product))
+    return QuantizedOnnx(model, product, found, _message(found, product, reduces_range=reduce_range))
 
 
 if __name__ == "__main__":

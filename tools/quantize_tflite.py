@@ -8,6 +8,7 @@ Source: recipes and their names, https://github.com/google-ai-edge/ai-edge-quant
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,20 +21,23 @@ from rich.console import RenderableType
 
 from shared import artifacts
 from shared.artifacts import Plan, Product
-from shared.bundle import Entry, is_bundle, models_of, pack_bundle, unpack_bundle
+from shared.bundle import Entry, check_packed, is_bundle, models_of, pack_bundle, unpack_bundle
 from shared.calibration import InputRange
 from shared.choices import DEFAULT_RECIPE, Choices, beside
-from shared.cli import Overwrite, Refresh, run, size_text, to_json
+from shared.cli import DryRun, Overwrite, Refresh, Reproducible, run, to_json
 from shared.damage import node_data
+from shared.drafts import draft_beside, workspace
 from shared.errors import ToolError
 from shared.executors import dask_cluster, local_processes
-from shared.machine import require_disk
+from shared.machine import Needs, require_disk, size_text
 from shared.measured import Measured
 from shared.pressed import GateKept, Pressed
-from shared.quantization import STATISTICS, Quantizer, UnchangedError
+from shared.provenance import provenance_path, read_provenance
+from shared.quantization import STATISTICS, Quantizer, UnchangedError, needs_of
 from shared.recipes import ALIASES, read_recipe_file
 from shared.search import Target
-from shared.tflite import check_is_tflite
+from shared.sniffing import read_head
+from shared.tflite import AGAIN, check_is_tflite
 from shared.wish import IoDtype, Wish
 
 COVERAGE = "coverage of weight bytes"
@@ -70,8 +74,7 @@ class _LimitBrokenError(Exception):
 
 def _is_bundle(model: Path) -> bool:
     """Return whether a file is a bundle; raise ToolError where it is neither that nor a TFLite model."""
-    if not model.is_file() or model.parts[:2] == ("/", "dev"):
-        raise ToolError("no such model file", where=model, remedy="check the path")
+    read_head(model, "model", again=AGAIN)
     if is_bundle(model):
         return True
     check_is_tflite(model)
@@ -89,6 +92,7 @@ def _press(source: Path, wishes: dict[str, Wish], entries: Sequence[Entry] | Non
             kept.append(name)
             continue
         workspace = _workspace(folder, name, list(wishes))
+        shutil.rmtree(workspace, ignore_errors=True)  # of the first time, where it is made twice
         workspace.mkdir()
         target = draft if entries is None else workspace / "product.tflite"
         try:
@@ -112,6 +116,19 @@ def _press(source: Path, wishes: dict[str, Wish], entries: Sequence[Entry] | Non
 
 def _workspace(folder: Path, name: str, names: Sequence[str]) -> Path:
     return folder / f"model_{list(names).index(name)}"
+
+
+def _needs(models: Sequence[tuple[str, Path]], wishes: dict[str, Wish], size: int) -> Needs:
+    """Return what a model or a bundle takes: its models are pressed one after the other, and written together."""
+    each = [needs_of(path, wishes[name]) for name, path in models]
+    product = size + sum(needs.product_bytes - path.stat().st_size for needs, (_, path) in zip(each, models, strict=True))
+    return Needs(
+        each[0].purpose,
+        product_bytes=product,
+        disk_bytes=2 * max(size, product),
+        memory_bytes=max(needs.memory_bytes for needs in each),
+        workspace_bytes=sum(needs.workspace_bytes for needs in each),
+    )
 
 
 def _gated(found: Pressed, coverage: float | None, speedup: float | None) -> Pressed:
@@ -203,6 +220,8 @@ def quantize_tflite(
         bool, typer.Option("--short-names", help="Rename inner tensors t0, t1, ...: names can be a few per cent of a file.")
     ] = False,
     html: Annotated[Path | None, typer.Option(help="Also write what was found as one HTML page.")] = None,
+    reproducible: Reproducible = False,
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
     refresh: Refresh = False,
 ) -> QuantizedModel:
@@ -237,7 +256,7 @@ def quantize_tflite(
         raise ToolError("--dask does nothing without --max-drop or --debug", remedy="leave it out, or add one of them")
     executor = partial(dask_cluster, dask) if dask else local_processes
 
-    with artifacts.workspace() as folder:
+    with workspace() as folder:
         entries = unpack_bundle(model, folder / "bundle") if bundled else None
         names = [model.name] if entries is None else [name for name, _ in models_of(entries)]
         wishes = {name: choices.wish(name, names, output, executor) for name in names}
@@ -250,8 +269,15 @@ def quantize_tflite(
             _require_page_free(html, [output, *falling, *kept], overwrite=overwrite)
         size = model.stat().st_size
 
+        models = [(model.name, model)] if entries is None else [(name, entry.path) for name, entry in models_of(entries)]
+
+        def reopen(draft: Path) -> None:
+            if entries is None:
+                check_is_tflite(draft)
+            else:
+                check_packed(draft, folder / "packed")
+
         def make(draft: Path) -> Pressed:
-            require_disk(2 * size, draft.parent, "write the quantized model")
             found = _gated(_press(model, wishes, entries, folder, draft), require_coverage, min_speedup)
             if not found.ok:
                 raise _LimitBrokenError(found)
@@ -261,7 +287,19 @@ def quantize_tflite(
             "models": {name: wish.as_arguments() for name, wish in wishes.items()},
             "limits": {"coverage": require_coverage, "speedup": min_speedup},
         }
-        plan = Plan(output, "quantize_tflite", arguments, read, PACKAGES, overwrite=overwrite, refresh=refresh)
+        plan = Plan(
+            output,
+            "quantize_tflite",
+            arguments,
+            read,
+            PACKAGES,
+            overwrite=overwrite,
+            refresh=refresh,
+            reproducible=reproducible,
+            dry_run=dry_run,
+            needs=lambda: _needs(models, wishes, size),
+            reopen=reopen,
+        )
         try:
             product, found = artifacts.build(plan, Pressed, make)
         except _LimitBrokenError as error:
@@ -317,7 +355,7 @@ def _require_free(output: Path, falling: Sequence[Path], read: Sequence[Path], *
     taken = next((path for path in falling if path.exists()), None)
     if any(_is_same(path, other) for path in falling for other in read):
         raise ToolError("a file beside the output would replace one that is read", where=output, remedy="use another name with -o")
-    if taken is not None and not overwrite and artifacts.read_provenance(output) is None:
+    if taken is not None and not overwrite and read_provenance(output) is None:
         raise ToolError(
             "a file beside the output would be replaced", where=taken, remedy="use --overwrite, or another name with -o"
         )
@@ -325,8 +363,8 @@ def _require_free(output: Path, falling: Sequence[Path], read: Sequence[Path], *
 
 def _require_page_free(html: Path, others: Sequence[Path], *, overwrite: bool) -> None:
     """Raise ToolError now for what writing the page would fail on, or destroy, after all the work."""
-    written = (html, artifacts.provenance_path(html))
-    taken = [*others, *map(artifacts.provenance_path, others)]
+    written = (html, provenance_path(html))
+    taken = [*others, *map(provenance_path, others)]
     if any(_is_same(path, other) for path in written for other in taken):
         raise ToolError("the page would replace a file that is read or written", where=html, remedy="choose another name")
     require_disk(0, html.parent, "write the page")
@@ -340,7 +378,7 @@ def _is_same(path: Path, other: Path) -> bool:
 def _write_beside(path: Path, content: bytes) -> None:
     """Write a file that belongs to the product, unless it says the same already."""
     if not path.is_file() or path.read_bytes() != content:
-        with artifacts.draft_beside(path) as draft:
+        with draft_beside(path) as draft:
             draft.write_bytes(content)
             draft.replace(path)
 

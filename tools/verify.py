@@ -21,10 +21,11 @@ from rich.table import Table
 from shared import artifacts
 from shared.artifacts import Plan, Product
 from shared.child import ChildError
-from shared.cli import Overwrite, Refresh, Seed, Threads, run, size_text, step, to_json
+from shared.cli import Overwrite, Refresh, Seed, Threads, run, step, to_json
 from shared.formats import format_of, model_files
-from shared.machine import cpu_count
+from shared.machine import cpu_count, size_text
 from shared.metrics import message_bits
+from shared.provenance import require_vouched
 from shared.runtime import Model, ModelSource, describe, open_model, sample_inputs
 
 PACKAGES = ("ai-edge-litert", "onnxruntime", "numpy")
@@ -184,6 +185,7 @@ def verify(
     """
     source = ModelSource(model)
     source.check()
+    require_vouched(model_files(model))
     count = threads or cpu_count()
     nbits = bits or source.nbits()
     if output is None:

@@ -26,8 +26,8 @@ from models.face_landmarker.mediapipe_runtime import (
     open_landmarker,
 )
 from models.face_landmarker.photos import read_photos
-from shared.artifacts import draft_beside
 from shared.cli import Overwrite, Seed, run, step
+from shared.drafts import draft_beside
 from shared.errors import ToolError
 from shared.images import Pixels
 

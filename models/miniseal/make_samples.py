@@ -16,8 +16,9 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from models.miniseal.train import FOLDER
-from shared import artifacts, metrics
+from shared import metrics
 from shared.cli import run
+from shared.drafts import draft_beside
 from shared.errors import ToolError
 from shared.images import Pixels, to_image
 from shared.messages import FILE_NAME, Bits, to_hex
@@ -131,7 +132,7 @@ def make_samples(
     entries.sort(key=lambda entry: entry["file"])  # the marked ones first
     digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     content = {"nbits": marker.nbits, "checkpoint_sha256": digest, "seed": seed, "images": entries}
-    with artifacts.draft_beside(listing) as draft:
+    with draft_beside(listing) as draft:
         draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         draft.replace(listing)
     return Samples(listing, len(psnrs), size, float(min(psnrs)), float(np.mean(psnrs)))
@@ -142,7 +143,7 @@ def write_png(path: Path, pixels: Pixels) -> int:
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with artifacts.draft_beside(path) as draft:
+    with draft_beside(path) as draft:
         Image.fromarray(pixels).save(draft, "PNG", optimize=True)
         draft.replace(path)
     return path.stat().st_size

@@ -23,12 +23,13 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from shared import artifacts
 from shared.attacks import Attack
 from shared.cards import CARDS, PRODUCTS, Card, load_card
 from shared.cli import run, step_progress
+from shared.drafts import draft_beside
 from shared.errors import ToolError, first_line
 from shared.images import Pixels, stretch
+from shared.provenance import ROOT
 
 if TYPE_CHECKING:
     import torch
@@ -189,7 +190,7 @@ class _Learner:
 def _save_state(path: Path, learner: _Learner, progress: dict[str, Any]) -> None:
     import torch
 
-    with artifacts.draft_beside(path) as draft:
+    with draft_beside(path) as draft:
         torch.save({**progress, "learner": learner.state(), "optimizer": learner.optimizer.state_dict()}, draft)
         draft.replace(path)
 
@@ -218,7 +219,7 @@ def _write_checkpoint(path: Path, learner: _Learner, args: dict[str, object]) ->
     from shared.checkpoints import write_safetensors
 
     state = learner.state()
-    with artifacts.draft_beside(path) as draft:
+    with draft_beside(path) as draft:
         write_safetensors(draft, {key: value.shape for key, value in state.items()}, state.items(), {"args": json.dumps(args)})
         draft.replace(path)
 
@@ -233,7 +234,7 @@ def _require_absent(output: Path, *, overwrite: bool) -> None:
 def _code_hash() -> str:
     """Return a hash of the code that decides what a step does."""
     own = [FOLDER / f"{name}.py" for name in ("train", "embedder", "pictures")]
-    used = [artifacts.ROOT / "shared" / f"{name}.py" for name in ("attacks", "detector")]
+    used = [ROOT / "shared" / f"{name}.py" for name in ("attacks", "detector")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in (*own, *used))).hexdigest()[:16]
 
 

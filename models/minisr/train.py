@@ -19,9 +19,9 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from shared.artifacts import draft_beside
 from shared.cards import CARDS, PRODUCTS
 from shared.cli import run, step_progress
+from shared.drafts import draft_beside
 from shared.errors import ToolError
 from shared.images import Pixels
 

@@ -1,0 +1,185 @@
+"""The way to an .onnx file and to the files beside it that hold its weights, all inside its folder; weights are not loaded."""
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from shared.errors import ToolError, first_line
+from shared.limits import require_size
+from shared.sniffing import name_kind, read_head, regular_size
+from shared.supervision import reading
+
+MAX_PROTOBUF_BYTES = 2**31 - 1
+MOST_ELEMENTS = 2**42
+AGAIN = "export or download it again"
+Model = Any  # onnx.ModelProto; the package has no stubs that mypy would follow
+
+
+def check_is_onnx(path: Path) -> None:
+    """Raise ToolError unless the file exists, holds an ONNX model, and what it refers to is there."""
+    kind = name_kind(read_head(path, "model", again=AGAIN))
+    if kind.startswith(("a ", "an HTML", "XML")):  # protobuf has no magic number
+        raise ToolError("not an ONNX model", where=path, got=kind, expected="an .onnx file", remedy=AGAIN)
+    external_files(path)
+
+
+def read_model(path: Path) -> Model:
+    """Return the model as onnx.ModelProto, weights of external files not loaded.
+
+    Raises:
+        ToolError: No ONNX model, or one without a graph.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    size = regular_size(path, "model")
+    if size > MAX_PROTOBUF_BYTES:
+        got, expected = f"{size} bytes", "at most 2 GiB beside external data"
+        raise ToolError("the file is larger than any ONNX model can be", where=path, got=got, expected=expected, remedy=AGAIN)
+    try:
+        with reading(path):
+            model = onnx.load(os.path.abspath(path), load_external_data=False)  # noqa: PTH100 - bare names slip past its checks
+    except (DecodeError, ValueError, OSError) as error:
+        raise ToolError("not an ONNX model, or a damaged one", where=path, got=first_line(error), remedy=AGAIN) from None
+    if not model.graph.node or not model.opset_import:
+        raise ToolError("not an ONNX model, or a damaged one", where=path, got="no graph with nodes", remedy=AGAIN)
+    return model
+
+
+def name_weights(draft: Path, output: Path) -> None:
+    """Give the file `<draft>.data` that a draft's weights lie in, if any, its final name beside the output, and tell the draft.
+
+    The name holds the start of the content's sha256: so a new model's weights never replace those of the model it replaces, and
+    either is whole at any moment.
+    """
+    from onnx import TensorProto
+
+    data = draft.with_name(f"{draft.name}.data")
+    if not data.exists():
+        return
+    try:
+        with data.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        final = output.with_name(f"{output.stem}.{digest[:8]}.data")
+        model = read_model(draft)
+        for tensor in tensors(model):
+            if tensor.data_location == TensorProto.EXTERNAL:
+                next(entry for entry in tensor.external_data if entry.key == "location").value = final.name
+        draft.write_bytes(model.SerializeToString(deterministic=True))
+        data.replace(final)
+    finally:
+        data.unlink(missing_ok=True)
+
+
+def tensors(model: Model) -> Iterator[Any]:
+    """Yield all constant tensors of a model: of its graph, of the graphs inside its nodes, and of its functions."""
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        yield from _node_tensors(function.node)
+    for training in model.training_info:
+        yield from _graph_tensors(training.initialization)
+        yield from _graph_tensors(training.algorithm)
+
+
+def _graph_tensors(graph: Any) -> Iterator[Any]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[Any]) -> Iterator[Any]:
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for sparse in (*((attribute.sparse_tensor,) if attribute.HasField("sparse_tensor") else ()), *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            for inner in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
+                yield from _graph_tensors(inner)
+
+
+def external_files(path: Path) -> list[Path]:
+    """Return the files beside a model that hold its weights, sorted.
+
+    Raises:
+        ToolError: One is missing, too short, or lies outside the model's folder.
+    """
+    from onnx import TensorProto
+
+    ends: dict[str, int] = {}
+    for tensor in tensors(read_model(path)):
+        if any(size < 0 for size in tensor.dims) or math.prod(tensor.dims) > MOST_ELEMENTS:
+            got = f"{tensor.name} {list(tensor.dims)}"
+            raise ToolError("a constant of the model has an impossible shape", where=path, got=got, remedy=AGAIN)
+        if tensor.data_location == TensorProto.EXTERNAL:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            location = entries.get("location", "")
+            try:
+                offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
+            except ValueError:
+                offset = length = -1
+            parts = PurePosixPath(location).parts
+            if not location.isprintable() or len(parts) != 1 or parts[0] in ("..", "/") or min(offset, length) < 0:
+                got = f"{tensor.name}: {location!r} at {entries.get('offset', 0)}"
+                raise ToolError(
+                    "external weights must lie beside the model", where=path, got=got, expected="a file name", remedy=AGAIN
+                )
+            ends[location] = max(ends.get(location, 0), offset + (length or tensor_bytes(tensor)))
+    files = []
+    for location, end in sorted(ends.items()):
+        file = path.parent / location
+        if not file.is_file():
+            raise ToolError("the model's weights are missing", where=file, remedy=f"put {location} beside {path.name}")
+        if file.is_symlink() or file.stat().st_nlink > 1:
+            remedy = "copy the file itself there; huggingface_hub does with local_dir"
+            raise ToolError("the model's weights are a link, which ONNX does not follow", where=file, remedy=remedy)
+        size = file.stat().st_size
+        require_size(file, size, "model-gb")
+        if size < end:
+            expected = f"at least {end} bytes"
+            raise ToolError("the model's weights are cut off", where=file, got=size, expected=expected, remedy=AGAIN)
+        files.append(file)
+    return files
+
+
+def tensor_bytes(tensor: Any) -> int:
+    """Return the bytes a tensor's values take, wherever they lie."""
+    import onnx
+
+    bits = {"INT4": 4, "UINT4": 4}.get(onnx.TensorProto.DataType.Name(tensor.data_type))
+    if bits is None:
+        try:
+            bits = 8 * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+        except (KeyError, TypeError, ValueError):
+            bits = 8
+    return int((math.prod(tensor.dims) * bits + 7) // 8)
+
+
+def require_finite(path: Path) -> None:
+    """Raise ToolError where a float weight of a model is NaN or infinite, wherever it lies; reads all of them once."""
+    import onnx
+
+    floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
+    faults = []
+    with reading(path):
+        for tensor in tensors(read_model(path)):
+            if tensor.data_type not in floats:
+                continue
+            try:
+                values = onnx.numpy_helper.to_array(tensor, str(path.absolute().parent))
+            except (ValueError, TypeError, OSError, onnx.checker.ValidationError) as error:
+                got = f"{tensor.name}: {first_line(error)}"
+                raise ToolError("a constant of the model is damaged", where=path, got=got, remedy=AGAIN) from None
+            with np.errstate(all="ignore"):
+                is_finite = bool(np.isfinite(values.sum(dtype=np.float64)) or np.isfinite(values).all())
+            faults += [] if is_finite else [tensor.name]
+    if faults:
+        got = f"{len(faults)} tensors, the first {faults[0]}"
+        raise ToolError("the model holds NaN or infinite weights", where=path, got=got, remedy="train or export it again")
