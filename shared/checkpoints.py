@@ -27,6 +27,18 @@ if TYPE_CHECKING:
 CONTAINERS = ("model", "state_dict")  # keys under which most training code keeps the flat state dict
 REHEARSAL = "rehearsal"  # note on weights that are seeded, not trained
 NOTES = ("args", REHEARSAL)  # texts beside the weights that go on with them
+DTYPES = {  # of torch -> of the safetensors format
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+}
 WRAPPER = "module."  # what DataParallel puts before every key
 
 
@@ -243,24 +255,30 @@ def write_safetensors(
     shapes: Mapping[str, Iterable[int]],
     tensors: "Iterable[tuple[str, Tensor]]",
     metadata: Mapping[str, str] | None = None,
+    dtypes: "Mapping[str, torch.dtype] | None" = None,
 ) -> None:
-    """Write float32 tensors that come one at a time, so that only one of them is in memory.
+    """Write tensors that come one at a time, so that only one of them is in memory; the same tensors make the same bytes.
 
-    The library's own writer wants them all at once. Format: 8 bytes header length, JSON header, data.
+    The library's own writer wants them all at once, and writes several metadata in any order (safetensors 0.8).
+    Format: 8 bytes header length, JSON header, data.
 
     Args:
         path: File to write.
-        shapes: Key to shape, in the order in which the tensors will come.
-        tensors: Key and float32 tensor, in that order.
+        shapes: Key to shape, in the order in which the tensors will come; wider types come first, so that all are aligned.
+        tensors: Key and tensor, in that order.
         metadata: Text kept in the header.
+        dtypes: Key to type; default: all float32.
 
     Source: https://github.com/huggingface/safetensors#format
     """
+    import torch
+
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for key, shape in shapes.items():
-        size = 4 * math.prod(shape := tuple(shape))
-        header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        dtype = torch.float32 if dtypes is None else dtypes[key]
+        size = dtype.itemsize * math.prod(shape := tuple(shape))
+        header[key] = {"dtype": DTYPES[str(dtype)], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -268,7 +286,7 @@ def write_safetensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for (key, tensor), (expected, shape) in zip(tensors, shapes.items(), strict=True):
             assert key == expected and tuple(tensor.shape) == tuple(shape), (key, expected)
-            file.write(tensor.contiguous().numpy().data)
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def as_float32(tensor: "Tensor") -> "torch.Tensor":

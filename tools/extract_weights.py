@@ -24,7 +24,7 @@ from rich.table import Table
 from shared import artifacts
 from shared.artifacts import Plan, Product
 from shared.cards import PRODUCTS, Card, card_names, load_card
-from shared.checkpoints import Checkpoint, open_checkpoint, require_match, require_sound, select_detector
+from shared.checkpoints import Checkpoint, open_checkpoint, require_match, require_sound, select_detector, write_safetensors
 from shared.cli import DryRun, Overwrite, Refresh, Reproducible, run, step
 from shared.conversion import detector_shapes
 from shared.download import download as download_file
@@ -141,18 +141,19 @@ def _recognise(chosen: "dict[str, Tensor]") -> str | None:
 def _write(draft: Path, suffix: str, chosen: "dict[str, Tensor]", notes: dict[str, str]) -> None:
     """Write the tensors straight from the mapped checkpoint, then read the copy back and compare every value."""
     import torch
-    from safetensors.torch import save_file
 
     if suffix == ".pth":
-        torch.save({"model": chosen, **notes}, draft)
+        with draft.open("wb") as file:
+            torch.save({"model": chosen, **notes}, file)
     else:
-        storages: set[int] = set()
-        solid = {}
-        for key, tensor in chosen.items():  # the format forbids two keys for one storage: give the second its own
-            storage = tensor.untyped_storage().data_ptr()
-            solid[key] = tensor.clone(memory_format=torch.contiguous_format) if storage in storages else tensor.contiguous()
-            storages.add(storage)
-        save_file(solid, draft, metadata={"format": "pt", **notes})
+        order = sorted(chosen, key=lambda key: -chosen[key].dtype.itemsize)
+        write_safetensors(
+            draft,
+            {key: chosen[key].shape for key in order},
+            ((key, chosen[key]) for key in order),
+            {"format": "pt", **notes},
+            {key: chosen[key].dtype for key in order},
+        )
     copy = open_checkpoint(draft).state
     wrong = [key for key, tensor in chosen.items() if key not in copy or not torch.equal(copy[key], tensor)]
     if wrong or len(copy) != len(chosen):
