@@ -40,6 +40,7 @@ FACE_LANDMARKER_LIMITS = (
     "face_landmarks_detector.tflite:Identity_2=5",
     "face_blendshapes.tflite=0.05",
 )
+FAULTS = ("tests/test_strangers.py", "tests/test_interruptions.py", "tests/test_full_disk.py", "tests/test_bit_flips.py")
 TOOLS = {
     "extract_weights": "Take one component's weights out of a full training checkpoint.",
     "convert_detector": "Convert a watermark detector to TFLite or ONNX, checked against torch.",
@@ -341,6 +342,13 @@ def tests(session: nox.Session) -> None:
     """Run the tests; those on other people's files skip where the files are absent."""
     install(session, "tests")
     session.run("pytest", *session.posargs)
+
+
+@nox.session(default=False)
+def faults(session: nox.Session) -> None:
+    """Strangers' files, kills, full disks, bit flips and broken downloads at full length, an hour or two; CI runs fewer rounds."""
+    install(session, "tests")
+    session.run("pytest", *FAULTS, "--rounds", "50", *session.posargs)
 
 
 @nox.session(default=False)

@@ -16,7 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from shared.drafts import alone_in, draft_beside, identity, sync, write_json
 from shared.errors import CheckError, ToolError
-from shared.machine import Needs, available_memory_bytes, peak_rss_bytes, size_text
+from shared.forecast import Forecast, Foreseen
+from shared.machine import Needs, available_memory_bytes, peak_rss_bytes
 from shared.provenance import FileRecord, Provenance, as_json, provenance_path, read_provenance, record, versions, vouched
 
 Found = TypeVar("Found")
@@ -167,63 +168,6 @@ def _discard(plan: Plan, draft: Path, old: Provenance | None) -> None:
                 companion.unlink()
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """What would become of a product. Sizes are the most that is expected.
-
-    Args:
-        output: The file it would write.
-        state: What would become of it.
-        needs: What making it would take.
-        free_disk_bytes: In the output's folder.
-        free_memory_bytes: None where the system does not tell.
-    """
-
-    output: Path
-    state: str
-    needs: Needs
-    free_disk_bytes: int
-    free_memory_bytes: int | None
-
-    @property
-    def ok(self) -> bool:
-        """Whether there is enough of everything."""
-        enough_memory = self.free_memory_bytes is None or self.needs.memory_bytes <= self.free_memory_bytes
-        return enough_memory and self.needs.disk_bytes <= self.free_disk_bytes
-
-    def __rich__(self) -> str:
-        memory = "unknown" if self.free_memory_bytes is None else size_text(self.free_memory_bytes)
-        taken = (
-            f"needs {size_text(self.needs.disk_bytes)} of disk ({size_text(self.free_disk_bytes)} free) "
-            f"and {size_text(self.needs.memory_bytes)} of memory ({memory} free)"
-        )
-        short = "" if self.ok else "; NOT ENOUGH"
-        return f"{self.output}: {self.state}; at most {size_text(self.needs.product_bytes)}; {taken}{short}; nothing was written"
-
-
-@dataclass(frozen=True)
-class Forecasts:
-    """What a tool would do: its result in a dry run."""
-
-    forecasts: list[Forecast]
-
-    @property
-    def ok(self) -> bool:
-        """Whether there is enough of everything for each product."""
-        return all(forecast.ok for forecast in self.forecasts)
-
-    def __rich__(self) -> str:
-        return "\n".join(forecast.__rich__() for forecast in self.forecasts)
-
-
-class Foreseen(Exception):  # noqa: N818 - no error: it ends a dry run
-    """A dry run came to where it would begin to write; `result` tells what it would do."""
-
-    def __init__(self, *forecasts: Forecast) -> None:
-        super().__init__("a dry run writes nothing")
-        self.result = Forecasts(list(forecasts))
-
-
 def foresee(*plans: Plan) -> NoReturn:
     """Raise Foreseen for all of several plans, as `build` does for one in a dry run."""
 
@@ -314,7 +258,12 @@ def _require_same_again(plan: Plan, first: Provenance, make: Callable[[Path], ob
     """Make the product once more, and raise CheckError unless all its files have the same bytes."""
     with draft_beside(plan.output.with_name(f"{plan.output.stem}.again{plan.output.suffix}")) as again:
         make(again)
-        hashes = [record(path).sha256 for path in (again, *plan.companions(again))]
+        companions = plan.companions(again)
+        hashes = [record(path).sha256 for path in (again, *companions)]
+        known = {item.path for item in first.companions}
+        for path in companions:
+            if str(path) not in known:
+                path.unlink()
     if hashes != [item.sha256 for item in (first.output, *first.companions)]:
         remedy = "leave out --reproducible, and report it"
         raise CheckError(

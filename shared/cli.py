@@ -31,8 +31,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from shared.artifacts import Foreseen
 from shared.errors import ToolError, of_disk, one_line
+from shared.forecast import Foreseen
 from shared.limits import DEFAULTS, raise_limits
 from shared.machine import GIB, peak_rss_bytes
 from shared.supervision import supervise

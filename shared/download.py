@@ -21,7 +21,7 @@ from shared.vouching import write_voucher
 CHUNK_BYTES = 4 * MIB
 TIMEOUT_S = 60
 ATTEMPTS = 5  # in a row without a single new byte
-PAUSE_S = 2.0  # before the next attempt; doubled each time
+PAUSE_S = 1.0  # before the next attempt; doubled each time
 RETRIED = {408, 429, 500, 502, 503, 504}  # what a busy server answers, and a moment later does not
 
 

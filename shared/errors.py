@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, Self
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-MOST_GOT = 600  # characters of what was found: it may come out of a stranger's file
+MOST_SHOWN = 600  # characters of each part in the line; much of it may come out of a stranger's file
 
 
 class ToolError(Exception):
-    """A tool could not do its job; shown as one line.
+    """A tool could not do its job; shown as one line, its `parts` as an object with `--json`.
 
     Args:
         what: What went wrong, as a sentence without a full stop.
@@ -32,9 +32,7 @@ class ToolError(Exception):
     ) -> None:
         parts = {"what": what, "where": where, "got": got, "expected": expected, "remedy": remedy}
         self.parts = {name: one_line(str(part)) for name, part in parts.items() if part is not None}
-        if len(found := self.parts.get("got", "")) > MOST_GOT:
-            self.parts["got"] = f"{found[:MOST_GOT]}... ({len(found)} characters)"
-        told = self.parts
+        told = {name: _shortened(part) for name, part in self.parts.items()}
         head = f"{told['where']}: {told['what']}" if where is not None else told["what"]
         words = {"got": "got ", "expected": "expected ", "remedy": ""}
         super().__init__("; ".join([head, *(f"{word}{told[name]}" for name, word in words.items() if name in told)]))
@@ -52,6 +50,10 @@ class CheckError(ToolError):
     """A check of the product itself failed, and nothing was written."""
 
     exit_code = 1
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}... ({len(text)} characters; --json shows all)"
 
 
 def first_line(error: BaseException) -> str:

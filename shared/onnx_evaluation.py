@@ -64,7 +64,8 @@ def settle_samples(source: Path, model: Path, wish: OnnxWish, threads: int) -> S
         with open_model(ModelSource(model), threads=threads) as opened:
             inputs, outputs = opened.inputs, opened.outputs
     except ChildError as error:
-        raise ToolError("the model does not load", where=source, got=error) from None
+        remedy = "export it again, for a runtime of today"
+        raise ToolError("the model does not load", where=source, got=error, remedy=remedy) from None
     takes_image = image_input(inputs) is not None
     makes_image = takes_image and bool(outputs) and image_form(outputs[0].shape) is not None
     if wish.min_psnr is not None and not makes_image:
@@ -164,7 +165,7 @@ class Evaluation:
 
     def _refer_to(self, shown: Shown | ChildError) -> None:
         if isinstance(shown, ChildError):
-            raise ToolError("the model does not run", where=self._source, got=shown)
+            raise ToolError("the model does not run", where=self._source, got=shown, remedy="see what verify says of it")
         self._reference = shown.outputs
 
     def _fidelity(self, shown: Shown) -> Fidelity | None:

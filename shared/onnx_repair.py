@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ToolError, first_line
-from shared.onnx_files import MAX_PROTOBUF_BYTES, Model, external_files, read_model
+from shared.onnx_files import AGAIN, MAX_PROTOBUF_BYTES, Model, external_files, read_model
 from shared.onnx_graph import is_weight, node_names, readers_of
 
 LEAST_OPSET = 13  # DequantizeLinear has an axis from here on
@@ -123,9 +123,8 @@ def _upgrade(model: Model, source: Path, *, is_large: bool) -> tuple[int, Model]
     if opset >= LEAST_OPSET:
         return 0, model
     if is_large:
-        raise ToolError(
-            "a model this large can't be upgraded", where=source, got=f"opset {opset}", expected=f"at least {LEAST_OPSET}"
-        )
+        what, expected = "a model this large can't be upgraded", f"at least {LEAST_OPSET}"
+        raise ToolError(what, where=source, got=f"opset {opset}", expected=expected, remedy=AGAIN)
     try:
         upgraded = version_converter.convert_version(model, OPSET)
     except Exception as error:  # noqa: BLE001 - it raises whatever its C++ code throws
@@ -233,7 +232,7 @@ def _infer_shapes(model: Model, source: Path) -> int:
     try:
         inferred = shape_inference.infer_shapes(model, data_prop=True)  # weights of a large model are not loaded
     except Exception as error:  # noqa: BLE001 - it raises whatever its C++ code throws
-        raise ToolError("the model's shapes can't be inferred", where=source, got=first_line(error)) from None
+        raise ToolError("the model's shapes can't be inferred", where=source, got=first_line(error), remedy=AGAIN) from None
     del model.graph.value_info[:]
     model.graph.value_info.extend(inferred.graph.value_info)
     after = {value.name: _lengths(value) for value in model.graph.value_info}

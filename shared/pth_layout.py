@@ -8,6 +8,7 @@ Source: layout, https://github.com/pytorch/pytorch/blob/v2.13.0/torch/serializat
 
 import io
 import mmap
+import os
 import pickle
 import zipfile
 import zlib
@@ -20,6 +21,7 @@ from shared.errors import ToolError, first_line
 from shared.machine import MIB, cpu_count
 from shared.zip_layout import LayoutError, locate, require_stored
 
+CHUNK_BYTES = 8 * MIB
 MAX_RECORDS = 1_000_000
 MAX_PICKLE_BYTES = 64 * MIB  # ten times that of the largest checkpoints: it holds names and shapes
 RESAVE = "ask its author for a plain state dict (torch.save of tensors), or for .safetensors"
@@ -51,7 +53,7 @@ def check_pth(path: Path) -> None:
             require_stored(archive.infolist(), most=MAX_RECORDS)
             starts = locate(archive, content, zero_gaps=False)
             sizes = {info.filename: info.file_size for info in archive.infolist()}
-            _check_sums(archive, content, starts, path)
+            _check_sums(archive, file.fileno(), starts, path)
             (pickled,) = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")] or [""]
             if not pickled or sizes[pickled] > MAX_PICKLE_BYTES:
                 got = "no data.pkl" if not pickled else f"a data.pkl of {sizes[pickled]} bytes"
@@ -65,14 +67,16 @@ def check_pth(path: Path) -> None:
         raise ToolError(what, where=path, got=first_line(error), remedy="download it again") from None
 
 
-def _check_sums(archive: zipfile.ZipFile, content: mmap.mmap, starts: Mapping[str, int], path: Path) -> None:
+def _check_sums(archive: zipfile.ZipFile, handle: int, starts: Mapping[str, int], path: Path) -> None:
     """Compare every record with its CRC-32; several at once, as each is read at the speed of memory."""
-    with memoryview(content) as whole, ThreadPoolExecutor(cpu_count()) as pool:
+    with ThreadPoolExecutor(cpu_count()) as pool:
 
         def is_sound(info: zipfile.ZipInfo) -> bool:
-            start = starts[info.filename]
-            with whole[start : start + info.file_size] as data:
-                return zlib.crc32(data) == info.CRC
+            """Read in pieces, not through the mapping: memory stays small, however large the file."""
+            place, left, crc = starts[info.filename], info.file_size, 0
+            while left and (piece := os.pread(handle, min(left, CHUNK_BYTES), place)):
+                place, left, crc = place + len(piece), left - len(piece), zlib.crc32(piece, crc)
+            return left == 0 and crc == info.CRC
 
         infos = archive.infolist()
         damaged = [info.filename for info, is_fine in zip(infos, pool.map(is_sound, infos), strict=True) if not is_fine]

@@ -19,6 +19,7 @@ from shared.errors import ToolError
 from shared.formats import check_is_model, format_of, read_metadata, size_bytes
 from shared.images import ImageForm, image_form, image_layout, seeded_image, to_layout
 from shared.machine import MIB, available_memory_bytes, cpu_count
+from shared.sniffing import regular_size
 
 Kernels = Literal["xnnpack", "reference", "onnxruntime", "torch"]
 Layout = Literal["nchw", "nhwc"]
@@ -73,8 +74,8 @@ class ModelSource:
         """Raise ToolError unless the file is there and is of its kind."""
         if self.card is None:
             check_is_model(self.path)
-        elif not self.path.is_file():
-            raise ToolError("no such checkpoint file", where=self.path)
+        else:
+            regular_size(self.path, "checkpoint")
 
     @property
     def size_bytes(self) -> int:

@@ -55,6 +55,10 @@ def read_head(path: Path, kind: str, *, limit: str = "model-gb", again: str = "g
 def regular_size(path: Path, kind: str) -> int:
     """Return the size in bytes of a regular file; raise ToolError for anything else, before it is opened."""
     try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ToolError(f"the name of the {kind} is no text in UTF-8", where=path, remedy="rename it") from None
+    try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         what = f"no such {kind} file" if not path.is_symlink() else f"the {kind} is a link to a file that is not there"

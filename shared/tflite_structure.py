@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 SCHEMA_VERSION = 3
-MOST = 1_000_000  # of anything: tensors, ops, buffers; the largest models known have thousands
+MOST = 30_000  # of anything: tensors, ops, buffers; the largest models known have thousands, and the quantizer takes hours for more
 MOST_RANK = 16
 MOST_ELEMENTS = 2**42
 VARIABLE_LENGTH = ("STRING", "RESOURCE", "VARIANT")  # their constants' size does not follow from their shape

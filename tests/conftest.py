@@ -7,12 +7,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
 REALDATA = ROOT.parent / "shared" / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let tests of faults at random moments run more often: `--rounds 50`."""
+    parser.addoption("--rounds", type=int, default=3, help="Random moments, or quarters of bit flips, for each tool and format.")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -100,6 +106,24 @@ def miniseal(tmp_path_factory: pytest.TempPathFactory) -> Miniseal:
     checkpoint, int8 = folder / "checkpoint.safetensors", tmp_path_factory.mktemp("miniseal") / "int8.tflite"
     done = convert_detector(model="miniseal", checkpoint=checkpoint, quantize=Precision.INT8, output=int8)
     return Miniseal(checkpoint, done.float_product.path, int8, folder / "samples" / "messages.json")
+
+
+TABLE: list[list[str]] = []
+
+
+@pytest.fixture
+def record_table() -> list[list[str]]:
+    """Return a list whose rows are printed behind the test results, whether the tests passed or not."""
+    return TABLE
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what tests recorded as a table."""
+    if TABLE:
+        terminalreporter.section("bad inputs: row, tool, input, exit code, verdict, line")
+        widths = [max(len(row[column]) for row in TABLE) for column in range(len(TABLE[0]))]
+        for row in TABLE:
+            terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

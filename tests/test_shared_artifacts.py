@@ -6,15 +6,20 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from shared import drafts
 from shared.artifacts import Plan, Product, build, require_not_anothers
 from shared.drafts import draft_beside, workspace
-from shared.errors import ToolError
-from shared.provenance import provenance_path, read_provenance, record
+from shared.errors import CheckError, ToolError
+from shared.forecast import Foreseen
+from shared.machine import Needs
+from shared.provenance import provenance_path, read_provenance, record, require_vouched
+from shared.vouching import write_voucher
 
 
 @dataclass(frozen=True)
@@ -156,8 +161,13 @@ def test_an_output_that_is_an_input_a_folder_or_a_link_is_refused(work: Work, tm
         work.build(output=tmp_path, overwrite=True)
     link = tmp_path / "link.txt"
     link.symlink_to(tmp_path / "nowhere.txt")
-    with pytest.raises(ToolError, match="the output exists"):
-        work.build(output=link, refresh=True)
+    for target in (tmp_path / "nowhere.txt", work.source):
+        link.unlink()
+        link.symlink_to(target)
+        for overwrite in (False, True):
+            with pytest.raises(ToolError, match="is a symbolic link"):
+                work.build(output=link, refresh=True, overwrite=overwrite)
+    assert work.source.read_text() == "abc"
 
 
 def test_a_folder_that_is_missing_or_no_folder_is_refused_before_the_work(work: Work, tmp_path: Path) -> None:
@@ -168,12 +178,16 @@ def test_a_folder_that_is_missing_or_no_folder_is_refused_before_the_work(work: 
 
 
 def test_drafts_of_dead_processes_are_cleared_away_and_others_left(tmp_path: Path) -> None:
-    dead, alive = tmp_path / ".out.txt.999999999.partial", tmp_path / f".out.txt.{os.getppid()}.partial"
-    dead.touch()
-    alive.touch()
+    here = drafts._scope()
+    names = [f"{here}-999999999", f"{here}-{os.getppid()}", "0123abcd-999999999", "0123abcd-999999998"]
+    dead, alive, elsewhere, old = (tmp_path / f".out.txt.{name}.partial" for name in names)
+    for path in (dead, alive, elsewhere, old):
+        path.touch()
+    os.utime(old, (time.time() - 2 * drafts.ABANDONED_S,) * 2)
     with draft_beside(tmp_path / "out.txt"):
         pass
-    assert (dead.exists(), alive.exists()) == (False, True)
+    left = [path.exists() for path in (dead, alive, elsewhere, old)]
+    assert left == [False, True, True, False], "another machine's or container's process may be alive for a day"
 
 
 def test_an_unchanged_file_is_not_hashed_again(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +207,7 @@ def test_provenance_that_is_not_ours_is_none(work: Work) -> None:
 
 
 def test_a_missing_input_is_an_error(work: Work, tmp_path: Path) -> None:
-    with pytest.raises(ToolError, match="no such file"):
+    with pytest.raises(ToolError, match="no such input file"):
         work.build(inputs=[tmp_path / "absent"])
 
 
@@ -212,7 +226,7 @@ def test_devices_and_pipes_are_neither_read_nor_replaced(work: Work, tmp_path: P
     os.mkfifo(pipe)
     with pytest.raises(ToolError, match="no regular file"):
         work.build(output=pipe, overwrite=True)
-    with pytest.raises(ToolError, match="not a regular file"):
+    with pytest.raises(ToolError, match="the input is no regular file"):
         work.build(inputs=[pipe])
     os.mkfifo(provenance_path(work.source))
     assert read_provenance(work.source) is None
@@ -349,9 +363,129 @@ def test_a_refresh_with_the_same_weights_keeps_them(work: Work) -> None:
 def test_weights_of_drafts_of_dead_processes_are_cleared_away(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    stale, running = tmp_path / f".m.onnx.{ended.pid}.partial.data", tmp_path / f".m.onnx.{os.getppid()}.partial.data"
+    names = [f".m.onnx.{drafts._scope()}-{pid}.partial.data" for pid in (ended.pid, os.getppid())]
+    stale, running = (tmp_path / name for name in names)
     for path in (stale, running):
         path.touch()
     with draft_beside(tmp_path / "m.onnx"):
         assert not stale.exists()
         assert running.exists()
+
+
+# What vouches for inputs.
+
+
+@pytest.mark.parametrize("noted", ["provenance", "sha256", "sums"])
+def test_an_input_that_is_not_what_its_checksum_says_is_refused(work: Work, noted: str) -> None:
+    product, _ = work.build()
+    path = product.path
+    if noted != "provenance":
+        provenance_path(path).unlink()
+    if noted == "sha256":
+        write_voucher(path, product.sha256)
+    if noted == "sums":
+        path.with_name("SHA256SUMS").write_text(f"{'0' * 64}  other.txt\n{product.sha256} *./{path.name}\n")
+    further = replace(work.plan, output=path.with_name("further.txt"), inputs=[path])
+    build(further, Found, work.make)
+    by = {"provenance": f"{path.name}.json", "sha256": f"{path.name}.sha256", "sums": "SHA256SUMS"}[noted]
+    provenance = read_provenance(further.output)
+    assert provenance is not None
+    assert [item.vouched_by for item in provenance.inputs] == [by]
+    path.write_text("ABD")
+    with pytest.raises(ToolError, match=rf"not the one that its checksum is of.*as {by} says; .*remove {by}"):
+        build(replace(further, output=path.with_name("again.txt")), Found, work.make)
+    with pytest.raises(ToolError, match="not the one that its checksum is of"):
+        require_vouched([path])
+
+
+def test_nothing_vouches_for_a_strangers_file_and_that_is_on_record(work: Work) -> None:
+    work.build()
+    provenance = read_provenance(work.plan.output)
+    assert provenance is not None
+    assert [item.vouched_by for item in provenance.inputs] == [""]
+
+
+def test_a_note_of_a_hash_that_is_none_is_told(work: Work) -> None:
+    work.source.with_name("source.txt.sha256").write_text("not a hash")
+    with pytest.raises(ToolError, match="no sha256"):
+        work.build()
+
+
+def test_an_input_that_changes_meanwhile_leaves_nothing(work: Work) -> None:
+    def slow(draft: Path) -> Found:
+        found = work.make(draft)
+        work.source.write_text("xyz")
+        return found
+
+    with pytest.raises(ToolError, match="changed while it was worked on; nothing was kept"):
+        build(work.plan, Found, slow)
+    assert not work.plan.output.exists()
+
+
+# Twice, dry, and reopened.
+
+
+def test_what_is_made_twice_alike_is_on_record(work: Work) -> None:
+    work.build(reproducible=True)
+    provenance = read_provenance(work.plan.output)
+    assert provenance is not None
+    assert (provenance.made_twice, work.times) == (True, 2)
+    assert sorted(path.name for path in work.plan.output.parent.iterdir()) == ["out.txt", "out.txt.json", "source.txt"]
+
+
+def test_what_differs_the_second_time_is_a_failed_check_and_not_kept(work: Work) -> None:
+    def fickle(draft: Path) -> Found:
+        work.times += 1
+        draft.write_text(f"{work.times}")
+        return Found(1)
+
+    with pytest.raises(CheckError, match="made twice") as caught:
+        build(replace(work.plan, reproducible=True), Found, fickle)
+    assert caught.value.exit_code == 1
+    assert not work.plan.output.exists()
+
+
+def test_weights_that_differ_the_second_time_are_not_kept_either(work: Work) -> None:
+    with_weights(work)
+
+    def fickle(draft: Path) -> Found:
+        work.source.write_text("abc" * (work.times + 1))
+        return work.make(draft)
+
+    with pytest.raises(CheckError):
+        build(replace(work.plan, inputs=[], reproducible=True), Found, fickle)
+    assert len(weights_beside(work)) <= 1
+
+
+def test_a_dry_run_says_what_would_be_and_writes_nothing(work: Work) -> None:
+    plan = replace(work.plan, needs=lambda: Needs("shout", 10, 20, 30))
+    before = sorted(work.plan.output.parent.iterdir())
+    with pytest.raises(Foreseen) as caught:
+        build(replace(plan, dry_run=True), Found, work.make)
+    (forecast,) = caught.value.result.forecasts
+    assert (forecast.state, forecast.needs.disk_bytes, forecast.ok) == ("would be written", 20, True)
+    assert (sorted(work.plan.output.parent.iterdir()), work.times) == (before, 0)
+    build(plan, Found, work.make)
+    for changes, state in (({}, "is up to date"), ({"arguments": {}, "refresh": True}, "would be replaced")):
+        with pytest.raises(Foreseen) as caught:
+            build(replace(plan, dry_run=True, **changes), Found, work.make)
+        assert caught.value.result.forecasts[0].state == state
+
+
+@pytest.mark.parametrize("what", ["disk", "memory"])
+def test_what_does_not_suffice_is_told_before_the_work_and_in_a_dry_run(work: Work, what: str) -> None:
+    needs = Needs("shout", **{f"{what}_bytes": 2**60})  # type: ignore[arg-type]
+    with pytest.raises(ToolError, match=f"not enough free {what} to shout"):
+        work.build(needs=lambda: needs)
+    with pytest.raises(Foreseen) as caught:
+        work.build(needs=lambda: needs, dry_run=True)
+    assert (caught.value.result.ok, work.times) == (False, 0)
+
+
+def test_a_draft_that_its_consumer_does_not_read_never_gets_its_name(work: Work) -> None:
+    def refuse(draft: Path) -> None:
+        raise ToolError("unreadable", got=draft.read_text())
+
+    with pytest.raises(ToolError, match="unreadable; got ABC"):
+        work.build(reopen=refuse)
+    assert not work.plan.output.exists()

@@ -1,7 +1,7 @@
 """Run tools as their users do, hundreds of times, without waiting for imports: a process that has imported all forks for each call.
 
-What runs in the fork is `shared.cli.run`, the whole command: watched by a parent, with its exit code, stdout and stderr. On Linux as
-root it has no network. `python -m tests.zygote` is the process; `Zygote` talks to it.
+What runs in the fork is `shared.cli.run`, the whole command: watched by a parent, with its exit code, stdout and stderr. As root on
+Linux it has no network. `python -m tests.zygote` is the process; `Zygote` talks to it.
 """
 
 import contextlib
@@ -73,8 +73,8 @@ class Zygote:
             arguments: Its command line.
             folder: Where it runs; what it prints is kept in files beside that folder.
             env: Further environment variables.
-            patch: Name of a function of `tests.faults` and its arguments as JSON, such as 'kill_at [3]', called in the fork before the
-                tool: it makes faults.
+            patch: Name of a function of `tests.faults` and its arguments as JSON, such as 'kill_at [3]', called before the tool:
+                it makes faults.
             kill_after_s: Send SIGKILL to the tool's process after this time; its code is then -9.
         """
         outputs = [folder.with_name(f"{folder.name}.{stream}") for stream in ("stdout", "stderr")]
@@ -91,9 +91,7 @@ class Zygote:
 def _serve() -> None:
     for library in LIBRARIES:
         importlib.import_module(library)
-    tools: dict[str, Callable[..., Any]] = {
-        name: getattr(importlib.import_module(f"tools.{name}"), name) for name in noxfile.TOOLS
-    }
+    tools: dict[str, Callable[..., Any]] = {name: getattr(importlib.import_module(f"tools.{name}"), name) for name in noxfile.TOOLS}
     for line in sys.stdin:
         order = json.loads(line)
         start = time.monotonic()

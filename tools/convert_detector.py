@@ -43,6 +43,7 @@ BASE_MEMORY = int(0.9 * GIB)
 MEMORY_PER_BYTE = 0.3
 MAX_RELATIVE_ERROR = 1e-4  # float32 rounding in another order gives 1e-6; a wrong layer gives 1e-1
 CHECK_SEED = 1
+SCALES_SHARE, GRAPH_BYTES = 0.03, 2**19  # of a product beside its weights, at most: norms and the like; tables and names
 STEM_KERNEL = 4  # pixels
 TOTAL_HALVING = 8  # of the three downsamplings behind the stem
 
@@ -290,7 +291,8 @@ def convert_detector(
     weights_bytes = _weights_bytes(card)
     is_new = rehearsal and not weights.exists()
     disk = (3 if is_new else 2) * weights_bytes
-    needs = Needs("convert this model", weights_bytes, disk, BASE_MEMORY + int(weights_bytes * MEMORY_PER_BYTE))
+    largest = int(weights_bytes * (1 + SCALES_SHARE)) + GRAPH_BYTES
+    needs = Needs("convert this model", largest, disk + GRAPH_BYTES, BASE_MEMORY + int(weights_bytes * MEMORY_PER_BYTE))
 
     def make(draft: Path) -> FloatModel:
         if rehearsal:
@@ -315,7 +317,7 @@ def convert_detector(
         reopen=check_is_onnx if is_onnx else lambda _: None,
     )
     if dry_run:
-        pressed = Needs("quantize this model", int(weights_bytes * SHARES[quantize]), 2 * weights_bytes, needs.memory_bytes)
+        pressed = Needs("quantize this model", int(largest * SHARES[quantize]) + GRAPH_BYTES, 2 * largest, needs.memory_bytes)
         further = Plan(output, "quantize_tflite", {}, overwrite=overwrite, refresh=refresh, needs=lambda: pressed)
         artifacts.foresee(*[plan] if wants_float else [plan, further])
     if is_new:

@@ -125,7 +125,11 @@ def _groups(state: "dict[str, Tensor]") -> list[Group]:
 
 
 def _group(name: str, tensors: "list[Tensor]") -> Group:
-    return Group(name, len(tensors), sum(tensor.nbytes for tensor in tensors))
+    return Group(name, len(tensors), sum(map(_size, tensors)))
+
+
+def _size(tensor: "Tensor") -> int:
+    return int(tensor.numel() * tensor.element_size())  # sparse ones, which are refused later, have no nbytes
 
 
 def _detector_shapes(card: Card) -> dict[str, tuple[int, ...]]:
@@ -212,7 +216,7 @@ def extract_weights(
         return opened, kept
 
     def needs() -> Needs:
-        size = sum(tensor.nbytes for tensor in chosen()[1].values()) + HEADER_BYTES
+        size = sum(map(_size, chosen()[1].values())) + HEADER_BYTES
         return Needs("write the weights", size, size, MEMORY_BYTES)
 
     def make(draft: Path) -> Contents:
