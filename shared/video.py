@@ -40,7 +40,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Callable[[], bool]]]:
     head = read_head(path, "video", limit="video-gb", again=AGAIN)
     if not any(head[place : place + len(magic)] == magic for place, magic in CONTAINERS):
         raise _no_video(path, name_kind(head))
-    cv2.setLogLevel(0)  # what is wrong with a file is told in one line
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong with a file is told in one line
     with reading(path) as goes_on:
         capture = cv2.VideoCapture(str(path.absolute()), cv2.CAP_FFMPEG)
 

@@ -182,6 +182,7 @@ def cases(good: Good) -> list[Case]:
         code: int = 2,
         suffix: str = "",
         more: tuple[str, ...] = (),
+        fails: str = "",
     ) -> None:
         for tool, command in COMMANDS[kind].items():
 
@@ -194,7 +195,7 @@ def cases(good: Good) -> list[Case]:
                     named = edit(path)
                 return [*command(str(named or path.name), good), *more]
 
-            found.append(Case(row, name, tool, arguments, code, says))
+            found.append(Case(row, name, tool, arguments, 1 if tool == fails else code, "" if tool == fails else says))
 
     _add_checkpoints(add, good)
     _add_safetensors(add, good)
@@ -326,7 +327,7 @@ def _add_checkpoints(add: Add, good: Good) -> None:
     add("C17", "a wrong shape", "weights", saved(turned), "1 with the wrong shape", more=model)
     add("C17", "integers", "weights", saved({k: v.to(torch.int8) for k, v in state.items()}), "torch.int8")
     add("C17", "bfloat16", "weights", saved({k: v.to(torch.bfloat16) for k, v in state.items()}), "", code=0)
-    add("C18", "a NaN", "checkpoint", saved(bent), "holds 1 NaN or infinite")
+    add("C18", "a NaN", "checkpoint", saved(bent), "holds 1 NaN or infinite", fails="compare")
     add("C18", "zeros throughout", "weights", saved({k: torch.zeros_like(v) for k, v in state.items()}), "ZERO throughout", code=0)
     grown = {k: torch.zeros(65, v.shape[1]) if k.endswith("linear.weight") else v for k, v in state.items()}
     add("C19", "another number of bits", "weights", saved(grown), "instead of", more=model)
@@ -349,7 +350,7 @@ def _add_checkpoints(add: Add, good: Good) -> None:
     add("C25", "a name of 300 characters", "weights", lambda _: Path("x" * 300), "can't be reached: File name too long")
     add("C25", "a name that starts with a dash", "weights", special(lambda p: p.write_bytes(content), "-x.pth"), "No such option")
     fine = os.fsdecode(b"caf\xe9.pth")
-    add("C25", "a name that is no text", "weights", special(lambda path: path.write_bytes(content), fine), "", code=0)
+    add("C25", "a name that is no text", "weights", special(lambda path: path.write_bytes(content), fine), "no text in UTF-8; rename it")
 
 
 def _sparse_checkpoint(path: Path) -> None:
@@ -461,7 +462,7 @@ def _add_tflite(add: Add, good: Good) -> None:
     add("F02", "18 00 00 00 TFL3", "tflite", b"\x18\0\0\0TFL3", damaged)
     for size in (16, 64, 256, 1024, 4096, int(0.99 * len(content))):
         add("F03", f"cut off at {size} bytes", "quantize" if size < 4096 else "tflite", content[:size], damaged)
-    add("F05", "another identifier", "tflite", content[:4] + b"TFL2" + content[8:], "not a TFLite model")
+    add("F05", "another identifier", "tflite", content[:4] + b"TFL2" + content[8:], "not a TFLite model|not a plain bundle")
     for version in (2, 99):
         add("F05", f"schema version {version}", "quantize", edited(lambda m, v=version: setattr(m, "version", v)), "schema version")
     add("F06", "no graph", "quantize", edited(lambda m: setattr(m, "subgraphs", [])), "no graph")
@@ -492,7 +493,8 @@ def _add_tflite(add: Add, good: Good) -> None:
     )
     add("F08", "an axis of -5", "quantize", edited(lambda m: setattr(constant(m), "shape", [-5])), "has the shape")
     add("F09", "weights behind the end", "tflite", external(10**9, 64), "outside the file")
-    add("F09", "weights whose place wraps around", "tflite", external(2**64 - 8, 64), "outside the file|damaged")
+    add("F09", "weights whose place wraps around", "tflite", external(2**64 - 8, 64), "outside the file|damaged")    add("F10", "weights behind the flatbuffer", "quantize", _with_weights_behind(good), "", code=0)
+    add("F14", "no signature", "quantize", edited(lambda m: setattr(m, "signatureDefs", [])), "", code=0)
     add("F12", "a custom op that nobody has", "quantize", _with_custom_op(good), "", code=0)
     add("F13", "quantized already", "quantize", _quantized(good), "changes no op|quantized already")
     add("F15", "a scale of 0", "quantize", scaled(scale=[0.0]), "a scale that is not above 0")
@@ -515,6 +517,28 @@ def _add_tflite(add: Add, good: Good) -> None:
     add("F01", "a web page", "tflite", HTML, "not a TFLite model; got an HTML page")
     add("F01", "a Git LFS pointer", "tflite", LFS, "git lfs pull")
     add("F21", "samples of NaN", "quantize", content, "holds NaN or infinity", more=("--calibration", str(_nan_samples(good))))
+
+
+def _with_weights_behind(good: Good) -> Edit:
+    """As AI Edge Quantizer writes models above 256 KiB."""
+
+    def edit(path: Path) -> None:
+        model = flatbuffer_utils.read_model(str(good.tflite))
+        place = 2**20
+        blocks = []
+        for buffer in model.buffers:
+            if buffer.data is not None and len(buffer.data) > 1000:
+                blocks.append((place, bytes(buffer.data)))
+                buffer.data, buffer.offset, buffer.size = None, place, len(blocks[-1][1])
+                place += -(-buffer.size // 16) * 16
+        flatbuffer_utils.write_model(model, str(path))
+        assert path.stat().st_size < 2**20
+        with path.open("r+b") as file:
+            for start, block in blocks:
+                file.seek(start)
+                file.write(block)
+
+    return edit
 
 
 def _lost_metadata(model: Any) -> None:
@@ -658,10 +682,10 @@ def _add_onnx(add: Add, good: Good) -> None:
             "onnx" if kind == "symlink" else "dynamic",
             external(linked(kind)),
             "a link|missing",
-        )
-    add(
-        "O05",
-        "weights that are not there",
+        )    for location in ("../secret.txt", "/etc/hostname"):
+        whole = _absolute(external(say("location", location)))
+        add("O04", f"the same by its full path: {location!r}", "dynamic", whole, "beside the model")
+    add("O05", "weights that are not there",
         "onnx",
         external(lambda *_: None, data=False),
         "w.data: the model's weights are missing",
@@ -696,6 +720,14 @@ def _add_onnx(add: Add, good: Good) -> None:
     )
     add("O15", "a NaN weight", "dynamic", edited(nan), "NaN or infinite weights")
     add("O01", "a model of LiteRT", "onnx", good.tflite.read_bytes(), "got a TFLite model")
+
+
+def _absolute(edit: Edit) -> Edit:
+    def edited(path: Path) -> Path:
+        edit(path)
+        return path.absolute()
+
+    return edited
 
 
 def _with_strange_key(_: Path, model: Any) -> None:
@@ -850,8 +882,10 @@ def _add_pictures(add: Add, good: Good) -> None:
     )
     for address in ("http://127.0.0.1:9/v.mp4", "rtsp://127.0.0.1/v.mp4", "pipe:0.mp4", "img_%03d.mp4"):
         add("V03", address, "picture", lambda _, a=address: Path(a), "no such source file", suffix=".mp4")
-    add("V05", "sound alone", "picture", _ftyp(b"mp42") + b"\0\0\0\x08free", none, suffix=".mp4")
-    add("V07", "frames of 17 gigapixels", "picture", _avi_with_huge_frames, none, suffix=".avi")
+    add("V05", "sound alone", "picture", _ftyp(b"mp42") + b"\0\0\0\x08free", none, suffix=".mp4")    small = ("--limit", "megapixels=0.005")
+    add("V07", "frames larger than the limit", "picture", lambda p: p.write_bytes(_avi(p)) and None, none, suffix=".avi", more=small)
+    add("I08", "an image larger than the limit", "picture", png, none, more=small)
+    add("V04", "corrupt packets in the middle", "picture", _avi_with_noise, none, suffix=".avi")
     add("C02", "a checkpoint called .png", "picture", good.pth.read_bytes(), none)
 
 
@@ -891,11 +925,11 @@ def _avi_with_fewer_frames(path: Path) -> None:
     path.write_bytes(content)
 
 
-def _avi_with_huge_frames(path: Path) -> None:
+def _avi_with_noise(path: Path) -> None:
     content = _avi(path)
-    main, form = content.index(b"avih") + 8 + 32, content.index(b"strf") + 8 + 4
-    for place in (main, form):
-        content[place : place + 8] = struct.pack("<2L", 131_072, 131_072)
+    frames = [place for place in range(len(content) - 4) if content[place : place + 4] == b"00dc"][:12]
+    for place in frames[3:9]:
+        content[place + 8 : place + 600] = np.random.default_rng(place).bytes(592)
     path.write_bytes(content)
 
 

@@ -53,7 +53,7 @@ def faults_of(case: Case, done: Done, folder: Path, before: dict[str, str]) -> I
         if after != before:
             yield f"written: {sorted(after.items() ^ before.items())}"
     lost = [name for name, content in before.items() if after.get(name) != content]
-    if lost:
+    if lost and case.row != "X14":
         yield f"changed: {lost}"
     if stray(folder) and case.row != "X14":
         yield f"left behind: {stray(folder)}"
@@ -93,8 +93,6 @@ def test_every_bad_input_gets_what_it_must(good: Good, zygote: Zygote, tmp_path:
         arguments = case.arguments(folder)
         before = hashes(folder)
         done = zygote.run(case.tool, *arguments, "--json", folder=folder, env=case.env)
-        with Path("/tmp/str_progress").open("a") as f:
-            f.write(f"{case.id} {done.code} {done.seconds:.1f}\n")
         faults = list(faults_of(case, done, folder, before))
         rows[case.row] += 1
         codes[case.tool, done.code] += 1
@@ -102,7 +100,7 @@ def test_every_bad_input_gets_what_it_must(good: Good, zygote: Zygote, tmp_path:
         record_table.append([case.row, case.tool, case.name, str(done.code), "ok" if not faults else "WRONG", line[:110]])
         wrong += [f"{case.id}: {fault}" for fault in faults]
     assert not wrong, f"{len(wrong)} faults:\n" + "\n".join(wrong)
-    assert len(rows) >= 100 - 45, sorted(rows)
+    assert len([row for row in rows if not row.startswith("T")]) >= 100, sorted(rows)
     assert {tool for tool, _ in codes} == {
         "extract_weights",
         "convert_detector",
