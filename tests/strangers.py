@@ -350,7 +350,8 @@ def _add_checkpoints(add: Add, good: Good) -> None:
     add("C25", "a name of 300 characters", "weights", lambda _: Path("x" * 300), "can't be reached: File name too long")
     add("C25", "a name that starts with a dash", "weights", special(lambda p: p.write_bytes(content), "-x.pth"), "No such option")
     fine = os.fsdecode(b"caf\xe9.pth")
-    add("C25", "a name that is no text", "weights", special(lambda path: path.write_bytes(content), fine), "no text in UTF-8; rename it")
+    named_so = special(lambda path: path.write_bytes(content), fine)
+    add("C25", "a name that is no text", "weights", named_so, "no text in UTF-8; rename it")
 
 
 def _sparse_checkpoint(path: Path) -> None:
@@ -493,7 +494,8 @@ def _add_tflite(add: Add, good: Good) -> None:
     )
     add("F08", "an axis of -5", "quantize", edited(lambda m: setattr(constant(m), "shape", [-5])), "has the shape")
     add("F09", "weights behind the end", "tflite", external(10**9, 64), "outside the file")
-    add("F09", "weights whose place wraps around", "tflite", external(2**64 - 8, 64), "outside the file|damaged")    add("F10", "weights behind the flatbuffer", "quantize", _with_weights_behind(good), "", code=0)
+    add("F09", "weights whose place wraps around", "tflite", external(2**64 - 8, 64), "outside the file|damaged")
+    add("F10", "weights behind the flatbuffer", "quantize", _with_weights_behind(good), "", code=0)
     add("F14", "no signature", "quantize", edited(lambda m: setattr(m, "signatureDefs", [])), "", code=0)
     add("F12", "a custom op that nobody has", "quantize", _with_custom_op(good), "", code=0)
     add("F13", "quantized already", "quantize", _quantized(good), "changes no op|quantized already")
@@ -682,10 +684,13 @@ def _add_onnx(add: Add, good: Good) -> None:
             "onnx" if kind == "symlink" else "dynamic",
             external(linked(kind)),
             "a link|missing",
-        )    for location in ("../secret.txt", "/etc/hostname"):
+        )
+    for location in ("../secret.txt", "/etc/hostname"):
         whole = _absolute(external(say("location", location)))
         add("O04", f"the same by its full path: {location!r}", "dynamic", whole, "beside the model")
-    add("O05", "weights that are not there",
+    add(
+        "O05",
+        "weights that are not there",
         "onnx",
         external(lambda *_: None, data=False),
         "w.data: the model's weights are missing",
@@ -882,8 +887,11 @@ def _add_pictures(add: Add, good: Good) -> None:
     )
     for address in ("http://127.0.0.1:9/v.mp4", "rtsp://127.0.0.1/v.mp4", "pipe:0.mp4", "img_%03d.mp4"):
         add("V03", address, "picture", lambda _, a=address: Path(a), "no such source file", suffix=".mp4")
-    add("V05", "sound alone", "picture", _ftyp(b"mp42") + b"\0\0\0\x08free", none, suffix=".mp4")    small = ("--limit", "megapixels=0.005")
-    add("V07", "frames larger than the limit", "picture", lambda p: p.write_bytes(_avi(p)) and None, none, suffix=".avi", more=small)
+    add("V05", "sound alone", "picture", _ftyp(b"mp42") + b"\0\0\0\x08free", none, suffix=".mp4")
+    small = ("--limit", "megapixels=0.005")
+    add(
+        "V07", "frames larger than the limit", "picture", lambda p: p.write_bytes(_avi(p)) and None, none, suffix=".avi", more=small
+    )
     add("I08", "an image larger than the limit", "picture", png, none, more=small)
     add("V04", "corrupt packets in the middle", "picture", _avi_with_noise, none, suffix=".avi")
     add("C02", "a checkpoint called .png", "picture", good.pth.read_bytes(), none)
