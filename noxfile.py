@@ -40,7 +40,7 @@ FACE_LANDMARKER_LIMITS = (
     "face_landmarks_detector.tflite:Identity_2=5",
     "face_blendshapes.tflite=0.05",
 )
-FAULTS = ("tests/test_strangers.py", "tests/test_interruptions.py", "tests/test_full_disk.py", "tests/test_bit_flips.py")
+FAULTS = tuple(f"tests/test_{name}.py" for name in ("strangers", "interruptions", "full_disk", "bit_flips", "interrupted_downloads"))
 TOOLS = {
     "extract_weights": "Take one component's weights out of a full training checkpoint.",
     "convert_detector": "Convert a watermark detector to TFLite or ONNX, checked against torch.",

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from shared.errors import ToolError, first_line
 from shared.images import image_files, read_pixels, to_form
 from shared.runtime import TensorSpec, describe, image_input
-from shared.sniffing import read_head
+from shared.sniffing import is_regular, read_head
 from shared.supervision import reading
 from shared.tflite import ZIP_DAMAGE
 
@@ -189,7 +189,7 @@ def _listed_images(path: Path, part: Part = "samples") -> list[Path]:
     if strange or not names:
         raise ToolError("the manifest names no files beside it", where=path, got=strange[:1] or "none", remedy=AGAIN)
     files = [path.parent / name for name in names]
-    if missing := [file for file in files if not file.is_file()]:
+    if missing := [file for file in files if not is_regular(file)]:
         got = f"{len(missing)}, the first {missing[0]}"
         raise ToolError("the manifest names files that are not there", where=path, got=got, remedy=AGAIN)
     return files

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from shared.errors import ToolError
-from shared.sniffing import read_head
+from shared.sniffing import is_regular, read_head
 
 Bits = NDArray[np.bool_]  # (K,)
 FILE_NAME = "messages.json"
@@ -159,6 +159,6 @@ def _beside(path: Path, name: str) -> Path:
     if not is_inside:
         what, remedy = "an image lies outside the folder of its messages file", "put it there, or below"
         raise ToolError(what, where=path, got=repr(name), remedy=remedy)
-    if not (folder / name).is_file():
+    if not is_regular(folder / name):
         raise ToolError("an image of the messages file is not there", where=path, got=repr(name), remedy=AGAIN)
     return folder / name

@@ -75,6 +75,15 @@ def regular_size(path: Path, kind: str) -> int:
     return status.st_size
 
 
+def is_regular(path: Path) -> bool:
+    """Return whether a file of that name can be read; a name out of a stranger's list may be none at all."""
+    try:
+        regular_size(path, "")
+    except ToolError:
+        return False
+    return True
+
+
 def name_kind(head: bytes) -> str:
     """Return what a file is by its first bytes, in words."""
     for place, magic, kind in MAGIC:

@@ -36,6 +36,7 @@ from shared.runtime import ModelSource, describe, image_input, open_model
 from shared.sampling import Candidate, Look
 from shared.selection import SamplesWish, Skipped, choose_parts, look_at_all
 from shared.sheets import Point, write_coverage_plot
+from shared.sniffing import is_regular
 from shared.sources import Columns, Source, find_sources, synthetic_sources
 
 PACKAGES = ("numpy", "pillow", "opencv-python-headless")
@@ -128,7 +129,7 @@ def _entry(name: str, digest: str, source: Source, candidate: Candidate, hashes:
 
 def _prepare(folder: Path, sources: Sequence[Source], given: int, wish: SamplesWish, draft: Path) -> Chosen:
     """Choose and write all samples, and the manifest to `draft`."""
-    hashes = {str(s.path): record(s.path).sha256 for s in sources if s.path is not None and s.path.is_file()}
+    hashes = {str(s.path): record(s.path).sha256 for s in sources if s.path is not None and is_regular(s.path)}
     candidates, skipped = look_at_all(sources, wish, hashes)
     chosen = choose_parts(candidates, wish, [hashes.get(str(source.path), source.name) for source in sources])
     samples, holdout = chosen.samples, chosen.holdout
@@ -301,7 +302,7 @@ def prepare_calibration(
         manifest,
         "prepare_calibration",
         arguments,
-        [path for path in read if path.is_file()],
+        [path for path in read if is_regular(path)],
         PACKAGES,
         overwrite=overwrite,
         refresh=refresh,
