@@ -40,7 +40,9 @@ FACE_LANDMARKER_LIMITS = (
     "face_landmarks_detector.tflite:Identity_2=5",
     "face_blendshapes.tflite=0.05",
 )
-FAULTS = tuple(f"tests/test_{name}.py" for name in ("strangers", "interruptions", "full_disk", "bit_flips", "interrupted_downloads"))
+FAULTS = tuple(
+    f"tests/test_{name}.py" for name in ("strangers", "interruptions", "full_disk", "bit_flips", "interrupted_downloads")
+)
 TOOLS = {
     "extract_weights": "Take one component's weights out of a full training checkpoint.",
     "convert_detector": "Convert a watermark detector to TFLite or ONNX, checked against torch.",
@@ -349,6 +351,13 @@ def faults(session: nox.Session) -> None:
     """Strangers' files, kills, full disks, bit flips and broken downloads at full length, an hour or two; CI runs fewer rounds."""
     install(session, "tests")
     session.run("pytest", *FAULTS, "--rounds", "50", *session.posargs)
+
+
+@nox.session(default=False)
+def fuzz(session: nox.Session) -> None:
+    """Try the readers of strangers' files on files changed at random: each format for a minute, or as you say."""
+    install(session, "fuzz")
+    session.run("python", "-m", "tests.fuzz", *(session.posargs or ["--all"]))
 
 
 @nox.session(default=False)

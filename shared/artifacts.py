@@ -14,7 +14,7 @@ from typing import NoReturn, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from shared.drafts import alone_in, draft_beside, identity, sync, write_json
+from shared.drafts import abandoned_drafts, alone_in, draft_beside, identity, sync, write_json
 from shared.errors import CheckError, ToolError
 from shared.forecast import Forecast, Foreseen
 from shared.machine import Needs, available_memory_bytes, peak_rss_bytes
@@ -94,6 +94,8 @@ def build(plan: Plan, found_type: type[Found], make: Callable[[Path], Found]) ->
     current = _current(plan, old, inputs, found_type)
     if plan.dry_run:
         raise Foreseen(_foresee(plan, old, is_current=current is not None))
+    for stale in abandoned_drafts(plan.output):  # of its provenance too
+        stale.unlink(missing_ok=True)
     if current is not None:
         return current
     replaces = _require_replaceable(plan, old)
@@ -128,7 +130,8 @@ def build(plan: Plan, found_type: type[Found], make: Callable[[Path], Found]) ->
         except BaseException:
             _discard(plan, draft, old)
             raise
-    _remove_former(old, final, plan.output.parent)
+    with contextlib.suppress(OSError, ToolError):  # the product is there, whatever becomes of the former one's files
+        _remove_former(old, final, plan.output.parent)
     return Product(plan.output, _size(final), final.output.sha256, final.seconds, final.peak_rss_bytes), found
 
 
@@ -155,7 +158,8 @@ def _publish(plan: Plan, draft: Path, provenance: Provenance) -> Provenance:
     draft.replace(plan.output)  # atomic: same folder
     sync(plan.output.parent)
     final = replace(provenance, output=record(plan.output, sha256=provenance.output.sha256))  # renaming moved the ctime
-    write_json(provenance_path(plan.output), as_json(asdict(final)))
+    with contextlib.suppress(OSError, ToolError):  # it only saves the next run from hashing; the product is there
+        write_json(provenance_path(plan.output), as_json(asdict(final)))
     return final
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import json
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -13,12 +14,11 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from shared.calibration import RANGES, InputRange
-from shared.drafts import abandoned_drafts, draft_beside
+from shared.drafts import abandoned_marks, begun, draft_beside, identity, is_abandoned
 from shared.images import ImageForm, Pixels, read_pixels, to_form
-from shared.provenance import read_provenance, record
+from shared.provenance import provenance_path, read_provenance, record
 from shared.sheets import write_contact_sheet
 
-WRITTEN = (".png", ".npz")
 SAMPLE = re.compile(r"[sh]\d{4,}_[0-9a-f]{8}\.png")
 UNDATED = (1980, 1, 1, 0, 0, 0)
 
@@ -86,42 +86,78 @@ def _numbered(files: Sequence[Path]) -> Iterator[tuple[str, Pixels]]:
         yield file.stem.rpartition("_")[0], read_pixels(file)
 
 
-def clear_interrupted(folder: Path, manifest: Path, extra: Sequence[str]) -> None:
-    """Remove what a run that was killed left in a folder: files named as we do that are not as its manifest says.
-
-    The draft of its manifest tells that there was one.
+@dataclass(frozen=True)
+class Set:
+    """A calibration set's folder while it is written.
 
     Args:
-        folder: The calibration set.
-        manifest: Its manifest, which may be there from an earlier run.
+        manifest: Its manifest, in the folder.
         extra: Names of files that are written beside the samples.
     """
-    drafts = abandoned_drafts(manifest)
-    if not drafts:
-        return
-    old = read_provenance(manifest)
-    ours = {Path(item.path).name: item.sha256 for item in old.companions} if old else {}
-    for file in folder.iterdir():
-        is_named_so = file.name in extra or SAMPLE.fullmatch(file.name)
-        if is_named_so and file.is_file() and record(file).sha256 != ours.get(file.name):
-            file.unlink()
-    for draft in drafts:
-        draft.unlink(missing_ok=True)
+
+    manifest: Path
+    extra: Sequence[str]
+
+    @property
+    def folder(self) -> Path:
+        """The folder."""
+        return self.manifest.parent
+
+    def clear_interrupted(self) -> None:
+        """Remove what a run that was killed left behind; the mark that it began with tells that there was one."""
+        for mark in abandoned_marks(self.manifest):
+            note = mark.read_text(encoding="utf-8")
+            self._clear(json.loads(note) if note else {"before": {}, "former": {}})
+            for draft in self.folder.glob(".*.partial*"):
+                if is_abandoned(draft):
+                    draft.unlink(missing_ok=True)
+            mark.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def written(self) -> Iterator[None]:
+        """Make the folder where there is none; if the work fails, what was written is gone again, and a folder that was made."""
+        made = not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        old = read_provenance(self.manifest)
+        former = {Path(item.path).name: item.sha256 for item in old.companions} if old else {}
+        note = json.dumps({"before": {file.name: identity(file) for file in self.folder.iterdir()}, "former": former})
+        try:
+            with begun(self.manifest, note):
+                try:
+                    yield
+                except BaseException:
+                    self._clear(json.loads(note))
+                    raise
+        except BaseException:
+            if made:
+                with contextlib.suppress(OSError):
+                    self.folder.rmdir()
+            raise
+
+    def _clear(self, note: dict[str, Any]) -> None:
+        """Remove files named as ours that belong to no manifest that is there, and have come since, or are a former set's.
+
+        Args:
+            note: `before`, name -> identity of all files there when the run began; `former`, name -> sha256 of the set's own.
+        """
+        old = read_provenance(self.manifest) if self.manifest.is_file() else None
+        ours = {Path(item.path).name: item.sha256 for item in old.companions} if old else {}
+        if old is None and read_provenance(self.manifest) is not None:  # killed before the manifest came to its provenance
+            provenance_path(self.manifest).unlink()
+        listed = _listed(self.manifest)
+        for file in self.folder.iterdir():
+            is_named_so = file.name in self.extra or SAMPLE.fullmatch(file.name)
+            if not is_named_so or not file.is_file() or file.name in listed:
+                continue
+            sha256, is_new = record(file).sha256, list(identity(file) or ()) != note["before"].get(file.name)
+            if sha256 != ours.get(file.name) and (is_new or sha256 == note["former"].get(file.name)):
+                file.unlink()
 
 
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[None]:
-    """Make a folder where there is none; if the work fails, what was written there is gone again, and a folder that was made."""
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    before = set(folder.iterdir())
+def _listed(manifest: Path) -> set[str]:
+    """Return the samples that a manifest of ours names."""
     try:
-        yield
-    except BaseException:
-        for file in set(folder.iterdir()) - before:
-            if file.suffix in WRITTEN:
-                file.unlink(missing_ok=True)
-        if made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        return {entry["file"] for part in ("samples", "holdout") for entry in content[part]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()

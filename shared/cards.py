@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from shared.errors import ToolError, first_line
-from shared.sniffing import read_head
+from shared.sniffing import is_regular, read_head
 
 CARDS = Path(__file__).resolve().parent.parent / "models"
 PRODUCTS = Path("models")  # where products go by default, seen from where the command runs: the project's root
@@ -92,7 +92,7 @@ class Card:
 
     def find_checkpoint(self) -> Path | None:
         """Return the checkpoint's file in the usual folders, or None."""
-        return next((path for path in self.checkpoint_places() if path.is_file()), None)
+        return next((path for path in self.checkpoint_places() if is_regular(path)), None)
 
     def checkpoint_places(self) -> list[Path]:
         """Return where the checkpoint is looked for, in this order."""
@@ -131,9 +131,9 @@ def load_card(name: str) -> Card:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         card = TypeAdapter(Card).validate_python({"name": path.stem, **content, "folder": str(path.parent)})
-    except (ValueError, RecursionError) as error:  # tomllib's own errors are ValueErrors, and so are numbers of 5000 digits
-        raise ToolError("model card is not valid TOML", where=path, got=first_line(error), remedy=AGAIN) from None
     except ValidationError as error:
         faults = [f"field {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise ToolError("bad model card: " + "; ".join(faults), where=path, remedy=AGAIN) from None
+    except (ValueError, RecursionError) as error:  # tomllib's own errors are ValueErrors, and so are numbers of 5000 digits
+        raise ToolError("model card is not valid TOML", where=path, got=first_line(error), remedy=AGAIN) from None
     return card

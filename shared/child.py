@@ -107,6 +107,8 @@ class Child:
         last = f": {one_line(lines[-1])[:LOG_TAIL]}" if lines else ""
         if code == -signal.SIGKILL:
             return "its process was killed, probably out of memory"
+        if code == -signal.SIGBUS:
+            return "its process crashed with SIGBUS: the disk is full, or a file that it had mapped became shorter"
         return (
             f"its process crashed with {signal.Signals(-code).name}{last}" if code < 0 else f"its process ended with {code}{last}"
         )
@@ -126,7 +128,8 @@ def serve(handler: Handler) -> None:
             except ToolError as error:
                 reply = {"tool_error": error.parts}
             except Exception as error:  # noqa: BLE001 - the parent decides what it means; the traceback stays in the log
-                traceback.print_exc()
+                with contextlib.suppress(OSError):  # the disk that is full may be the one of the log
+                    traceback.print_exc()
                 full = of_disk(error)
                 reply = {"tool_error": full.parts} if full else {"error": first_line(error)}
             _send(replies, {**reply, "peak_rss_bytes": peak_rss_bytes()}, results)

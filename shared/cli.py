@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, cast
+from typing import Annotated, Any, ClassVar, NoReturn, cast
 
 import typer
 from rich.console import Console
@@ -35,14 +35,14 @@ from shared.errors import ToolError, of_disk, one_line
 from shared.forecast import Foreseen
 from shared.limits import DEFAULTS, raise_limits
 from shared.machine import GIB, peak_rss_bytes
-from shared.supervision import supervise
+from shared.supervision import FORWARDED, supervise
 
 # typer carries its own click and exports only BadParameter of its errors; this is the class of all wrong usage.
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 
 OWN_PACKAGES = ("shared", "tools")
 INTERRUPTED = 130
-ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDINGS = FORWARDED
 LIMIT_HELP = f"Raise a limit on what is read: {', '.join(f'{name}={value:g}' for name, value in DEFAULTS.items())}; repeatable."
 INTERRUPTION = "interrupted; what was finished is kept, and nothing half-written"
 PLAIN_WIDTH = 140  # columns when the output is no terminal
@@ -80,6 +80,7 @@ def run(tool: Callable[..., Any], *, dependencies: str | None = None) -> NoRetur
 def _run(tool: Callable[..., Any], dependencies: str) -> NoReturn:
     for ending in ENDINGS:  # also where a shell had it ignored
         signal.signal(ending, _terminate)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
     app = typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
     )
@@ -92,6 +93,8 @@ def _run(tool: Callable[..., Any], dependencies: str) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at exit
         sys.exit(1)
     except Exception as error:
+        if _Ending.number:  # told already; raised within native code, an interruption comes out as any error
+            sys.exit(128 + _Ending.number)
         told = _as_tool_error(error, dependencies)
         if told is None:
             raise
@@ -188,7 +191,14 @@ def _fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
+class _Ending:
+    """The signal that ended this process; 0 as long as none did."""
+
+    number: ClassVar[int] = 0
+
+
 def _terminate(number: int, _: object) -> NoReturn:
+    _Ending.number = number
     for ending in ENDINGS:
         signal.signal(ending, signal.SIG_IGN)  # what was begun is cleared away now, and that once
     _fail(INTERRUPTION, code=128 + number)

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -51,12 +52,28 @@ def draft_beside(output: Path) -> Iterator[Path]:
 
 def abandoned_drafts(output: Path) -> list[Path]:
     """Return the drafts of a file, and what an exporter put beside them, that runs which are gone have left."""
-    return [draft for draft in output.parent.glob(f".{glob.escape(output.name)}.*.partial*") if _is_abandoned(draft)]
+    return [draft for draft in output.parent.glob(f".{glob.escape(output.name)}.*.partial*") if is_abandoned(draft)]
 
 
-def _is_abandoned(draft: Path) -> bool:
-    """Return whether the run that wrote a draft is gone; of another machine or container that shares the folder, after a day."""
-    scope, _, process = draft.name.rpartition(".partial")[0].rpartition(".")[2].rpartition("-")
+@contextlib.contextmanager
+def begun(output: Path, note: str) -> Iterator[None]:
+    """Leave a mark with a note beside a file while several are written; a run that is killed leaves it behind."""
+    mark = output.with_name(f".{output.name}.{_scope()}-{os.getpid()}.begun")
+    mark.write_text(note, encoding="utf-8")
+    try:
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def abandoned_marks(output: Path) -> list[Path]:
+    """Return the marks that runs which are gone have left beside a file."""
+    return [mark for mark in output.parent.glob(f".{glob.escape(output.name)}.*.begun") if is_abandoned(mark)]
+
+
+def is_abandoned(draft: Path) -> bool:
+    """Return whether the run that wrote a draft or mark is gone; of another machine or container, after a day."""
+    scope, _, process = re.split(r"\.(?:partial|begun)", draft.name)[0].rpartition(".")[2].rpartition("-")
     if scope == _scope():
         return not _is_running(process)
     try:
@@ -91,7 +108,11 @@ def _is_running(pid: str) -> bool:
         return False
     except PermissionError:
         return True
-    return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:1]
+    except OSError:  # no Linux
+        return True
+    return state != ["Z"]  # a killed process that nobody has asked about, as in containers without an init
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 
 from shared.errors import ToolError, first_line
 from shared.limits import require_size
-from shared.sniffing import name_kind, read_head, regular_size
+from shared.sniffing import is_regular, name_kind, read_head, regular_size
 from shared.supervision import reading
 
 MAX_PROTOBUF_BYTES = 2**31 - 1
@@ -115,9 +115,10 @@ def external_files(path: Path) -> list[Path]:
 
     ends: dict[str, int] = {}
     for tensor in tensors(read_model(path)):
-        if any(size < 0 for size in tensor.dims) or math.prod(tensor.dims) > MOST_ELEMENTS:
-            got = f"{tensor.name} {list(tensor.dims)}"
-            raise ToolError("a constant of the model has an impossible shape", where=path, got=got, remedy=AGAIN)
+        is_known = tensor.data_type in TensorProto.DataType.values()
+        if any(size < 0 for size in tensor.dims) or math.prod(tensor.dims) > MOST_ELEMENTS or not is_known:
+            got = f"{tensor.name} {list(tensor.dims)} of type {tensor.data_type}"
+            raise ToolError("a constant of the model has an impossible shape or type", where=path, got=got, remedy=AGAIN)
         if tensor.data_location == TensorProto.EXTERNAL:
             entries = {entry.key: entry.value for entry in tensor.external_data}
             location = entries.get("location", "")
@@ -125,8 +126,8 @@ def external_files(path: Path) -> list[Path]:
                 offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
             except ValueError:
                 offset = length = -1
-            parts = PurePosixPath(location).parts
-            if not location.isprintable() or len(parts) != 1 or parts[0] in ("..", "/") or min(offset, length) < 0:
+            parts = PurePosixPath(location).parts if isinstance(location, str) else ()  # bytes where it is no UTF-8
+            if len(parts) != 1 or not location.isprintable() or parts[0] in ("..", "/") or min(offset, length) < 0:
                 got = f"{tensor.name}: {location!r} at {entries.get('offset', 0)}"
                 raise ToolError(
                     "external weights must lie beside the model", where=path, got=got, expected="a file name", remedy=AGAIN
@@ -135,7 +136,7 @@ def external_files(path: Path) -> list[Path]:
     files = []
     for location, end in sorted(ends.items()):
         file = path.parent / location
-        if not file.is_file():
+        if not is_regular(file):
             raise ToolError("the model's weights are missing", where=file, remedy=f"put {location} beside {path.name}")
         if file.is_symlink() or file.stat().st_nlink > 1:
             remedy = "copy the file itself there; huggingface_hub does with local_dir"

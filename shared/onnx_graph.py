@@ -65,7 +65,7 @@ def _ops_of(graph: Any, outer: Mapping[str, Any], prefix: str) -> list[OnnxOp]:
 
     constants = {**outer, **{tensor.name: tensor for tensor in graph.initializer}}
     for node in graph.node:
-        if node.op_type == "Constant" and (found := [a.t for a in node.attribute if a.name == "value"]):
+        if node.op_type == "Constant" and node.output and (found := [a.t for a in node.attribute if a.name == "value"]):
             constants[node.output[0]] = found[0]
     ops: list[OnnxOp] = []
     inner: list[OnnxOp] = []

@@ -75,10 +75,14 @@ def temporary(path: Path) -> Iterator[None]:
 
 
 def supervise(work: Callable[[], NoReturn]) -> NoReturn:
-    """Do the work in a child process, which ends with an exit code; exit with that code, or say in one line how the child died."""
+    """Do the work in a child process, which ends with an exit code; exit with that code, or say in one line how the child died.
+
+    The work begins with the signals of `FORWARDED` blocked, and unblocks them when it handles them.
+    """
     parent, (incoming, outgoing) = os.getpid(), os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until both know what to do with them
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's threads survive a fork: they are stopped before it and started anew
         child = os.fork()
@@ -90,6 +94,7 @@ def supervise(work: Callable[[], NoReturn]) -> NoReturn:
     os.close(outgoing)
     for number in FORWARDED:
         signal.signal(number, lambda sent, _: _forward(sent, child))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     watch = _Watch(child)
     watch.follow(incoming)
     _, status = os.waitpid(child, 0)

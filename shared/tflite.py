@@ -32,7 +32,7 @@ from shared.tflite_structure import check_structure
 IDENTIFIER = b"TFL3"  # at byte 4
 METADATA_NAME = "edgepress.json"
 # What a walk over a flatbuffer's tables can raise on a damaged file.
-DAMAGE = (struct.error, LookupError, TypeError, ValueError, AttributeError, AssertionError, OverflowError, RecursionError)
+DAMAGE = (struct.error, LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError, RecursionError)
 # What reading an appended zip can raise on a damaged or encrypted one.
 ZIP_DAMAGE = (zipfile.BadZipFile, zlib.error, LookupError, ValueError, EOFError, RuntimeError, NotImplementedError, OSError)
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # no fault of the zip that was read
@@ -253,9 +253,9 @@ def copy_appended_zip(source: Path, target: Path) -> None:
     Raises:
         ToolError: The zip is damaged, encrypted or too large to be label files.
     """
-    if not zipfile.is_zipfile(source):
-        return
     try:
+        if not zipfile.is_zipfile(source):  # Python 3.11 raises on some damaged directories
+            return
         with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "a", zipfile.ZIP_STORED) as new:
             if sum(entry.file_size for entry in old.infolist()) > MAX_APPENDED_BYTES:
                 raise ToolError("the zip appended to the model is too large", where=source, expected="label files and the like")
@@ -327,5 +327,6 @@ def _normalised_range(content: bytes) -> tuple[float, float] | None:
         if unit.Get(uint8, unit.Pos + field(unit, 0)) == 1:  # normalisation
             options = Table(content, unit.Indirect(unit.Pos + field(unit, 1)))
             mean, std = first_float(options, 0), first_float(options, 1)
-            return (0 - mean) / std, (255 - mean) / std
+            low, high = (0 - mean) / std, (255 - mean) / std
+            return (low, high) if math.isfinite(low) and math.isfinite(high) else None
     return None

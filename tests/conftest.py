@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.zygote import Zygote
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -106,6 +108,19 @@ def miniseal(tmp_path_factory: pytest.TempPathFactory) -> Miniseal:
     checkpoint, int8 = folder / "checkpoint.safetensors", tmp_path_factory.mktemp("miniseal") / "int8.tflite"
     done = convert_detector(model="miniseal", checkpoint=checkpoint, quantize=Precision.INT8, output=int8)
     return Miniseal(checkpoint, done.float_product.path, int8, folder / "samples" / "messages.json")
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """Return what runs tools fast, as their users do."""
+    with Zygote() as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def rounds(request: pytest.FixtureRequest) -> int:
+    """Return how often tests of chance repeat themselves."""
+    return int(request.config.getoption("--rounds"))
 
 
 TABLE: list[list[str]] = []

@@ -53,7 +53,18 @@ def test_the_promised_sessions_are_there() -> None:
     detectors = {"demo", "chunkyseal_int8", "chunkyseal_fp16", "videoseal_int8", "videoseal_fp16", "pixelseal_int8"}
     assert set(RECIPES) == {*detectors, "face_landmarker_int8", *SUPERRES, "videoseal_onnx_int8", "chunkyseal_onnx_int8"}
     training = {"train_miniseal", "train_minisr"}
-    assert {"tests", "lint", "typecheck", "bench", "bench_demo", "bench_onnx", *training, *noxfile.TOOLS} <= SESSIONS.keys()
+    assert {
+        "tests",
+        "lint",
+        "typecheck",
+        "bench",
+        "bench_demo",
+        "bench_onnx",
+        "faults",
+        "fuzz",
+        *training,
+        *noxfile.TOOLS,
+    } <= SESSIONS.keys()
 
 
 def test_only_lint_and_tests_run_by_default() -> None:

@@ -19,12 +19,6 @@ MOST_SECONDS = 60
 
 
 @pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with Zygote() as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory, float_model: Path, videoseal_small: Small) -> Good:
     return make_good(tmp_path_factory.mktemp("good"), float_model, videoseal_small.card, videoseal_small.checkpoint)
 

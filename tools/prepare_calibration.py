@@ -23,7 +23,7 @@ from rich.table import Column, Table
 from shared import artifacts
 from shared.artifacts import Plan, Product
 from shared.calibration import MANIFEST_NAME, InputRange, choose_range
-from shared.calibration_writer import ArrayForm, clear_interrupted, new_folder, write_arrays, write_sample, write_sheet
+from shared.calibration_writer import ArrayForm, Set, write_arrays, write_sample, write_sheet
 from shared.child import ChildError
 from shared.cli import DryRun, Overwrite, Refresh, Reproducible, Seed, run, step_progress
 from shared.drafts import draft_beside
@@ -290,8 +290,9 @@ def prepare_calibration(
         considered = [found[place] for place in sorted(places)]
     considered = [*considered, *synthetic_sources(synthetic)]
     manifest = output / MANIFEST_NAME
+    folder = Set(manifest, (SHEET, PLOT, ARRAYS, HELD_ARRAYS))
     if not dry_run:
-        clear_interrupted(output, manifest, (SHEET, PLOT, ARRAYS, HELD_ARRAYS))
+        folder.clear_interrupted()
     _require_folder(output, manifest, overwrite=overwrite)
     _require_ours(output, manifest, overwrite=overwrite)
     read = [source.path for source in considered if source.path is not None]
@@ -314,7 +315,7 @@ def prepare_calibration(
     )
     if dry_run:
         artifacts.foresee(plan)
-    with new_folder(output):
+    with folder.written():
         product, chosen = artifacts.build(plan, Chosen, lambda draft: _prepare(output, considered, given, wish, draft))
     return CalibrationSamples(output, product, chosen, _message(output, chosen, product, max_samples, holdout))
 
