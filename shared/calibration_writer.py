@@ -103,31 +103,42 @@ class Set:
         """The folder."""
         return self.manifest.parent
 
-    def clear_interrupted(self) -> None:
-        """Remove what a run that was killed left behind; the mark that it began with tells that there was one."""
+    def clear_interrupted(self) -> dict[str, str]:
+        """Remove what a run that was killed left behind; the mark that it began with tells that there was one.
+
+        Returns:
+            Name -> sha256 of the set that it was about to replace: what of it is no part of the next one must go with that.
+        """
+        former: dict[str, str] = {}
         for mark in abandoned_marks(self.manifest):
-            note = mark.read_text(encoding="utf-8")
-            self._clear(json.loads(note) if note else {"before": {}, "former": {}})
+            text = mark.read_text(encoding="utf-8")
+            note = json.loads(text) if text else {"before": {}, "former": {}}
+            self._clear(note)
+            former |= note["former"]
             for draft in self.folder.glob(".*.partial*"):
                 if is_abandoned(draft):
                     draft.unlink(missing_ok=True)
             mark.unlink(missing_ok=True)
+        return former
 
     @contextlib.contextmanager
-    def written(self) -> Iterator[None]:
-        """Make the folder where there is none; if the work fails, what was written is gone again, and a folder that was made."""
+    def written(self, former: dict[str, str]) -> Iterator[None]:
+        """Make the folder where there is none; if the work fails, what was written is gone again, and a folder that was made.
+
+        Args:
+            former: What `clear_interrupted` returned.
+        """
         made = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         old = read_provenance(self.manifest)
-        former = {Path(item.path).name: item.sha256 for item in old.companions} if old else {}
+        former = former | ({Path(item.path).name: item.sha256 for item in old.companions} if old else {})
         note = json.dumps({"before": {file.name: identity(file) for file in self.folder.iterdir()}, "former": former})
         try:
             with begun(self.manifest, note):
                 try:
                     yield
-                except BaseException:
+                finally:
                     self._clear(json.loads(note))
-                    raise
         except BaseException:
             if made:
                 with contextlib.suppress(OSError):

@@ -46,6 +46,10 @@ class ToolError(Exception):
         return type(self).of_parts, (self.parts,)
 
 
+class DamagedError(ToolError):
+    """A file is of the kind it should be, but damaged."""
+
+
 class CheckError(ToolError):
     """A check of the product itself failed, and nothing was written."""
 

@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from shared.errors import ToolError, first_line
+from shared.errors import DamagedError, ToolError, first_line
 from shared.sniffing import name_kind, read_head
 from shared.supervision import reading
 from shared.tflite_structure import check_structure
@@ -97,7 +97,7 @@ def _mapped_root(path: Path) -> Iterator[tuple[Any, int]]:
         try:
             yield schema.Model.GetRootAs(content), len(content)
         except DAMAGE as error:
-            raise ToolError("damaged TFLite model", where=path, got=first_line(error), remedy=AGAIN) from None
+            raise DamagedError("damaged TFLite model", where=path, got=first_line(error), remedy=AGAIN) from None
 
 
 @contextlib.contextmanager

@@ -459,16 +459,21 @@ def _add_tflite(add: Add, good: Good) -> None:
 
     damaged = "damaged TFLite model"
     add("F01", "no bytes", "tflite", b"", "the model file is empty")
-    add("F02", "a root behind the end", "tflite", b"\xff\0\0\0TFL3", damaged)
-    add("F02", "18 00 00 00 TFL3", "tflite", b"\x18\0\0\0TFL3", damaged)
+    add("F02", "a root behind the end", "tflite", b"\xff\0\0\0TFL3", damaged, fails="verify")
+    add("F02", "18 00 00 00 TFL3", "tflite", b"\x18\0\0\0TFL3", damaged, fails="verify")
     for size in (16, 64, 256, 1024, 4096, int(0.99 * len(content))):
-        add("F03", f"cut off at {size} bytes", "quantize" if size < 4096 else "tflite", content[:size], damaged)
+        add("F03", f"cut off at {size} bytes", "quantize" if size < 4096 else "tflite", content[:size], damaged, fails="verify")
     add("F05", "another identifier", "tflite", content[:4] + b"TFL2" + content[8:], "not a TFLite model|not a plain bundle")
     for version in (2, 99):
         add("F05", f"schema version {version}", "quantize", edited(lambda m, v=version: setattr(m, "version", v)), "schema version")
     add("F06", "no graph", "quantize", edited(lambda m: setattr(m, "subgraphs", [])), "no graph")
     add(
-        "F06", "a buffer that is not there", "tflite", edited(lambda m: setattr(m.subgraphs[0].tensors[0], "buffer", 9999)), damaged
+        "F06",
+        "a buffer that is not there",
+        "tflite",
+        edited(lambda m: setattr(m.subgraphs[0].tensors[0], "buffer", 9999)),
+        damaged,
+        fails="verify",
     )
     add(
         "F06",
@@ -484,6 +489,7 @@ def _add_tflite(add: Add, good: Good) -> None:
         "tflite",
         edited(lambda m: setattr(m.buffers[constant(m).buffer], "data", b"abcd")),
         "bytes instead of",
+        fails="verify",
     )
     add(
         "F08",
@@ -493,14 +499,14 @@ def _add_tflite(add: Add, good: Good) -> None:
         "has the shape",
     )
     add("F08", "an axis of -5", "quantize", edited(lambda m: setattr(constant(m), "shape", [-5])), "has the shape")
-    add("F09", "weights behind the end", "tflite", external(10**9, 64), "outside the file")
-    add("F09", "weights whose place wraps around", "tflite", external(2**64 - 8, 64), "outside the file|damaged")
+    add("F09", "weights behind the end", "tflite", external(10**9, 64), "outside the file", fails="verify")
+    add("F09", "weights whose place wraps around", "tflite", external(2**64 - 8, 64), "outside the file|damaged", fails="verify")
     add("F10", "weights behind the flatbuffer", "quantize", _with_weights_behind(good), "", code=0)
     add("F14", "no signature", "quantize", edited(lambda m: setattr(m, "signatureDefs", [])), "", code=0)
     add("F12", "a custom op that nobody has", "quantize", _with_custom_op(good), "", code=0)
     add("F13", "quantized already", "quantize", _quantized(good), "changes no op|quantized already")
     add("F15", "a scale of 0", "quantize", scaled(scale=[0.0]), "a scale that is not above 0")
-    add("F15", "a scale of NaN", "tflite", scaled(scale=[float("nan")]), "a scale that is not above 0")
+    add("F15", "a scale of NaN", "tflite", scaled(scale=[float("nan")]), "a scale that is not above 0", fails="verify")
     add(
         "F15",
         "scales along an axis that is not there",
@@ -541,6 +547,10 @@ def _with_weights_behind(good: Good) -> Edit:
                 file.write(block)
 
     return edit
+
+
+def _without_buffer(model: Any) -> None:
+    model.subgraphs[0].tensors[0].buffer = 9999
 
 
 def _lost_metadata(model: Any) -> None:

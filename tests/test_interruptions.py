@@ -1,6 +1,7 @@
 """A tool that is killed or interrupted at any moment leaves the old product or the new one, whole, and the next run completes."""
 
 import random
+import re
 import signal
 import threading
 from collections import Counter
@@ -73,9 +74,10 @@ def command_of(name: str, place: Path, request: pytest.FixtureRequest) -> Comman
 
 def told(name: str, tally: Counter[str], faults: list[str]) -> None:
     """Print one line on a command's rounds."""
-    lost = sum(fault.startswith("lost original") for fault in faults)
-    corrupt = sum(fault.startswith(("corrupt", "provenance")) for fault in faults)
-    unfinished = sum(fault.startswith(("not completed", "not as")) for fault in faults)
+    told = [re.sub(r"^step \d+: ", "", fault) for fault in faults]
+    lost = sum(fault.startswith("lost original") for fault in told)
+    corrupt = sum(fault.startswith(("corrupt", "provenance")) for fault in told)
+    unfinished = sum(fault.startswith(("not completed", "not as")) for fault in told)
     counts = ", ".join(f"{count} {what}" for what, count in tally.items())
     print(f"\n{name}: {counts}; {corrupt} corrupt, {lost} lost originals, {unfinished} not completed after, {len(faults)} faults")
 

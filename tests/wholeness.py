@@ -68,6 +68,8 @@ class Scene:
             name for name in before if name.partition("/")[0] in self.command.inputs
         }
         for name, digest in found.items():
+            if name.endswith(".begun"):
+                continue  # a mark for the next run
             if ".partial" in name:
                 if not drafts:
                     yield f"left behind: {name}"

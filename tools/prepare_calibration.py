@@ -291,8 +291,7 @@ def prepare_calibration(
     considered = [*considered, *synthetic_sources(synthetic)]
     manifest = output / MANIFEST_NAME
     folder = Set(manifest, (SHEET, PLOT, ARRAYS, HELD_ARRAYS))
-    if not dry_run:
-        folder.clear_interrupted()
+    former = {} if dry_run else folder.clear_interrupted()
     _require_folder(output, manifest, overwrite=overwrite)
     _require_ours(output, manifest, overwrite=overwrite)
     read = [source.path for source in considered if source.path is not None]
@@ -315,7 +314,7 @@ def prepare_calibration(
     )
     if dry_run:
         artifacts.foresee(plan)
-    with folder.written():
+    with folder.written(former):
         product, chosen = artifacts.build(plan, Chosen, lambda draft: _prepare(output, considered, given, wish, draft))
     return CalibrationSamples(output, product, chosen, _message(output, chosen, product, max_samples, holdout))
 

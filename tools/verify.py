@@ -22,6 +22,7 @@ from shared import artifacts
 from shared.artifacts import Plan, Product
 from shared.child import ChildError
 from shared.cli import Overwrite, Refresh, Seed, Threads, run, step, to_json
+from shared.errors import DamagedError
 from shared.formats import format_of, model_files
 from shared.machine import cpu_count, size_text
 from shared.metrics import message_bits
@@ -166,6 +167,15 @@ def _verify(source: ModelSource, threads: int, seed: int, nbits: int | None) -> 
     return Findings(checks, load_ms, run_ms, peak)
 
 
+def _damage(source: ModelSource) -> Findings | None:
+    """Return that the model does not load, where its file is damaged so that no runtime should get it."""
+    try:
+        source.check()
+    except DamagedError as error:
+        return Findings([Check("loads", str(error), "", ok=False)], 0.0, 0.0, 0)
+    return None
+
+
 def verify(
     model: Annotated[Path, typer.Argument(help="The .tflite or .onnx model.")],
     *,
@@ -184,16 +194,16 @@ def verify(
         ToolError: The file is missing or no model.
     """
     source = ModelSource(model)
-    source.check()
+    damage = _damage(source)
     require_vouched(model_files(model))
     count = threads or cpu_count()
     nbits = bits or source.nbits()
     if output is None:
-        findings, report = _verify(source, count, seed, nbits), None
+        findings, report = damage or _verify(source, count, seed, nbits), None
     else:
 
         def make(draft: Path) -> Findings:
-            found = _verify(source, count, seed, nbits)
+            found = damage or _verify(source, count, seed, nbits)
             draft.write_text(to_json(found) + "\n", encoding="utf-8")
             return found
 
