@@ -94,9 +94,8 @@ def name_kind(head: bytes) -> str:
         return "an HTML page" if b"html" in text.lower() else "XML"
     try:
         # The head may end within a character of several bytes.
-        is_text = (
-            head.decode("utf-8", "strict" if len(head) < HEAD_BYTES else "ignore").replace("\n", "").replace("\r", "").isprintable()
-        )
+        words = head.decode("utf-8-sig", "strict" if len(head) < HEAD_BYTES else "ignore").split()
     except UnicodeDecodeError:
-        is_text = False
+        words = ["\0"]
+    is_text = all(word.isprintable() for word in words)
     return "text" if is_text else "an unknown or cut-off format"
