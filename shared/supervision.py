@@ -5,8 +5,10 @@ child says so (`reading`); the parent ends it when that takes too long or too mu
 dies, and removes what it left half-written. In a script that calls the tools as functions, nobody watches and nothing is said.
 """
 
+import atexit
 import contextlib
 import ctypes
+import gc
 import glob
 import json
 import os
@@ -85,12 +87,13 @@ def supervise(work: Callable[[], NoReturn]) -> NoReturn:
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until both know what to do with them
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's threads survive a fork: they are stopped before it and started anew
+        gc.freeze()  # the collector would touch, and so copy, all that both share
         child = os.fork()
     if child == 0:
         os.close(incoming)
         _Wire.handle = outgoing
         _end_with(parent)
-        work()
+        _work_and_end(work)
     os.close(outgoing)
     for number in FORWARDED:
         signal.signal(number, lambda sent, _: _forward(sent, child))
@@ -99,10 +102,26 @@ def supervise(work: Callable[[], NoReturn]) -> NoReturn:
     watch.follow(incoming)
     _, status = os.waitpid(child, 0)
     if os.WIFEXITED(status):
-        sys.exit(os.WEXITSTATUS(status))
+        os._exit(os.WEXITSTATUS(status))  # nothing was printed here, and nothing is open
     watch.clear_away()
     sys.stderr.write(("\x1b[?25h" if sys.stderr.isatty() else "") + f"error: {one_line(watch.death(os.WTERMSIG(status)))}\n")
     sys.exit(2)
+
+
+def _work_and_end(work: Callable[[], NoReturn]) -> NoReturn:
+    """Work, and end as Python does, but for taking apart all objects, which takes longer in a fork than most tools work."""
+    code: object = 1
+    try:
+        work()
+    except SystemExit as done:
+        code = done.code
+    except BaseException:  # noqa: BLE001 - as Python itself shows it
+        sys.excepthook(*sys.exc_info())
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+    sys.stderr.flush()
+    atexit._run_exitfuncs()  # noqa: SLF001 - no public name
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def die_with_parent(parent: int | None = None) -> None:
