@@ -14,7 +14,7 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from shared.calibration import RANGES, InputRange
-from shared.drafts import abandoned_marks, begun, draft_beside, identity, is_abandoned
+from shared.drafts import abandoned_marks, begun, draft_beside, identity, is_abandoned, kept_aside
 from shared.images import ImageForm, Pixels, read_pixels, to_form
 from shared.provenance import provenance_path, read_provenance, record
 from shared.sheets import write_contact_sheet
@@ -130,6 +130,10 @@ class Set:
         """
         made = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
+        with kept_aside(self.folder / name for name in self.extra):
+            yield from self._written(former, made=made)
+
+    def _written(self, former: dict[str, str], *, made: bool) -> Iterator[None]:
         old = read_provenance(self.manifest)
         former = former | ({Path(item.path).name: item.sha256 for item in old.companions} if old else {})
         note = json.dumps({"before": {file.name: identity(file) for file in self.folder.iterdir()}, "former": former})

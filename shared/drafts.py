@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from shared.errors import ToolError, of_disk
@@ -56,11 +56,30 @@ def abandoned_drafts(output: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
+def kept_aside(paths: Iterable[Path]) -> Iterator[None]:
+    """Put files back that are gone when the work fails; a second name keeps each meanwhile, where the file system has such."""
+    asides = {path: path.with_name(f".{path.name}.{_scope()}-{os.getpid()}.partial.kept") for path in paths if path.is_file()}
+    for path, aside in asides.items():
+        with contextlib.suppress(OSError):
+            os.link(path, aside)
+    try:
+        yield
+    except BaseException:
+        for path, aside in asides.items():
+            if aside.exists() and not path.exists():
+                aside.replace(path)
+        raise
+    finally:
+        for aside in asides.values():
+            aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def begun(output: Path, note: str) -> Iterator[None]:
     """Leave a mark with a note beside a file while several are written; a run that is killed leaves it behind."""
     mark = output.with_name(f".{output.name}.{_scope()}-{os.getpid()}.begun")
-    mark.write_text(note, encoding="utf-8")
     try:
+        mark.write_text(note, encoding="utf-8")
         yield
     finally:
         mark.unlink(missing_ok=True)

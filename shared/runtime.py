@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.cards import Card
-from shared.child import Arrays, Child
-from shared.errors import ToolError
+from shared.child import Arrays, Child, ChildError
+from shared.errors import DamagedError, ToolError
 from shared.formats import check_is_model, format_of, read_metadata, size_bytes
 from shared.images import ImageForm, image_form, image_layout, seeded_image, to_layout
 from shared.machine import MIB, available_memory_bytes, cpu_count
@@ -132,7 +132,10 @@ def open_model(
         ToolError: The file is missing or of another format.
         ChildError: The model does not load, or later does not run.
     """
-    source.check()
+    try:
+        source.check()
+    except DamagedError as error:
+        raise ChildError(str(error)) from None  # as if it had crashed its process, which it is spared
     kernels = kernels or choose_kernels(source)
     request: dict[str, Any] = {"path": str(source.path), "threads": threads or cpu_count(), "kernels": kernels}
     if source.card is not None:

@@ -184,7 +184,7 @@ def test_too_little_memory_or_disk_is_told_before_the_work(
 BAD_INPUTS = {
     "no weights": "give either --checkpoint FILE or --rehearsal",
     "both": "give either --checkpoint FILE or --rehearsal",
-    "missing": "no such file",
+    "missing": "no such input file",
     "empty": "the checkpoint file is empty",
     "text": "not a checkpoint",
     "nan": "holds 1 NaN",

@@ -12,6 +12,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 from shared import quantization
 from shared.errors import ToolError
+from shared.forecast import Foreseen
 from shared.images import image_files, read_pixels, stretch
 from shared.measured import Measured
 from shared.recipes import resolve_recipe
@@ -546,16 +547,15 @@ def test_custom_ops_that_the_runtime_has_are_run(tmp_path: Path) -> None:
     assert model.corrected_biases > 0
 
 
-def test_static_recipes_ask_for_the_memory_that_calibration_takes(
-    model: Path, tiles: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_static_recipes_ask_for_the_memory_that_calibration_takes(model: Path, tiles: Path) -> None:
     needs = []
-    monkeypatch.setattr(quantization, "require_memory", lambda need, _: needs.append(need - quantization.BASE_MEMORY))
-    quantize_tflite(model)
-    quantize_tflite(model, recipe="int8-static", calibration=tiles)
+    for options in ({}, {"recipe": "int8-static", "calibration": tiles}):
+        with pytest.raises(Foreseen) as caught:
+            quantize_tflite(model, **options, dry_run=True)  # type: ignore[arg-type]
+        needs.append(caught.value.result.forecasts[0].needs.memory_bytes - quantization.BASE_MEMORY)
     assert needs == [int(model.stat().st_size * factor) for factor in (0.3, 4.5)]
 
 
 def test_a_device_is_no_model() -> None:
-    with pytest.raises(ToolError, match="no such model file"):
+    with pytest.raises(ToolError, match="the model is no regular file"):
         quantize_tflite(Path("/dev/null"))

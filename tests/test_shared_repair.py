@@ -279,7 +279,7 @@ def test_float16_weights_cut_off_are_an_error_and_nothing_is_written(half_model:
     content, target = half_model.read_bytes(), tmp_path / "target.tflite"
     damaged = tmp_path / "damaged.tflite"
     damaged.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(ToolError, match="stored constants can't be evaluated"):
+    with pytest.raises(ToolError, match=r"(stored constants can't be evaluated|a constant lies outside the file)"):
         repair(damaged, target)
     assert not target.exists()
 

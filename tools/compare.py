@@ -7,6 +7,7 @@ TFLite, ONNX and torch (a checkpoint, with --model) in any mix. With --messages 
 make images are compared image by image, with --truth against what they should make.
 """
 
+import contextlib
 import hashlib
 import math
 import os
@@ -30,7 +31,7 @@ from shared.cards import load_card
 from shared.child import ChildError
 from shared.cli import Overwrite, Refresh, Seed, Threads, run, to_json
 from shared.comparison import Candidate, Findings, ImageFindings, ImageTask
-from shared.errors import ToolError
+from shared.errors import DamagedError, ToolError
 from shared.fidelity import measure_fidelity
 from shared.formats import declared_range, format_of, model_files
 from shared.gates import Limits, limits_under_attack
@@ -224,7 +225,8 @@ class _Task:
         first, *others = run_trials(self.sources, self.protocol(), interleaved=interleaved)
         reference = self.sources[0].path
         if isinstance(first, ChildError):
-            raise ToolError("the reference does not run", where=reference, got=first)
+            remedy = "see what verify says of it"
+            raise ToolError("the reference does not run", where=reference, got=first, remedy=remedy)
         if self.nbits is not None and (shape := first.outputs[0][0].shape) != (1, 1 + self.nbits):
             raise ToolError(f"the reference's output holds no message of {self.nbits} bits", where=reference, got=shape)
         try:
@@ -373,7 +375,8 @@ def compare(
     if twice := next((path for number, path in enumerate(pressed) if path in pressed[:number]), None):
         raise ToolError("a candidate is named twice", where=twice)
     for source in sources:
-        source.check()
+        with contextlib.suppress(DamagedError):  # told as a model that does not run
+            source.check()
         require_vouched(_files(source))
     size = sources[0].size_bytes
     is_large, is_small = size > LARGE_BYTES, size < SMALL_BYTES and images is None

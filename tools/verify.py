@@ -6,6 +6,7 @@ Example:
 Nothing here says whether the model is any good: that takes a reference, see compare.
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,15 +168,6 @@ def _verify(source: ModelSource, threads: int, seed: int, nbits: int | None) -> 
     return Findings(checks, load_ms, run_ms, peak)
 
 
-def _damage(source: ModelSource) -> Findings | None:
-    """Return that the model does not load, where its file is damaged so that no runtime should get it."""
-    try:
-        source.check()
-    except DamagedError as error:
-        return Findings([Check("loads", str(error), "", ok=False)], 0.0, 0.0, 0)
-    return None
-
-
 def verify(
     model: Annotated[Path, typer.Argument(help="The .tflite or .onnx model.")],
     *,
@@ -194,16 +186,17 @@ def verify(
         ToolError: The file is missing or no model.
     """
     source = ModelSource(model)
-    damage = _damage(source)
+    with contextlib.suppress(DamagedError):  # a failed check, once it is to be loaded
+        source.check()
     require_vouched(model_files(model))
     count = threads or cpu_count()
     nbits = bits or source.nbits()
     if output is None:
-        findings, report = damage or _verify(source, count, seed, nbits), None
+        findings, report = _verify(source, count, seed, nbits), None
     else:
 
         def make(draft: Path) -> Findings:
-            found = damage or _verify(source, count, seed, nbits)
+            found = _verify(source, count, seed, nbits)
             draft.write_text(to_json(found) + "\n", encoding="utf-8")
             return found
 
