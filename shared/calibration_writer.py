@@ -115,10 +115,10 @@ class Set:
             note = json.loads(text) if text else {"before": {}, "former": {}}
             self._clear(note)
             former |= note["former"]
-            for draft in self.folder.glob(".*.partial*"):
-                if is_abandoned(draft):
-                    draft.unlink(missing_ok=True)
             mark.unlink(missing_ok=True)
+        for draft in self.folder.glob(".*.partial*"):
+            if is_abandoned(draft):
+                draft.unlink(missing_ok=True)
         return former
 
     @contextlib.contextmanager

@@ -63,7 +63,10 @@ def kept_aside(paths: Iterable[Path]) -> Iterator[None]:
         with contextlib.suppress(OSError):
             os.link(path, aside)
     try:
-        yield
+        with contextlib.ExitStack() as told:
+            for aside in asides.values():
+                told.enter_context(temporary(aside))
+            yield
     except BaseException:
         for path, aside in asides.items():
             if aside.exists() and not path.exists():

@@ -117,10 +117,10 @@ def _work_and_end(work: Callable[[], NoReturn]) -> NoReturn:
         code = done.code
     except BaseException:  # noqa: BLE001 - as Python itself shows it
         sys.excepthook(*sys.exc_info())
+    atexit._run_exitfuncs()  # noqa: SLF001 - no public name
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
     sys.stderr.flush()
-    atexit._run_exitfuncs()  # noqa: SLF001 - no public name
     os._exit(code if isinstance(code, int) else int(code is not None))
 
 

@@ -40,13 +40,10 @@ def test_help_shows_the_summary_and_the_example(tool: str, run_tool: Run) -> Non
 def test_help_loads_nothing_heavy(tool: str) -> None:
     heavy = {"torch", "litert_torch", "ai_edge_litert", "ai_edge_quantizer", "safetensors", "PIL", "jinja2", "cv2"}
     script = f"""
-import runpy, sys
+import atexit, runpy, sys
 sys.argv = ["{tool}", "--help"]
-try:
-    runpy.run_module("tools.{tool}", run_name="__main__")
-except SystemExit:
-    pass
-print(sorted({heavy} & sys.modules.keys()))
+atexit.register(lambda: print(sorted({heavy} & sys.modules.keys())))
+runpy.run_module("tools.{tool}", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "[]"
