@@ -62,19 +62,19 @@ def kept_aside(paths: Iterable[Path]) -> Iterator[None]:
     for path, aside in asides.items():
         with contextlib.suppress(OSError):
             os.link(path, aside)
-    try:
-        with contextlib.ExitStack() as told:
-            for aside in asides.values():
-                told.enter_context(temporary(aside))
-            yield
-    except BaseException:
-        for path, aside in asides.items():
-            if aside.exists() and not path.exists():
-                aside.replace(path)
-        raise
-    finally:
+    with contextlib.ExitStack() as told:
         for aside in asides.values():
-            aside.unlink(missing_ok=True)
+            told.enter_context(temporary(aside))
+        try:
+            yield
+        except BaseException:
+            for path, aside in asides.items():
+                if aside.exists() and not path.exists():
+                    aside.replace(path)
+            raise
+        finally:
+            for aside in asides.values():
+                aside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
