@@ -42,7 +42,6 @@ UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 
 OWN_PACKAGES = ("shared", "tools")
 INTERRUPTED = 130
-ENDINGS = FORWARDED
 LIMIT_HELP = f"Raise a limit on what is read: {', '.join(f'{name}={value:g}' for name, value in DEFAULTS.items())}; repeatable."
 INTERRUPTION = "interrupted; what was finished is kept, and nothing half-written"
 PLAIN_WIDTH = 140  # columns when the output is no terminal
@@ -78,9 +77,9 @@ def run(tool: Callable[..., Any], *, dependencies: str | None = None) -> NoRetur
 
 
 def _run(tool: Callable[..., Any], dependencies: str) -> NoReturn:
-    for ending in ENDINGS:  # also where a shell had it ignored
+    for ending in FORWARDED:  # also where a shell had it ignored
         signal.signal(ending, _terminate)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     app = typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
     )
@@ -199,7 +198,7 @@ class _Ending:
 
 def _terminate(number: int, _: object) -> NoReturn:
     _Ending.number = number
-    for ending in ENDINGS:
+    for ending in FORWARDED:
         signal.signal(ending, signal.SIG_IGN)  # what was begun is cleared away now, and that once
     _fail(INTERRUPTION, code=128 + number)
 

@@ -28,8 +28,6 @@ TICK_S = 0.1  # between two looks at a child that reads
 SLOWEST_BYTES_PER_S = 20e6  # a large file gets so much more time
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 REPORT = "do not trust the file; if it should be fine, get it again, and report the crash (SECURITY.md)"
-
-
 PARENT = "EDGEPRESS_PARENT"  # environment variable with the process id of a child's parent
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal this process gets when its parent dies
 
@@ -118,9 +116,9 @@ def _work_and_end(work: Callable[[], NoReturn]) -> NoReturn:
     except BaseException:  # noqa: BLE001 - as Python itself shows it
         sys.excepthook(*sys.exc_info())
     atexit._run_exitfuncs()  # noqa: SLF001 - no public name
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):  # the reader is gone, or the disk is full: told already
         sys.stdout.flush()
-    sys.stderr.flush()
+        sys.stderr.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))
 
 

@@ -288,3 +288,9 @@ def test_a_card_with_a_file_has_nothing_to_download(videoseal_small: Small, tmp_
     for download, reason in ((True, "names no address to download from"), (False, "its card names that file")):
         with pytest.raises(ToolError, match=reason):
             extract_weights(model=str(card), output=tmp_path / "out.safetensors", download=download)
+
+
+@pytest.mark.parametrize("options", [{"sha256": "0" * 64}, {"sha256": "short", "download": True}])
+def test_a_hash_that_leads_nowhere_is_an_error(options: dict[str, object]) -> None:
+    with pytest.raises(ToolError, match="--sha256 is 64 hexadecimal digits, and goes with --download"):
+        extract_weights(model="videoseal", **options)  # type: ignore[arg-type]

@@ -752,3 +752,10 @@ def test_a_range_cache_is_used_again_and_gives_the_same_bytes(model: Path, tiles
     assert products[0].read_bytes() == products[1].read_bytes()
     with pytest.raises(ToolError, match="the range cache would replace another file of this run"):
         quantize_onnx(model, output=model.with_name("2.onnx"), calibration=tiles, range_cache=model)
+
+
+@pytest.mark.parametrize("overflows", [True, False])
+def test_a_cpu_whose_sums_overflow_is_told_of(model: Path, monkeypatch: pytest.MonkeyPatch, overflows: bool) -> None:
+    monkeypatch.setattr("tools.quantize_onnx.saturates", lambda: overflows)
+    assert ("see --reduce-range" in quantize_onnx(model, mode="dynamic").message) is overflows
+    assert "--reduce-range" not in quantize_onnx(model, mode="dynamic", reduce_range=True, overwrite=True).message

@@ -489,3 +489,15 @@ def test_a_draft_that_its_consumer_does_not_read_never_gets_its_name(work: Work)
     with pytest.raises(ToolError, match="unreadable; got ABC"):
         work.build(reopen=refuse)
     assert not work.plan.output.exists()
+
+
+def test_a_killed_process_that_nobody_has_asked_about_is_not_running(tmp_path: Path) -> None:
+    zombie = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    assert zombie.stdout is not None
+    zombie.stdout.read()  # it has ended, but for its number
+    deadline = time.monotonic() + 10
+    while drafts._is_running(str(zombie.pid)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not drafts._is_running(str(zombie.pid))
+    os.kill(zombie.pid, 0)  # the number is still taken
+    zombie.communicate()
