@@ -43,6 +43,7 @@ FACE_LANDMARKER_LIMITS = (
 FAULTS = tuple(
     f"tests/test_{name}.py" for name in ("strangers", "interruptions", "full_disk", "bit_flips", "interrupted_downloads")
 )
+WORKERS = ("--numprocesses", "logical", "--maxprocesses", "4", "--dist", "worksteal")  # a worker may hold gigabytes
 TOOLS = {
     "extract_weights": "Take one component's weights out of a full training checkpoint.",
     "convert_detector": "Convert a watermark detector to TFLite or ONNX, checked against torch.",
@@ -343,14 +344,14 @@ def typecheck(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests; those on other people's files skip where the files are absent."""
     install(session, "tests")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *WORKERS, *session.posargs)
 
 
 @nox.session(default=False)
 def faults(session: nox.Session) -> None:
     """Strangers' files, kills, full disks, bit flips and broken downloads at full length, an hour or two; CI runs fewer rounds."""
     install(session, "tests")
-    session.run("pytest", *FAULTS, "--rounds", "50", *session.posargs)
+    session.run("pytest", *WORKERS, *FAULTS, "--rounds", "50", "-rP", *session.posargs)
 
 
 @nox.session(default=False)

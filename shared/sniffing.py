@@ -66,7 +66,7 @@ def regular_size(path: Path, kind: str) -> int:
     except OSError as error:  # a loop of links, a name that is too long, no permission
         raise ToolError(f"the {kind} can't be reached: {error.strerror}", where=path, remedy="check the path") from None
     except ValueError:
-        raise ToolError(f"no name of a {kind} file", got=path, remedy="check the path") from None
+        raise ToolError(f"the name of the {kind} holds a zero byte", where=path, remedy="check the path") from None
     if not stat.S_ISREG(status.st_mode):
         found = "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
         raise ToolError(f"the {kind} is no regular file", where=path, got=found, remedy="name a file")

@@ -16,6 +16,7 @@ from tests.zygote import Zygote
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
 REALDATA = ROOT.parent / "shared" / "data"
+TABLE = "bad inputs: row, tool, input, exit code, verdict, line"  # recorded by tests, printed behind their results
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -123,21 +124,14 @@ def rounds(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--rounds"))
 
 
-TABLE: list[list[str]] = []
-
-
-@pytest.fixture
-def record_table() -> list[list[str]]:
-    """Return a list whose rows are printed behind the test results, whether the tests passed or not."""
-    return TABLE
-
-
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print what tests recorded as a table."""
-    if TABLE:
-        terminalreporter.section("bad inputs: row, tool, input, exit code, verdict, line")
-        widths = [max(len(row[column]) for row in TABLE) for column in range(len(TABLE[0]))]
-        for row in TABLE:
+    """Print what tests recorded as rows of a table, whether they passed or not."""
+    reports = [report for found in terminalreporter.stats.values() for report in found if hasattr(report, "user_properties")]
+    rows = [row for report in reports if report.when == "call" for name, row in report.user_properties if name == TABLE]
+    if rows:
+        terminalreporter.section(TABLE)
+        widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+        for row in rows:
             terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 

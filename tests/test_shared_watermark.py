@@ -101,7 +101,7 @@ def test_wrong_input_is_one_line(miniseal: Miniseal, tmp_path: Path) -> None:
             (tmp_path / "text.png", None, "unreadable image"),
             (np.zeros((8, 8)), None, "no RGB image"),
             (np.zeros((8, 8, 3), np.uint8), "1f", "not a message of 32 bits"),
-            ("a\0b.png", None, "unreadable image"),
+            ("a\0b.png", None, "the name of the image holds a zero byte"),
             ([[1.0]], None, "no RGB image"),
         ):
             with pytest.raises(ToolError, match=reason):

@@ -4,12 +4,12 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Small
+from tests.conftest import TABLE, Small
 from tests.strangers import CANARY, SECRET, Case, Good, cases, make_good
 from tests.zygote import Done, Zygote, stray
 
@@ -71,7 +71,12 @@ def _faults_of_line(done: Done) -> Iterator[str]:
         yield f"no remedy: {done.stderr!r}"
 
 
-def test_every_bad_input_gets_what_it_must(good: Good, zygote: Zygote, tmp_path: Path, record_table: "list[list[str]]") -> None:
+def test_every_bad_input_gets_what_it_must(
+    good: Good,
+    zygote: Zygote,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
     """The whole corpus, as a table."""
     wrong: list[str] = []
     rows: Counter[str] = Counter()
@@ -91,7 +96,7 @@ def test_every_bad_input_gets_what_it_must(good: Good, zygote: Zygote, tmp_path:
         rows[case.row] += 1
         codes[case.tool, done.code] += 1
         line = next((line for line in done.stderr.splitlines() if line.startswith("error:")), "")
-        record_table.append([case.row, case.tool, case.name, str(done.code), "ok" if not faults else "WRONG", line[:110]])
+        record_property(TABLE, (case.row, case.tool, case.name, str(done.code), "ok" if not faults else "WRONG", line[:110]))
         wrong += [f"{case.id}: {fault}" for fault in faults]
     assert not wrong, f"{len(wrong)} faults:\n" + "\n".join(wrong)
     assert len([row for row in rows if not row.startswith("T")]) >= 100, sorted(rows)
