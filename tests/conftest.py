@@ -21,7 +21,7 @@ TABLE = "bad inputs: row, tool, input, exit code, verdict, line"  # recorded by 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let tests of faults at random moments run more often: `--rounds 50`."""
-    parser.addoption("--rounds", type=int, default=3, help="Random moments, or quarters of bit flips, for each tool and format.")
+    parser.addoption("--rounds", type=int, default=2, help="Random moments, or quarters of bit flips, for each tool and format.")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

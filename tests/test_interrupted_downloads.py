@@ -19,6 +19,7 @@ import pytest
 from shared import download as module
 from shared.errors import ToolError
 from tests.conftest import ROOT
+from tests.test_interruptions import FEW
 from tests.wholeness import faults_of_refusal
 from tests.zygote import Done
 from tools.extract_weights import extract_weights
@@ -131,17 +132,16 @@ def found(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_download_killed_at_any_moment_goes_on_and_is_whole(
-    server: _Server, checkpoint: bytes, tmp_path: Path, request: pytest.FixtureRequest
+    server: _Server, checkpoint: bytes, tmp_path: Path, rounds: int
 ) -> None:
     """The real command, killed while bytes come: twice, five times with more rounds."""
-    rounds = int(request.config.getoption("--rounds", default=3))
     server.manner = Manner(checkpoint, pause_s=PIECE_S)
     write_card(tmp_path, server, hashlib.sha256(checkpoint).hexdigest())
     command = [sys.executable, "-W", "ignore", "-m", "tools.extract_weights", "--model", "small.toml", "--download"]
     command += ["--prefix", "detector.", "-o", "out.safetensors"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     moments, have = random.Random("download"), [0]
-    for _ in range(2 if rounds <= 3 else 5):
+    for _ in range(2 if rounds <= FEW else 5):
         before = len(server.manner.asked)
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         deadline = time.monotonic() + 60
