@@ -349,7 +349,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def faults(session: nox.Session) -> None:
-    """Strangers' files, kills, full disks, bit flips and broken downloads at full length, an hour or two; CI runs fewer rounds."""
+    """Strangers' files, kills, full disks, bit flips and broken downloads at full length, two hours; CI runs fewer rounds."""
     install(session, "tests")
     session.run("pytest", *WORKERS, *FAULTS, "--rounds", "50", "-rP", *session.posargs)
 
