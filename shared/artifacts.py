@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -53,6 +53,7 @@ class Plan:
         companions: Returns the files in the output's folder that a product refers to, such as the weights of a large ONNX model.
         reopen: Reads a draft as its consumer will, and raises where that fails.
         makes_folder: Whether the output's folder is made with it.
+        is_whole: Tells from what was found whether the files that fall beside a product are there.
     """
 
     output: Path
@@ -68,6 +69,7 @@ class Plan:
     companions: Callable[[Path], Sequence[Path]] = field(default=lambda _: ())
     reopen: Callable[[Path], object] = field(default=lambda _: None)
     makes_folder: bool = False
+    is_whole: Callable[[Any], bool] = field(default=lambda _: True)
 
     @property
     def folder(self) -> Path:
@@ -227,7 +229,7 @@ def _current(plan: Plan, old: Provenance | None, inputs: list[FileRecord], found
         found = TypeAdapter(found_type).validate_python(old.found)
     except ValidationError:
         return None
-    if not getattr(found, "ok", True):
+    if not getattr(found, "ok", True) or not plan.is_whole(found):
         return None
     return Product(plan.output, _size(old), old.output.sha256, old.seconds, old.peak_rss_bytes, up_to_date=True), found
 

@@ -52,6 +52,7 @@ class PressedModel:
         measured: Speed and answers beside the original; a sentence where they could not be measured.
         searched: How the search went.
         damage: Layers by the damage they do, worst first.
+        statistics_sha256: Of the calibration statistics that fall beside the product; empty where none do.
         peak_rss_bytes: Peak memory of the quantizer.
     """
 
@@ -73,6 +74,7 @@ class PressedModel:
     measured: Measured | str | None = None
     searched: Searched | None = None
     damage: list[LayerDamage] = field(default_factory=list)
+    statistics_sha256: str = ""
     peak_rss_bytes: int = 0
 
 

@@ -153,6 +153,7 @@ class Quantizer:
             measured=measured,
             searched=searched,
             damage=self._damage(ops, rules, subject) if wish.debug else [],
+            statistics_sha256=_sha256(statistics) if statistics not in (None, wish.statistics) else "",
             peak_rss_bytes=self._peak,
         )
 

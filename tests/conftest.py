@@ -126,7 +126,7 @@ def rounds(request: pytest.FixtureRequest) -> int:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print what tests recorded as rows of a table, whether they passed or not."""
-    reports = [report for found in terminalreporter.stats.values() for report in found if hasattr(report, "user_properties")]
+    reports = [report for found in terminalreporter.stats.values() for report in found if isinstance(report, pytest.TestReport)]
     rows = [row for report in reports if report.when == "call" for name, row in report.user_properties if name == TABLE]
     if rows:
         terminalreporter.section(TABLE)

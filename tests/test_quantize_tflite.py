@@ -296,6 +296,19 @@ def test_static_int8_keeps_float_ends_and_its_statistics(model: Path, tiles: Pat
     assert again.product.sha256 == result.product.sha256  # type: ignore[union-attr]
 
 
+def test_a_product_whose_statistics_are_lost_or_changed_is_made_again(model: Path, tiles: Path) -> None:
+    first = quantize_tflite(model, recipe="int8-static", calibration=tiles)
+    statistics = model.with_name("model_int8-static_calibration.json")
+    whole = statistics.read_bytes()
+    again = quantize_tflite(model, recipe="int8-static", calibration=tiles, refresh=True)
+    assert again.product.up_to_date  # type: ignore[union-attr]
+    for disturb in (statistics.unlink, lambda: statistics.write_bytes(whole.replace(b"0", b"1", 1))):
+        disturb()
+        mended = quantize_tflite(model, recipe="int8-static", calibration=tiles, refresh=True)
+        assert not mended.product.up_to_date and mended.product.sha256 == first.product.sha256  # type: ignore[union-attr]
+        assert statistics.read_bytes() == whole
+
+
 def test_static_int8_ends_are_integers_where_asked_for(model: Path, tiles: Path) -> None:
     quantize_tflite(model, output=model.with_name("q.tflite"), recipe="int8-static", calibration=tiles, io_dtype="int8")
     with open_model(ModelSource(model.with_name("q.tflite"))) as opened:

@@ -32,7 +32,7 @@ from shared.executors import dask_cluster, local_processes
 from shared.machine import Needs, require_disk, size_text
 from shared.measured import Measured
 from shared.pressed import GateKept, Pressed
-from shared.provenance import provenance_path, read_provenance
+from shared.provenance import provenance_path, read_provenance, record
 from shared.quantization import STATISTICS, Quantizer, UnchangedError, needs_of
 from shared.recipes import ALIASES, read_recipe_file
 from shared.search import Target
@@ -155,6 +155,12 @@ def _files_beside(output: Path, found: Pressed, names: Sequence[str], folder: Pa
         if (statistics := _workspace(folder, model.name, names) / STATISTICS).is_file():
             files[beside(output, model.name, names, STATISTICS)] = statistics.read_bytes()
     return files
+
+
+def _has_statistics(output: Path, found: Pressed, names: Sequence[str]) -> bool:
+    """Return whether a product's calibration statistics lie beside it; a run killed after writing the product leaves none."""
+    expected = {beside(output, model.name, names, STATISTICS): model.statistics_sha256 for model in found.models}
+    return all(path.is_file() and record(path).sha256 == sha256 for path, sha256 in expected.items() if sha256)
 
 
 def _write_page(path: Path, source: Path, found: Pressed, message: str, *, overwrite: bool, refresh: bool) -> Product:
@@ -299,6 +305,7 @@ def quantize_tflite(
             dry_run=dry_run,
             needs=lambda: _needs(models, wishes, size),
             reopen=reopen,
+            is_whole=lambda found: _has_statistics(output, found, names),
         )
         try:
             product, found = artifacts.build(plan, Pressed, make)
