@@ -143,6 +143,7 @@ def _with_common_options(tool: Callable[..., Any]) -> Callable[..., None]:
                 console.width = PLAIN_WIDTH
             console.print(result)
         sys.stdout.flush()
+        _ignore_endings()  # all is done and told
         if not getattr(result, "ok", True):
             raise typer.Exit(1)
 
@@ -198,9 +199,13 @@ class _Ending:
 
 def _terminate(number: int, _: object) -> NoReturn:
     _Ending.number = number
-    for ending in FORWARDED:
-        signal.signal(ending, signal.SIG_IGN)  # what was begun is cleared away now, and that once
+    _ignore_endings()  # what was begun is cleared away now, and that once
     _fail(INTERRUPTION, code=128 + number)
+
+
+def _ignore_endings() -> None:
+    for ending in FORWARDED:
+        signal.signal(ending, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

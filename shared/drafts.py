@@ -34,20 +34,16 @@ def draft_beside(output: Path) -> Iterator[Path]:
     draft = output.with_name(f".{output.name}.{_scope()}-{os.getpid()}.partial")
     for stale in abandoned_drafts(output):
         stale.unlink(missing_ok=True)
-    try:
-        draft.touch()
-    except OSError as error:
-        if (full := of_disk(error)) is not None:
-            raise full from None
-        raise ToolError(
-            f"cannot write here: {error.strerror}", where=output.parent, remedy="create the folder or choose another with -o"
-        ) from None
-    try:
-        with temporary(draft):
-            yield draft
-    finally:
-        draft.unlink(missing_ok=True)
-        draft.with_name(f"{draft.name}.data").unlink(missing_ok=True)  # weights that an exporter put beside it
+    with temporary(draft, draft.with_name(f"{draft.name}.data")):  # weights that an exporter put beside it
+        try:
+            draft.touch()
+        except OSError as error:
+            if (full := of_disk(error)) is not None:
+                raise full from None
+            raise ToolError(
+                f"cannot write here: {error.strerror}", where=output.parent, remedy="create the folder or choose another with -o"
+            ) from None
+        yield draft
 
 
 def abandoned_drafts(output: Path) -> list[Path]:
@@ -59,12 +55,10 @@ def abandoned_drafts(output: Path) -> list[Path]:
 def kept_aside(paths: Iterable[Path]) -> Iterator[None]:
     """Put files back that are gone when the work fails; a second name keeps each meanwhile, where the file system has such."""
     asides = {path: path.with_name(f".{path.name}.{_scope()}-{os.getpid()}.partial.kept") for path in paths if path.is_file()}
-    for path, aside in asides.items():
-        with contextlib.suppress(OSError):
-            os.link(path, aside)
-    with contextlib.ExitStack() as told:
-        for aside in asides.values():
-            told.enter_context(temporary(aside))
+    with temporary(*asides.values()):
+        for path, aside in asides.items():
+            with contextlib.suppress(OSError):
+                os.link(path, aside)
         try:
             yield
         except BaseException:
@@ -72,9 +66,6 @@ def kept_aside(paths: Iterable[Path]) -> Iterator[None]:
                 if aside.exists() and not path.exists():
                     aside.replace(path)
             raise
-        finally:
-            for aside in asides.values():
-                aside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -65,13 +65,17 @@ def reading(path: Path) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def temporary(path: Path) -> Iterator[None]:
-    """Have the parent remove a file, and what is named after it, should this process die meanwhile."""
-    _tell(made=str(path))
+def temporary(*paths: Path) -> Iterator[None]:
+    """Remove files at the end; where this process dies or is interrupted before, its parent does, with what is named after them."""
+    for path in paths:
+        _tell(made=str(path))
     try:
         yield
     finally:
-        _tell(gone=str(path))
+        for path in paths:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            _tell(gone=str(path))
 
 
 def supervise(work: Callable[[], NoReturn]) -> NoReturn:
@@ -99,9 +103,9 @@ def supervise(work: Callable[[], NoReturn]) -> NoReturn:
     watch = _Watch(child)
     watch.follow(incoming)
     _, status = os.waitpid(child, 0)
+    watch.clear_away()
     if os.WIFEXITED(status):
         os._exit(os.WEXITSTATUS(status))  # nothing was printed here, and nothing is open
-    watch.clear_away()
     sys.stderr.write(("\x1b[?25h" if sys.stderr.isatty() else "") + f"error: {one_line(watch.death(os.WTERMSIG(status)))}\n")
     sys.exit(2)
 

@@ -6,6 +6,7 @@ synced, and folders made and removed, all but what lies in /proc and the like.
 
 import contextlib
 import errno
+import io
 import os
 import resource
 import shutil
@@ -64,6 +65,69 @@ def signal_after(number: int, seconds: float) -> None:
         if os.getppid() == tool:
             os.kill(tool, number)
         os._exit(0)
+
+
+def signal_within(step: int, number: int) -> None:
+    """Send the tool a signal that arrives while its n-th step is taken: the step is done, and what called it never hears of it."""
+
+    def act(count: int, _: str) -> None:
+        if count == step:
+            os.kill(os.getpid(), number)
+
+    _after_steps(act)
+
+
+def count_within(notes: str) -> None:
+    """Write down the steps of `signal_within` of a tool that nothing disturbs."""
+    handle = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    _after_steps(lambda _, what: os.write(handle, what.encode() + b"\n") and None)
+
+
+def _after_steps(act: Act) -> None:
+    """Call `act` with number and name after each step of the process that works: files changed, our contexts begun, or ending."""
+    watcher, count = os.getpid(), 0
+
+    def step(what: str) -> None:
+        nonlocal count
+        if os.getpid() != watcher:
+            count += 1
+            act(count, what)
+
+    def followed(name: str, function: Callable[..., Any], is_step: Callable[..., bool]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            result = function(*arguments, **named)
+            if is_step(*arguments, **named):
+                step(f"{name} {arguments[0]}")
+            return result
+
+        return call
+
+    def on_disk(path: Any, *_: Any, **__: Any) -> bool:
+        return isinstance(path, int) or not os.path.abspath(os.fsdecode(path)).startswith(NO_DISK)  # noqa: PTH100
+
+    def writes(path: Any, mode: int | str = "r", *_: Any, **__: Any) -> bool:
+        return on_disk(path) and bool(mode & WRITING if isinstance(mode, int) else set(mode) & set("wax+"))
+
+    for name in ("rename", "replace", "unlink", "remove", "mkdir", "rmdir", "fsync", "link"):
+        setattr(os, name, followed(name, getattr(os, name), on_disk))
+    os.open, io.open = followed("os.open", os.open, writes), followed("open", io.open, writes)
+    manager = contextlib._GeneratorContextManager  # the class of all that @contextlib.contextmanager makes
+    enter, leave = manager.__enter__, manager.__exit__
+
+    def step_of_ours(what: str, context: Any) -> None:
+        if Path(context.gen.gi_code.co_filename).parent.name == "shared":
+            step(f"{what} {context.gen.gi_code.co_name}")
+
+    def entered(self: Any) -> Any:
+        result = enter(self)
+        step_of_ours("begin", self)
+        return result
+
+    def left(self: Any, *error: Any) -> Any:
+        step_of_ours("end", self)
+        return leave(self, *error)
+
+    manager.__enter__, manager.__exit__ = entered, left  # type: ignore[method-assign]
 
 
 def plenty_of_disk() -> None:

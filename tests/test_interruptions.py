@@ -6,6 +6,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from shared.bundle import Entry, pack_bundle
 from tests.conftest import ROOT
 from tests.wholeness import Command, Scene, faults_of_refusal, make_scene
-from tests.zygote import Zygote
+from tests.zygote import Done, Zygote
 
 FEW = 3  # rounds; with more, everything is tried, however long it takes
 BEGUN_S = 0.05  # from here on the tool listens to signals; before, it ends as Python does
@@ -167,13 +168,44 @@ def test_an_interrupted_tool_says_so_in_one_line_and_leaves_nothing_half_written
         folder = scene.set_up(tmp_path / "run", has_old=has_old)
         done = scene.run(zygote, folder, patch=f"signal_after [{int(number)}, {moments.uniform(BEGUN_S, BEGUN_S + scene.seconds)}]")
         tally["interrupted" if done.code else "done before"] += 1
-        if done.code:
-            faults += faults_of_refusal(done, [128 + number])
-        else:
-            faults += scene.faults_when_done(folder)
-        faults += scene.faults(folder, has_old=has_old, drafts=False)
+        faults += faults_of_interruption(scene, folder, done, number, has_old=has_old)
     told(f"{name}, {number.name}", tally, faults)
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("name", ["extract_weights", "quantize_tflite", "prepare_calibration"])
+def test_a_tool_interrupted_within_any_step_leaves_nothing_half_written(
+    scenes: Scenes, zygote: Zygote, tmp_path: Path, name: str, rounds: int
+) -> None:
+    """A file that was made is removed even where the signal comes before the tool has heard that it is there."""
+    scene = scenes(name)
+    tally, faults = Counter[str](), []
+    for has_old in (True, False):
+        folder = scene.set_up(tmp_path / "counted", has_old=has_old)
+        assert scene.run(zygote, folder, patch=f'count_within ["{tmp_path / "steps"}"]').code == 0
+        steps = list(enumerate((tmp_path / "steps").read_text().splitlines(), start=1))
+        (tmp_path / "steps").unlink()
+        if rounds <= FEW:
+            draft = next(step for step in steps if step[1].startswith("os.open "))
+            steps = [draft, *random.Random(name).sample(steps, 1 if scene.seconds > 1 else 4 * rounds)]
+        for number, step in steps:
+            folder = scene.set_up(tmp_path / "run", has_old=has_old)
+            done = scene.run(zygote, folder, patch=f"signal_within [{number}, {int(signal.SIGTERM)}]")
+            tally["interrupted" if done.code else "done"] += 1
+            found = faults_of_interruption(scene, folder, done, signal.SIGTERM, has_old=has_old)
+            faults += [f"step {number}: {fault} ({step})" for fault in found]
+    told(f"{name}, interrupted within each step", tally, faults)
+    assert not tally["done"], "a step was not taken"
+    assert not faults, "\n".join(faults)
+
+
+def faults_of_interruption(scene: Scene, folder: Path, done: Done, number: signal.Signals, *, has_old: bool) -> Iterator[str]:
+    """Yield what is wrong after a tool got a signal; one that had begun to tell what it has done must have done it."""
+    finished = list(scene.faults_when_done(folder)) if done.stdout or not done.code else []
+    if done.code:
+        yield from faults_of_refusal(replace(done, stdout=""), [128 + number])
+    yield from finished
+    yield from scene.faults(folder, has_old=has_old, drafts=False)
 
 
 @pytest.mark.parametrize("name", ["extract_weights", "prepare_calibration"])

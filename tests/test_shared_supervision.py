@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import ROOT
 
 TOOL = """
-    import contextlib, mmap, os, signal, time
+    import atexit, contextlib, mmap, os, signal, time
     from pathlib import Path
     from shared.cli import run
     from shared.drafts import draft_beside
@@ -25,6 +25,10 @@ TOOL = """
             draft.write_bytes(b"half")
             if kind == "crash outside":
                 os.abort()
+            if kind == "leave":
+                os._exit(3)
+            if kind == "linger":
+                atexit.register(time.sleep, 2)
             with reading(file) as goes_on:
                 if kind == "crash":
                     os.kill(os.getpid(), signal.SIGSEGV)
@@ -90,6 +94,29 @@ def test_a_child_that_dies_is_one_line_exit_2_and_leaves_nothing(
     assert done.stderr.count("\n") == 1
     assert says in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.bin", "pretend.py"]
+
+
+def test_a_child_that_leaves_at_once_leaves_nothing_behind(command: list[str], tmp_path: Path) -> None:
+    done = call(command, "leave", "in.bin", folder=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.bin", "pretend.py"]
+
+
+def test_an_interruption_after_all_is_told_is_none(command: list[str], tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*command, "linger", "in.bin"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "done\n"
+    time.sleep(0.2)  # between telling and not listening any more
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (0, "")
 
 
 def test_a_long_file_that_goes_on_is_not_ended(command: list[str], tmp_path: Path) -> None:
