@@ -71,6 +71,15 @@ def call(command: list[str], *arguments: str, folder: Path) -> "subprocess.Compl
     )
 
 
+def start(command: list[str], *arguments: str, folder: Path) -> "subprocess.Popen[str]":
+    """Start the tool as a terminal does: in a process group of its own."""
+    pipe = subprocess.PIPE
+    env = {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*command, *arguments], stdout=pipe, stderr=pipe, text=True, cwd=folder, env=env, start_new_session=True
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "limits", "says"),
     [
@@ -103,14 +112,7 @@ def test_a_child_that_leaves_at_once_leaves_nothing_behind(command: list[str], t
 
 
 def test_an_interruption_after_all_is_told_is_none(command: list[str], tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [*command, "linger", "in.bin"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT)},
-    )
+    process = start(command, "linger", "in.bin", folder=tmp_path)
     assert process.stdout is not None
     assert process.stdout.readline() == "done\n"
     time.sleep(0.2)  # between telling and not listening any more
@@ -125,9 +127,7 @@ def test_a_long_file_that_goes_on_is_not_ended(command: list[str], tmp_path: Pat
 
 
 def test_the_tool_dies_with_its_parent(command: list[str], tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [*command, "wait", "in.bin"], stdout=subprocess.PIPE, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}
-    )
+    process = start(command, "wait", "in.bin", folder=tmp_path)
     assert process.stdout is not None
     child = int(process.stdout.readline())
     assert child != process.pid
@@ -144,15 +144,7 @@ def test_the_tool_dies_with_its_parent(command: list[str], tmp_path: Path) -> No
 
 
 def test_a_second_interruption_does_not_disturb_the_first(command: list[str], tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [*command, "wait", "in.bin"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT)},
-        start_new_session=True,
-    )
+    process = start(command, "wait", "in.bin", folder=tmp_path)
     assert process.stdout is not None
     process.stdout.readline()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: parent and child both get it, and the parent passes its own on
