@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from shared.errors import ToolError, first_line
 from shared.images import image_files, read_pixels, to_form
-from shared.runtime import TensorSpec, describe, image_input
 from shared.sniffing import is_regular, read_head
 from shared.supervision import reading
-from shared.tflite import ZIP_DAMAGE
+from shared.tensors import TensorSpec, describe, image_input
+from shared.zip_layout import ZIP_DAMAGE
 
 Sample = dict[str, NDArray[Any]]
 _Array = tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]

@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from shared.bias import Patches, correct_biases, layers, mean_patches
 from shared.calibration import CalibrationSet, Sample
 from shared.errors import ToolError, first_line
+from shared.output_error import Damage, measure_damage
 from shared.recipes import Rules
-from shared.runtime import TensorSpec, sample_inputs
+from shared.samples import sample_inputs
+from shared.tensors import TensorSpec
 from shared.upstream import large_weights_quantized
 from shared.worker import signature_names
 
@@ -70,23 +72,6 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Damage:
-    """How far quantizing moved a tensor, over all samples.
-
-    Args:
-        relative_error: Largest over the samples of the Euclidean norm of the difference, divided by the root mean square over the
-            samples of the norm of the float values. None where a value is no finite number.
-        snr_db: Signal-to-noise ratio, the energy of the float values over that of the difference; None without any difference.
-        cosine: Of the float and the quantized values, smallest over the samples; 0 where one side
-            is all zeros, None where both are in every sample.
-    """
-
-    relative_error: float | None
-    snr_db: float | None
-    cosine: float | None
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What a candidate showed.
 
@@ -123,22 +108,6 @@ def measure_candidate(job: Job) -> Outcome:
     slowdown = _slowdown(quantized, job.subject) if job.is_timed else None
     pairs = zip(zip(*reference, strict=True), zip(*candidate, strict=True), strict=True)  # by output, then by sample
     return Outcome(len(quantized), [measure_damage(r, c) for r, c in pairs], inside, slowdown)
-
-
-def measure_damage(reference: Sequence[Array], candidate: Sequence[Array]) -> Damage:
-    """Compare a tensor, sample by sample; any shape, float."""
-    flat = [(r.astype(np.float64).ravel(), c.astype(np.float64).ravel()) for r, c in zip(reference, candidate, strict=True)]
-    if not all(np.isfinite(side).all() for pair in flat for side in pair):
-        return Damage(None, None, None)
-    signal = np.array([r @ r for r, _ in flat])
-    noise = np.array([(r - c) @ (r - c) for r, c in flat])
-    cosines = [float(r @ c / (np.sqrt((r @ r) * (c @ c)) or 1.0)) for r, c in flat if r.any() or c.any()]
-    cosine = min(cosines, default=None)
-    if noise.max() == 0:
-        return Damage(0.0, None, cosine)
-    if signal.max() == 0:
-        return Damage(None, None, cosine)
-    return Damage(float(np.sqrt(noise.max() / signal.mean())), float(10 * np.log10(signal.sum() / noise.sum())), cosine)
 
 
 def corrected(subject: Subject, quantized: bytearray | mmap.mmap) -> int:

@@ -21,9 +21,25 @@ CHECKPOINT_FOLDERS = (PRODUCTS / "checkpoints", USER_CACHE / "edgepress", Path.h
 Positive = Annotated[int, Field(ge=1, le=65536, strict=True)]
 Four = tuple[Positive, Positive, Positive, Positive]
 FileStem = Annotated[str, StringConstraints(pattern=re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$"))]
+Layout = Literal["nchw", "nhwc"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 AGAIN = "correct it; models/miniseal.toml shows the form"
 STRICT = ConfigDict(extra="forbid")  # a misspelt field is an error, never ignored
+
+
+@dataclass(frozen=True)
+class InputForm:
+    """How a deployed detector takes its image.
+
+    Args:
+        size: Height and width in pixels.
+        layout: 'nchw' is float32 (1, 3, size, size), 'nhwc' is float32 (1, size, size, 3).
+        resize: Whether the graph resizes the image to the network's own size.
+    """
+
+    size: int
+    layout: Layout = "nchw"
+    resize: bool = False
 
 
 @dataclass(frozen=True)

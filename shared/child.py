@@ -5,6 +5,7 @@ unpickles anything the other sent.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -14,14 +15,15 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import IO, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.code_version import ROOT
 from shared.errors import ToolError, first_line, of_disk, one_line
 from shared.machine import peak_rss_bytes
-from shared.provenance import ROOT
 from shared.supervision import PARENT, die_with_parent
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -36,20 +38,20 @@ class ChildError(Exception):
 
 
 class Child:
-    """A running `python -m <module>` that answers messages.
+    """A Python process that answers messages through a module's function `handle`.
 
     Args:
-        module: A module whose main block calls `serve`.
+        module: A module of this project with a function `handle`, see `Handler`.
         timeout_s: Limit for each answer.
     """
 
-    def __init__(self, module: str, timeout_s: float) -> None:
+    def __init__(self, module: ModuleType, timeout_s: float) -> None:
         self.peak_rss_bytes = 0
         self._timeout_s = timeout_s
         self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - closed in close()
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [sys.executable, "-m", __name__, module.__name__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -158,3 +160,7 @@ def _receive(stream: IO[bytes]) -> tuple[Message, dict[str, NDArray[Any]]]:
             raise EOFError
         arrays[name] = np.frombuffer(data, dtype).reshape(shape)
     return head["message"], arrays
+
+
+if __name__ == "__main__":
+    serve(importlib.import_module(sys.argv[1]).handle)

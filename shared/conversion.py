@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from shared.cards import Card
-from shared.child import Arrays, Message, serve
+from shared.cards import Card, InputForm
+from shared.child import Arrays, Message
 from shared.errors import ToolError
-from shared.runtime import InputForm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,19 +28,13 @@ SMALL = 0.02  # standard deviation of seeded biases and of the deviations from 1
 def rehearse(message: Message) -> Message:
     """Write a checkpoint of seeded weights with the card's keys and shapes; no tensor is constant, as none is after training."""
     from shared.checkpoints import REHEARSAL, write_safetensors
+    from shared.detector import detector_shapes
 
     card = TypeAdapter(Card).validate_python(message["card"])
     shapes = {card.checkpoint.prefix + key: shape for key, shape in detector_shapes(card).items()}
     notes = {REHEARSAL: f"seed {message['seed']}: untrained"}
     write_safetensors(Path(message["draft"]), shapes, seeded_weights(shapes, message["seed"]), notes)
     return {}
-
-
-def detector_shapes(card: Card) -> dict[str, tuple[int, ...]]:
-    """Return the detector's keys, without the checkpoint's prefix, and their shapes."""
-    from shared.detector import build_on_meta
-
-    return {key: tuple(value.shape) for key, value in build_on_meta(card).state_dict().items()}
 
 
 def seeded_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> "Iterator[tuple[str, Tensor]]":
@@ -70,7 +63,7 @@ def convert(message: Message) -> Message:
         select_detector,
         write_safetensors,
     )
-    from shared.detector import Deployed, GlobalResponseNorm, build_on_meta, sum_of_squares_as_product
+    from shared.detector import Deployed, GlobalResponseNorm, build_on_meta, detector_shapes, sum_of_squares_as_product
     from shared.fusion import fold_affine
 
     card = TypeAdapter(Card).validate_python(message["card"])
@@ -151,7 +144,3 @@ def _export(module: Any, image: "Tensor", draft: Path) -> None:
 def handle(message: Message, _: Arrays) -> tuple[Message, Arrays]:
     """Do the task that the message names."""
     return {"rehearse": rehearse, "convert": convert}[message["task"]](message), {}
-
-
-if __name__ == "__main__":
-    serve(handle)

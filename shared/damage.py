@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from shared.candidates import Damage, Job, Outcome, Subject, measure_candidate
+from shared.candidates import Job, Outcome, Subject, measure_candidate
 from shared.cli import step_progress
-from shared.coverage import matching_rules
 from shared.executors import finished
+from shared.output_error import Damage
 from shared.recipes import NO_QUANTIZE, Rules
+from shared.rule_coverage import matching_rules
 from shared.tflite import Op
 
 WORST_SHOWN = 1000.0  # instead of infinity, which JSON does not know

@@ -168,7 +168,7 @@ class Detector(nn.Module):
 
 
 class ImageForm(Protocol):
-    """How a product takes its image; see `shared.runtime.InputForm`."""
+    """How a product takes its image; see `shared.cards.InputForm`."""
 
     @property
     def size(self) -> int: ...
@@ -220,3 +220,8 @@ def build_on_meta(sizes: DetectorSizes, *, maps_input: bool = True) -> Detector:
     """Return the network with its shapes but without memory for its weights; load them with `assign=True`."""
     with torch.device("meta"):
         return Detector(sizes, maps_input=maps_input).eval().requires_grad_(requires_grad=False)
+
+
+def detector_shapes(sizes: DetectorSizes) -> dict[str, tuple[int, ...]]:
+    """Return the detector's keys, without the checkpoint's prefix, and their shapes."""
+    return {key: tuple(value.shape) for key, value in build_on_meta(sizes).state_dict().items()}

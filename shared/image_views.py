@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from shared.comparison import Findings, ImageTask
 from shared.image_quality import as_image
 from shared.images import Pixels, read_pixels
-from shared.robustness import image_input
 from shared.runtime import Model, ModelSource, open_model
+from shared.samples import image_sample
 
 SIDE = 160  # pixels of a cut-out, in the models' output
 WINDOW = 16  # pixels over which a difference is added up to find its place
@@ -52,7 +52,7 @@ def worst_views(findings: Findings, count: int, skip: frozenset[Path] = frozense
 def _made(model: Model, file: Path, pixel_range: tuple[float, float]) -> NDArray[np.float32]:
     """Return the image a model makes, (H, W, 3) in 0..255, not rounded."""
     low, high = pixel_range
-    outputs, _ = model.run(image_input(model.inputs, read_pixels(file), pixel_range))
+    outputs, _ = model.run(image_sample(model.inputs, read_pixels(file), pixel_range))
     image = (as_image(outputs[model.outputs[0].name]) - np.float32(low)) * np.float32(255 / (high - low))
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
 

@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.calibration import Sample
-from shared.candidates import SEEDED, Damage, measure_damage
+from shared.candidates import SEEDED
 from shared.child import ChildError
 from shared.machine import MIB, available_memory_bytes, cpu_count
-from shared.runtime import ModelSource, TensorSpec, describe, memory_need_bytes, open_model, sample_inputs
+from shared.output_error import Damage, measure_damage
+from shared.runtime import ModelSource, memory_need_bytes, open_model
+from shared.samples import sample_inputs
+from shared.tensors import TensorSpec, describe
 
 SLOWER = 1.1  # times the original's latency: from here on it is said, and why
 RUNS, LARGE_RUNS = 40, 2

@@ -17,7 +17,9 @@ from shared.machine import MIB, available_memory_bytes, cpu_count
 from shared.onnx_graph import declared_range
 from shared.onnx_pressed import FLOAT, Timed
 from shared.onnx_wish import OnnxWish
-from shared.runtime import ModelSource, TensorSpec, image_input, memory_need_bytes, open_model, sample_inputs
+from shared.runtime import ModelSource, memory_need_bytes, open_model
+from shared.samples import sample_inputs
+from shared.tensors import TensorSpec, image_input
 from shared.trials import Inputs, Protocol, Shown, run_trials
 
 COMPARED, LARGE_COMPARED = 16, 2  # samples that answers are compared on, unless there are fewer

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from rich.console import RenderableType
 from rich.table import Column, Table
 
-from shared.coverage import OpLeft, OpTypeCoverage
+from shared.coverage import OpLeft, OpTypeCoverage, coverage_table, left_tables, size_sentence
 from shared.fidelity import Fidelity
+from shared.gate_result import GateKept, gate_table
 from shared.machine import size_text
 from shared.onnx_graph import SLOW_DYNAMIC, SLOW_HALF
-from shared.pressed import GateKept, coverage_table, gate_table, left_tables, size_sentence
 
 ORIGINAL, FLOAT = "original", "float32"  # labels of the model as it came, and repaired
 SLOWER = 1.05  # times the repaired model's latency: from here on it is said, and why

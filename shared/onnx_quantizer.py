@@ -14,13 +14,13 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from shared.calibration import CalibrationSet, Sample
-from shared.child import Arrays, Message, serve
+from shared.child import Arrays, Message
 from shared.errors import ToolError, first_line
 from shared.onnx_files import MAX_PROTOBUF_BYTES, external_files, read_model
 from shared.onnx_repair import NARROW, repair, write
 from shared.onnx_settings import Settings
 from shared.onnx_spelling import AS_FLOAT, matrix_products, shield_floats, write_spelled
-from shared.runtime import TensorSpec
+from shared.tensors import TensorSpec
 
 
 def repair_model(source: str, target: str) -> dict[str, Any]:
@@ -230,7 +230,3 @@ WORK: dict[str, Callable[..., dict[str, Any]]] = {
 def handle(message: Message, _: Arrays) -> tuple[Message, Arrays]:
     """Do one piece of work: {"do": name, its arguments}."""
     return dict(WORK[message.pop("do")](**message)), {}
-
-
-if __name__ == "__main__":
-    serve(handle)

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from shared import onnx_quantizer
 from shared.calibration import CalibrationSet
 from shared.child import Child, ChildError
 from shared.cli import step
@@ -56,7 +57,7 @@ class Workshop:
         self.float_model = folder / "float.onnx"
         self.peak_rss_bytes = 0
         self._source, self._folder = source, folder
-        self._child = Child("shared.onnx_quantizer", TIMEOUT_S)
+        self._child = Child(onnx_quantizer, TIMEOUT_S)
         self._static_form: tuple[Path, tuple[str, ...]] | None = None
 
     def __enter__(self) -> Self:

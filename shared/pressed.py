@@ -1,19 +1,18 @@
 """What quantizing a file found: the object behind the tool's tables, its JSON and its HTML page."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rich.console import RenderableType
 from rich.table import Column, Table
 
-from shared.coverage import OpLeft, OpTypeCoverage, RuleMatches
+from shared.coverage import SHOWN, OpLeft, OpTypeCoverage, coverage_table, left_tables, number_text, short_name, size_sentence
 from shared.damage import LayerDamage
+from shared.gate_result import GateKept, gate_table
 from shared.machine import size_text
 from shared.measured import Measured
 from shared.recipes import Rules
-
-SHOWN = 8  # rows of long tables; the JSON has all
-LONGEST = 60  # characters of a name in a table
+from shared.rule_coverage import RuleMatches
 
 
 @dataclass(frozen=True)
@@ -79,22 +78,6 @@ class PressedModel:
 
 
 @dataclass(frozen=True)
-class GateKept:
-    """A limit on one model, and whether it was kept; `value` is None where it could not be measured."""
-
-    model: str
-    name: str
-    value: float | None
-    limit: float
-    ok: bool
-
-    def sentence(self) -> str:
-        """Return model, limit and value in one line."""
-        value = "not measured" if self.value is None else format(self.value, ".4g")
-        return f"{self.model} {self.name} {value}, limit {self.limit:g}"
-
-
-@dataclass(frozen=True)
 class Pressed:
     """What became of a model, or of all models in a bundle.
 
@@ -132,38 +115,6 @@ class Pressed:
     def broken(self) -> str:
         """Return the broken limits in one line."""
         return "; ".join(gate.sentence() for gate in self.gates if not gate.ok)
-
-
-def gate_table(gates: Sequence[GateKept]) -> Table:
-    """Return limits, and whether they were kept."""
-    table = Table("model", "gate", "value", "limit", "")
-    for gate in gates:
-        value = "not measured" if gate.value is None else f"{gate.value:.4g}"
-        table.add_row(gate.model, gate.name, value, f"{gate.limit:g}", "ok" if gate.ok else "FAILED")
-    return table
-
-
-def coverage_table(title: str, rows: Sequence[OpTypeCoverage]) -> Table:
-    """Return what became of the ops, a row for each type."""
-    table = Table("op type", "quantized", "weights before", "after", "now", Column("why not all", overflow="fold"), title=title)
-    for row in rows:
-        counts = f"{row.quantized} of {row.ops}"
-        before, after = size_text(row.weight_bytes), size_text(row.bytes_after)
-        table.add_row(row.op_type, counts, before, after, ", ".join(row.dtypes), row.reason)
-    return table
-
-
-def left_tables(rows: Sequence[OpTypeCoverage], ops: Sequence[OpLeft]) -> Iterator[RenderableType]:
-    """Yield the ops that were left, but for those of a type none of which was quantized and whose row gives the one reason."""
-    told = {row.op_type for row in rows if row.quantized == 0 and ";" not in row.reason}
-    rest = [op for op in ops if op.op_type not in told]
-    if rest:
-        left = Table(Column("left as it was", overflow="fold"), "op type", "weights", Column("why", overflow="fold"))
-        for op in rest[:SHOWN]:
-            left.add_row(short_name(op.name), op.op_type, size_text(op.weight_bytes), op.reason)
-        yield left
-        if len(rest) > SHOWN:
-            yield f"and {len(rest) - SHOWN} smaller ones; --json has all"
 
 
 def _model_tables(model: PressedModel) -> Iterator[RenderableType]:
@@ -207,23 +158,6 @@ def layer_cells(layer: LayerDamage) -> Iterator[str]:
     yield number_text(layer.layer.snr_db, ".1f", " dB")
     yield number_text(layer.output.relative_error, ".3%")
     yield number_text(layer.output.cosine, ".6f")
-
-
-def short_name(name: str) -> str:
-    """Return the end of a long name; converters join the names of all modules and ops on the way, the nearest last."""
-    return name if len(name) <= LONGEST else f"...{name[3 - LONGEST :]}"
-
-
-def number_text(value: float | None, form: str, unit: str = "") -> str:
-    """Return a number, or a dash where there is none."""
-    return "-" if value is None else f"{value:{form}}{unit}"
-
-
-def size_sentence(name: str, before: int, after: int, coverage: float | None) -> str:
-    """Say how much smaller a model became, and how much of its weights is quantized."""
-    change = 1 - after / before
-    kept = "" if coverage is None else f"; {coverage:.1%} of the weight bytes quantized"
-    return f"{name}: {size_text(before)} -> {size_text(after)}, {abs(change):.1%} {'smaller' if change >= 0 else 'LARGER'}{kept}"
 
 
 def sentences(model: PressedModel) -> Iterator[str]:

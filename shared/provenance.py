@@ -13,11 +13,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from shared.code_version import code_version
 from shared.errors import ToolError
 from shared.sniffing import regular_size
 from shared.vouching import Voucher, find_voucher, require_same
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -118,13 +117,15 @@ def require_vouched(paths: Iterable[Path]) -> None:
 
 
 def versions(tool: str, packages: Sequence[str]) -> dict[str, str]:
-    """Return the versions that decide a product's bytes; for this project's own code, a hash of it."""
-    code = hashlib.sha256()
-    for path in sorted([ROOT / "tools" / f"{tool}.py", *(ROOT / "shared").glob("*.py")]):
-        if path.exists():
-            code.update(path.read_bytes())
+    """Return the versions that decide a product's bytes; for this project's own code, a hash of it.
+
+    Args:
+        tool: Name of a tool, or the dotted name of another module of the project that writes products.
+        packages: Distributions whose version matters.
+    """
+    module = tool if "." in tool else f"tools.{tool}"
     installed = {name: metadata.version(name) for name in packages if _is_installed(name)}
-    return {"python": ".".join(map(str, sys.version_info[:3])), **installed, "edgepress-code": code.hexdigest()[:16]}
+    return {"python": ".".join(map(str, sys.version_info[:3])), **installed, "edgepress-code": code_version(module)}
 
 
 def _is_installed(name: str) -> bool:

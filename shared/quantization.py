@@ -7,11 +7,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from shared import quantizer
 from shared.calibration import RANGES, CalibrationSet, Sample, choose_range
 from shared.candidates import Subject
 from shared.child import Child, ChildError
 from shared.cli import step
-from shared.coverage import RuleMatches, count_matches, measure_coverage, unmatched
 from shared.damage import LayerDamage, measure_layers
 from shared.errors import ToolError
 from shared.machine import MIB, Needs, cpu_count, cpu_name
@@ -28,8 +28,10 @@ from shared.recipes import (
     operation_of,
 )
 from shared.repair import Repairs, cut_before_custom_ops, needed_repairs
-from shared.runtime import Kernels, ModelSource, TensorSpec, open_model
+from shared.rule_coverage import RuleMatches, count_matches, measure_coverage, unmatched
+from shared.runtime import Kernels, ModelSource, open_model
 from shared.search import Ledger, Search, Target
+from shared.tensors import TensorSpec
 from shared.tflite import Op, check_is_tflite, copy_appended_zip, custom_ops, declared_range, read_ops, require_finite
 from shared.wish import Wish
 
@@ -160,7 +162,7 @@ class Quantizer:
     def _work(self, what: str, **arguments: Any) -> dict[str, Any]:
         """Let a process of its own do a piece of `shared.quantizer`'s work."""
         try:
-            with Child("shared.quantizer", QUANTIZE_TIMEOUT_S) as child:
+            with Child(quantizer, QUANTIZE_TIMEOUT_S) as child:
                 reply, _ = child.ask({"do": what, **arguments})
                 self._peak = max(self._peak, child.peak_rss_bytes)
                 return reply

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.coverage import number_text, short_name
 from shared.damage import LayerDamage
 from shared.machine import size_text
 from shared.pages import TEMPLATES, Bar, write_template
-from shared.pressed import Pressed, PressedModel, layer_cells, number_text, sentences, short_name
+from shared.pressed import Pressed, PressedModel, layer_cells, sentences
 
 TEMPLATE = TEMPLATES / "quantization.html.jinja"
 LAYERS_DRAWN = 40

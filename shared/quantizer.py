@@ -8,10 +8,10 @@ from typing import Any
 
 from shared.calibration import CalibrationSet
 from shared.candidates import Subject, corrected
-from shared.child import Arrays, Message, serve
+from shared.child import Arrays, Message
 from shared.errors import ToolError
 from shared.repair import repair, shorten_names
-from shared.runtime import TensorSpec
+from shared.tensors import TensorSpec
 from shared.upstream import large_weights_quantized
 
 
@@ -89,7 +89,3 @@ def handle(message: Message, _: Arrays) -> tuple[Message, Arrays]:
     """Do one piece of work: {"do": name, its arguments}."""
     os.environ["TQDM_DISABLE"] = "1"
     return dict(WORK[message.pop("do")](**message)), {}
-
-
-if __name__ == "__main__":
-    serve(handle)

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared import metrics, runtime
+from shared import metrics
 from shared.attacks import Attack
-from shared.child import ChildError
-from shared.images import Pixels, read_pixels, stretch_image, to_form, to_image, to_layout
+from shared.images import Pixels, read_pixels
 from shared.messages import Labelled, chance_of_agreement
-from shared.runtime import TensorSpec, describe, image_spec
+from shared.samples import image_sample
 from shared.trials import Inputs
 
 CLEAN = "none"  # the name of no attack
@@ -131,29 +130,9 @@ def labelled_inputs(labelled: Sequence[Labelled], attacks: Sequence[Attack | Non
         return pixels if attack is None else replace(attack, seed=number)(pixels)
 
     def sample(number: int, attack: Attack | None) -> Inputs:
-        return lambda specs: image_input(specs, attacked(number, attack))
+        return lambda specs: image_sample(specs, attacked(number, attack))
 
     return [sample(number, attack) for attack in attacks for number in range(len(labelled))]
-
-
-def image_input(specs: list[TensorSpec], pixels: Pixels, pixel_range: tuple[float, float] = (0.0, 1.0)) -> dict[str, NDArray[Any]]:
-    """Return pixels as the one image input of a model, stretched where it takes one size only; 0 to 255 become `pixel_range`.
-
-    Raises:
-        ChildError: The model takes something else.
-    """
-    if (image := image_spec(specs)) is not None:
-        name, layout, size = image
-        return {name: _ranged(to_layout(stretch_image(to_image(pixels), size), layout), pixel_range)}
-    if (found := runtime.image_input(specs)) is None:
-        raise ChildError(f"it takes {describe(specs)}, not one float32 image; compare it on seeded samples")
-    name, form = found
-    return {name: _ranged(to_form(pixels, form), pixel_range)}
-
-
-def _ranged(image: NDArray[np.float32], pixel_range: tuple[float, float]) -> NDArray[np.float32]:
-    low, high = pixel_range
-    return image if (low, high) == (0, 1) else image * np.float32(high - low) + np.float32(low)
 
 
 def read_accuracy(labelled: Sequence[Labelled], attacks: Sequence[Attack | None], answers: Sequence[NDArray[Any]]) -> Accuracy:

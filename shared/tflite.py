@@ -8,7 +8,6 @@ Source: https://ai.google.dev/edge/litert/conversion/tensorflow/metadata (append
 """
 
 import contextlib
-import errno
 import functools
 import json
 import math
@@ -16,7 +15,6 @@ import mmap
 import shutil
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +26,12 @@ from shared.errors import DamagedError, ToolError, first_line
 from shared.sniffing import name_kind, read_head
 from shared.supervision import reading
 from shared.tflite_structure import check_structure
+from shared.zip_layout import DISK_TROUBLE, ZIP_DAMAGE
 
 IDENTIFIER = b"TFL3"  # at byte 4
 METADATA_NAME = "edgepress.json"
 # What a walk over a flatbuffer's tables can raise on a damaged file.
 DAMAGE = (struct.error, LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError, RecursionError)
-# What reading an appended zip can raise on a damaged or encrypted one.
-ZIP_DAMAGE = (zipfile.BadZipFile, zlib.error, LookupError, ValueError, EOFError, RuntimeError, NotImplementedError, OSError)
-DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # no fault of the zip that was read
 AGAIN = "convert or download it again"
 CHUNK_BYTES = 2**24
 MAX_METADATA_BYTES = 2**16

@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from shared.cards import Card
-from shared.child import Arrays, Message, serve
+from shared.cards import Card, InputForm
+from shared.child import Arrays, Message
 from shared.errors import ToolError
-from shared.runtime import InputForm
 
 Specs = list[tuple[str, list[int], str]]
 Run = Callable[[Arrays], dict[str, NDArray[Any]]]
@@ -165,5 +164,4 @@ class Worker:
         return {"inputs": inputs, "outputs": outputs, "load_ms": (time.perf_counter() - start) * 1e3}, {}
 
 
-if __name__ == "__main__":
-    serve(Worker().handle)
+handle = Worker().handle

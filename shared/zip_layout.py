@@ -4,15 +4,20 @@ Python's zipfile, PyTorch and MediaPipe read the directory at the end; others go
 differ is refused, and so is one whose directory leads out of the file: what is mapped into memory is not checked again.
 """
 
+import errno
 import mmap
 import struct
 import zipfile
+import zlib
 from collections.abc import Sequence
 
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")  # signature, version, flags, method, time, date, crc, sizes, lengths of name and extra
 END_RECORD_BYTES = 22
 ENCRYPTED, HAS_DESCRIPTOR = 0x41, 0x08
 DESCRIPTOR_BYTES = 16
+# What reading a zip can raise on a damaged or encrypted one.
+ZIP_DAMAGE = (zipfile.BadZipFile, zlib.error, LookupError, ValueError, EOFError, RuntimeError, NotImplementedError, OSError)
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # errors of the disk, not of the zip
 
 
 class LayoutError(Exception):

@@ -10,11 +10,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from shared.code_version import ROOT
 from shared.images import read_pixels, to_image
 from shared.machine import GIB, MIB, cpu_count
 from shared.messages import read_messages
 from shared.metrics import psnr_db
-from shared.provenance import ROOT
 from tests.bench import PACKAGES, replace_between
 
 RESULTS = ROOT / "tests" / "demo.json"

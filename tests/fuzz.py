@@ -38,8 +38,8 @@ from shared.errors import ToolError, first_line, one_line
 from shared.images import read_pixels
 from shared.pth_layout import check_pth
 from shared.repair import needed_repairs
-from shared.runtime import TensorSpec
 from shared.sources import Columns, find_sources
+from shared.tensors import TensorSpec
 from tests import mutations, small_files
 from tests.mutations import Mutate, scramble
 

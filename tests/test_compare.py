@@ -22,7 +22,8 @@ from shared.image_quality import bicubic_scores
 from shared.machine import saturates
 from shared.report import Page
 from shared.robustness import image_input
-from shared.runtime import Model, ModelSource, TensorSpec, open_model
+from shared.runtime import Model, ModelSource, open_model
+from shared.tensors import TensorSpec
 from shared.trials import Measured, Shown
 from tests.conftest import REALDATA, ROOT, Miniseal, Run, Small
 from tests.small_onnx import save, save_picture_model

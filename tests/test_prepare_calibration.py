@@ -20,8 +20,8 @@ from shared.calibration import CalibrationSet
 from shared.errors import ToolError
 from shared.images import read_pixels, seeded_image, stretch
 from shared.provenance import provenance_path
-from shared.runtime import TensorSpec
 from shared.sampling import MOST_OVERLAP, look_at
+from shared.tensors import TensorSpec
 from shared.video import frames_at
 from tests.conftest import REALDATA, ROOT, Run
 from tests.test_shared_video import write_video

@@ -19,7 +19,9 @@ from shared.images import image_files, read_pixels, seeded_image
 from shared.machine import saturates
 from shared.onnx_graph import read_metadata
 from shared.onnx_pressed import PressedOnnx
-from shared.runtime import ModelSource, TensorSpec, open_model, sample_inputs
+from shared.runtime import ModelSource, open_model
+from shared.samples import sample_inputs
+from shared.tensors import TensorSpec
 from tests.conftest import REALDATA, Run
 from tests.small_onnx import (
     PICTURE,

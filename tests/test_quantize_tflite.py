@@ -16,7 +16,9 @@ from shared.forecast import Foreseen
 from shared.images import image_files, read_pixels, stretch
 from shared.measured import Measured
 from shared.recipes import resolve_recipe
-from shared.runtime import ModelSource, TensorSpec, open_model, sample_inputs
+from shared.runtime import ModelSource, open_model
+from shared.samples import sample_inputs
+from shared.tensors import TensorSpec
 from shared.tflite import declared_range, read_metadata, read_ops
 from tests.conftest import REALDATA, Miniseal, Run
 from tools.quantize_tflite import quantize_tflite

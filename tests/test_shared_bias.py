@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from shared.bias import Layer, _mean_patch, _shift, correct_biases, layers, mean_patches
 from shared.recipes import Rules, assign, resolve_recipe
-from shared.runtime import TensorSpec, sample_inputs
+from shared.samples import sample_inputs
+from shared.tensors import TensorSpec
 from shared.tflite import read_ops
 
 Array = NDArray[Any]

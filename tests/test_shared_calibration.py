@@ -14,7 +14,7 @@ from PIL import Image
 
 from shared.calibration import RANGES, CalibrationSet, InputRange, choose_range
 from shared.errors import ToolError
-from shared.runtime import TensorSpec
+from shared.tensors import TensorSpec
 from tests.conftest import REALDATA
 
 IMAGE = [TensorSpec("image", (1, 4, 4, 3), "float32")]

@@ -4,6 +4,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from shared.machine import MIB
 HANDLER = """
     import os, time
     import numpy as np
-    from shared.child import serve
     from shared.errors import ToolError
 
     def handle(message, arrays):
@@ -39,20 +39,17 @@ HANDLER = """
             case "grow":
                 np.ones(100 * 2**20, np.uint8)
                 return {}, {}
-
-    if __name__ == "__main__":
-        serve(handle)
 """
 
 
 @pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     (tmp_path / "pretended_child.py").write_text(textwrap.dedent(HANDLER))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    return "pretended_child"
+    return ModuleType("pretended_child")
 
 
-def test_arrays_come_back_with_dtype_and_shape(module: str) -> None:
+def test_arrays_come_back_with_dtype_and_shape(module: ModuleType) -> None:
     arrays = {"a": np.arange(6, dtype=np.int16).reshape(2, 3), "b": np.float32(1.5).reshape(()), "c": np.ones((0, 4))}
     with Child(module, 30) as child:
         for _ in range(2):
@@ -71,18 +68,18 @@ def test_arrays_come_back_with_dtype_and_shape(module: str) -> None:
         ("kill", "probably out of memory"),
     ],
 )
-def test_failures_and_crashes_are_one_error(module: str, do: str, says: str) -> None:
+def test_failures_and_crashes_are_one_error(module: ModuleType, do: str, says: str) -> None:
     with Child(module, 30) as child, pytest.raises(ChildError, match=says) as error:
         child.ask({"do": do})
     assert "\n" not in str(error.value)
 
 
-def test_a_tool_error_of_the_child_is_the_parents(module: str) -> None:
+def test_a_tool_error_of_the_child_is_the_parents(module: ModuleType) -> None:
     with Child(module, 30) as child, pytest.raises(ToolError, match="not this one"):
         child.ask({"do": "refuse"})
 
 
-def test_a_child_that_hangs_is_ended_in_time(module: str) -> None:
+def test_a_child_that_hangs_is_ended_in_time(module: ModuleType) -> None:
     start = time.monotonic()
     with Child(module, 1.0) as child, pytest.raises(ChildError, match="no answer within 1 s"):
         child.ask({"do": "hang"})
@@ -90,7 +87,7 @@ def test_a_child_that_hangs_is_ended_in_time(module: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts pages as Linux does")
-def test_a_childs_peak_memory_is_its_own(module: str) -> None:
+def test_a_childs_peak_memory_is_its_own(module: ModuleType) -> None:
     with Child(module, 30) as child:
         child.ask({"do": "double"})
         before = child.peak_rss_bytes

@@ -1,7 +1,7 @@
 """Every op is accounted for, every rule counted."""
 
-from shared.coverage import count_matches, measure_coverage, unmatched
 from shared.recipes import parse_selector, resolve_recipe
+from shared.rule_coverage import count_matches, measure_coverage, unmatched
 from shared.tflite import Op
 
 SKIP_HEAD = {"regex": "head", "operation": "*", "algorithm_key": "no_quantize", "op_config": {}}

@@ -7,9 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from shared.cards import load_card
+from shared.cards import InputForm, load_card
 from shared.detector import Deployed, Detector, build_on_meta
-from shared.runtime import InputForm
 from tests.conftest import DATA, Small
 
 PUBLISHED = json.loads((DATA / "checkpoint_keys.json").read_text())

@@ -16,7 +16,8 @@ from shared.comparison import Candidate, Findings, ImageFindings, ImageTask
 from shared.image_views import AMPLIFICATIONS, BRIGHT, SIDE, worst_views
 from shared.images import Pixels, read_pixels
 from shared.report import WORST, write_page
-from shared.runtime import ModelSource, TensorSpec
+from shared.runtime import ModelSource
+from shared.tensors import TensorSpec
 from tests.test_shared_comparison import FINDINGS, candidate, measured
 from tests.test_shared_report import parse
 

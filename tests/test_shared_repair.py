@@ -15,7 +15,8 @@ from shared.bundle import models_of, unpack_bundle
 from shared.errors import ToolError
 from shared.recipes import resolve_recipe
 from shared.repair import Repairs, cut_before_custom_ops, needed_repairs, repair
-from shared.runtime import Kernels, ModelSource, open_model, sample_inputs
+from shared.runtime import Kernels, ModelSource, open_model
+from shared.samples import sample_inputs
 from shared.tflite import custom_ops, enum_names, read_dequantized_types, read_ops
 from tests.conftest import REALDATA
 

@@ -8,10 +8,12 @@ import pytest
 from onnx import TensorProto, helper, save
 
 from shared import runtime
-from shared.cards import load_card
+from shared.cards import InputForm, load_card
 from shared.child import ChildError
 from shared.errors import ToolError
-from shared.runtime import InputForm, ModelSource, TensorSpec, choose_kernels, image_input, open_model, sample_inputs
+from shared.runtime import ModelSource, choose_kernels, open_model
+from shared.samples import sample_inputs
+from shared.tensors import TensorSpec, image_input
 from tests.conftest import REALDATA, Small
 from tests.small_onnx import answer, save_picture_model, save_vector_model, seeded, with_external_weights
 

@@ -19,11 +19,12 @@ from ai_edge_litert.tools import flatbuffer_utils
 
 from shared import executors, search
 from shared.calibration import CalibrationSet
-from shared.candidates import Damage, Job, Outcome, Subject, measure_candidate
+from shared.candidates import Job, Outcome, Subject, measure_candidate
 from shared.damage import LayerDamage, measure_layers, node_data
 from shared.errors import ToolError
 from shared.executors import dask_cluster, local_processes
 from shared.machine import cpu_count
+from shared.output_error import Damage
 from shared.recipes import Rules, assign, resolve_recipe
 from shared.repair import shorten_names
 from shared.search import BASE, STEPS, Found, Ledger, Search, _hull, measure_safely

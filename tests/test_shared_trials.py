@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from shared.child import ChildError
-from shared.runtime import ModelSource, sample_inputs
+from shared.runtime import ModelSource
+from shared.samples import sample_inputs
 from shared.trials import Protocol, Shown, run_trials
 
 

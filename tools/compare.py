@@ -41,8 +41,10 @@ from shared.machine import MIB, available_memory_bytes, cpu_count, cpu_name, req
 from shared.messages import Labelled, read_messages
 from shared.onnx_graph import why_slower
 from shared.provenance import provenance_path, require_vouched
-from shared.robustness import Accuracy, image_input, labelled_inputs, read_accuracy
-from shared.runtime import ModelSource, TensorSpec, memory_need_bytes, sample_inputs
+from shared.robustness import Accuracy, labelled_inputs, read_accuracy
+from shared.runtime import ModelSource, memory_need_bytes
+from shared.samples import image_sample, sample_inputs
+from shared.tensors import TensorSpec
 from shared.tflite import read_dequantized_types
 from shared.trials import Inputs, Protocol, Shown, run_trials
 
@@ -273,7 +275,7 @@ def _listed(images: Path) -> list[Path]:
 
 
 def _from_file(specs: list[TensorSpec], file: Path, pixel_range: tuple[float, float]) -> dict[str, Array]:
-    return image_input(specs, read_pixels(file), pixel_range)
+    return image_sample(specs, read_pixels(file), pixel_range)
 
 
 def _labelled(messages: Path | None, samples: int | None) -> list[Labelled]:

@@ -19,9 +19,9 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Table
 
-from shared import artifacts
+from shared import artifacts, conversion
 from shared.artifacts import Plan, Product
-from shared.cards import PRODUCTS, Card, load_card
+from shared.cards import PRODUCTS, Card, InputForm, load_card
 from shared.child import Child, ChildError, Message
 from shared.cli import DryRun, ModelName, Overwrite, Refresh, Reproducible, Seed, run, step, warn
 from shared.drafts import draft_beside
@@ -30,7 +30,8 @@ from shared.machine import GIB, Needs, size_text
 from shared.metrics import cosine, max_abs_error, relative_error
 from shared.onnx_files import check_is_onnx, external_files, name_weights
 from shared.pressed import Pressed
-from shared.runtime import InputForm, Kernels, ModelSource, open_model, sample_inputs
+from shared.runtime import Kernels, ModelSource, open_model
+from shared.samples import sample_inputs
 from shared.tflite import append_metadata
 from tools.quantize_tflite import quantize_tflite
 
@@ -171,7 +172,7 @@ def _write_rehearsal(card: Card, output: Path, seed: int, *, overwrite: bool) ->
 def _in_child(message: Message, where: Path) -> Message:
     """Let `shared.conversion` do a task in a process of its own."""
     try:
-        with Child("shared.conversion", CONVERT_TIMEOUT_S) as child:
+        with Child(conversion, CONVERT_TIMEOUT_S) as child:
             return child.ask(message)[0]
     except ChildError as error:
         raise ToolError(f"could not {message['task']} the network", where=where, got=error) from None

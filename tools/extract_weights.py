@@ -26,7 +26,6 @@ from shared.artifacts import Plan, Product
 from shared.cards import PRODUCTS, Card, card_names, load_card
 from shared.checkpoints import Checkpoint, open_checkpoint, require_match, require_sound, select_detector, write_safetensors
 from shared.cli import DryRun, Overwrite, Refresh, Reproducible, run, step
-from shared.conversion import detector_shapes
 from shared.download import download as download_file
 from shared.errors import ToolError
 from shared.machine import MIB, Needs, size_text
@@ -133,6 +132,8 @@ def _size(tensor: "Tensor") -> int:
 
 
 def _detector_shapes(card: Card) -> dict[str, tuple[int, ...]]:
+    from shared.detector import detector_shapes
+
     return {card.checkpoint.prefix + key: shape for key, shape in detector_shapes(card).items()}
 
 

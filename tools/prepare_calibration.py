@@ -32,12 +32,13 @@ from shared.formats import declared_range
 from shared.images import ImageForm
 from shared.machine import MIB, Needs
 from shared.provenance import read_provenance, record
-from shared.runtime import ModelSource, describe, image_input, open_model
+from shared.runtime import ModelSource, open_model
 from shared.sampling import Candidate, Look
 from shared.selection import SamplesWish, Skipped, choose_parts, look_at_all
 from shared.sheets import Point, write_coverage_plot
 from shared.sniffing import is_regular
 from shared.sources import Columns, Source, find_sources, synthetic_sources
+from shared.tensors import describe, image_input
 
 PACKAGES = ("numpy", "pillow", "opencv-python-headless")
 TILE_SIZE = 224  # pixels

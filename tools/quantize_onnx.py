@@ -25,6 +25,7 @@ from shared.cli import DryRun, Overwrite, Refresh, Reproducible, Threads, run
 from shared.drafts import workspace
 from shared.errors import ToolError
 from shared.formats import format_of, model_files
+from shared.gate_result import GateKept
 from shared.machine import cpu_count, cpu_name, require_disk, saturates, size_text
 from shared.onnx_files import check_is_onnx, external_files, name_weights, read_model, require_finite
 from shared.onnx_graph import read_ops
@@ -33,7 +34,6 @@ from shared.onnx_pressing import needs_of, press
 from shared.onnx_ranges import CalibrationMethod
 from shared.onnx_settings import LAYERS, PASSING, RECURRENT, Form, IntegerType, Settings
 from shared.onnx_wish import OnnxWish
-from shared.pressed import GateKept
 from shared.provenance import provenance_path
 from shared.range_cache import RangeCache
 

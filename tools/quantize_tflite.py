@@ -29,9 +29,10 @@ from shared.damage import node_data
 from shared.drafts import draft_beside, workspace
 from shared.errors import ToolError
 from shared.executors import dask_cluster, local_processes
+from shared.gate_result import GateKept
 from shared.machine import Needs, require_disk, size_text
 from shared.measured import Measured
-from shared.pressed import GateKept, Pressed
+from shared.pressed import Pressed
 from shared.provenance import provenance_path, read_provenance, record
 from shared.quantization import STATISTICS, Quantizer, UnchangedError, needs_of
 from shared.recipes import ALIASES, read_recipe_file

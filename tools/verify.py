@@ -28,7 +28,9 @@ from shared.formats import format_of, model_files
 from shared.machine import cpu_count, size_text
 from shared.metrics import message_bits
 from shared.provenance import require_vouched
-from shared.runtime import Model, ModelSource, describe, open_model, sample_inputs
+from shared.runtime import Model, ModelSource, open_model
+from shared.samples import sample_inputs
+from shared.tensors import describe
 
 PACKAGES = ("ai-edge-litert", "onnxruntime", "numpy")
 REPEATS = 3

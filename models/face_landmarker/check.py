@@ -151,7 +151,15 @@ def check(
         return result
 
     given = [] if photos is None else [photos] if photos.is_file() else image_files(photos)
-    plan = Plan(output, "check", {"limits": limits}, [original, candidate, *given], PACKAGES, overwrite=overwrite, refresh=refresh)
+    plan = Plan(
+        output,
+        "models.face_landmarker.check",
+        {"limits": limits},
+        [original, candidate, *given],
+        PACKAGES,
+        overwrite=overwrite,
+        refresh=refresh,
+    )
     return artifacts.build(plan, FaceLandmarkerChecked, make)[1]
 
 

@@ -26,10 +26,10 @@ from rich.text import Text
 from shared.attacks import Attack
 from shared.cards import CARDS, PRODUCTS, Card, load_card
 from shared.cli import run, step_progress
+from shared.code_version import ROOT
 from shared.drafts import draft_beside
 from shared.errors import ToolError, first_line
 from shared.images import Pixels, stretch
-from shared.provenance import ROOT
 
 if TYPE_CHECKING:
     import torch
