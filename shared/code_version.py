@@ -13,7 +13,7 @@ PAGES = "shared.html"  # draws reports; no model's bytes depend on it
 
 @functools.cache
 def code_version(module: str, root: Path = ROOT) -> str:
-    """Return 16 hexadecimal digits that change when code reached from a module changes; comments and line breaks don't count.
+    """Return 16 hexadecimal digits that change when code reached from a module changes.
 
     Args:
         module: Dotted name, such as `tools.verify`.
@@ -23,29 +23,24 @@ def code_version(module: str, root: Path = ROOT) -> str:
         ModuleNotFoundError: The project has no such module.
     """
     whole = hashlib.sha256()
-    for name, (_, tree) in sorted(_reached(module, root).items()):
-        whole.update(f"{name}\n{ast.dump(tree)}\n".encode())
+    for name, path in sorted(reached_modules(module, root).items()):
+        whole.update(name.encode() + b"\n" + path.read_bytes())
     return whole.hexdigest()[:16]
 
 
 def reached_modules(module: str, root: Path = ROOT) -> dict[str, Path]:
     """Return name -> file of a module, the project's modules it imports, directly or through others, and their packages."""
-    return {name: path for name, (path, _) in _reached(module, root).items()}
-
-
-def _reached(module: str, root: Path) -> dict[str, tuple[Path, ast.Module]]:
     if _file(module, root) is None:
         raise ModuleNotFoundError(f"the project has no module {module}", name=module)
-    found: dict[str, tuple[Path, ast.Module]] = {}
+    found: dict[str, Path] = {}
     waiting = [module]
     while waiting:
         name = waiting.pop()
         path = _file(name, root)
         if path is None or name in found or name.startswith(PAGES):
             continue
-        tree = ast.parse(path.read_bytes())
-        found[name] = path, tree
-        waiting += _imported(tree, name, is_package=path.name == "__init__.py")
+        found[name] = path
+        waiting += _imported(path, name)
         waiting += [parent for parent, dot, _ in [name.rpartition(".")] if dot]
     return found
 
@@ -55,14 +50,14 @@ def _file(name: str, root: Path) -> Path | None:
     return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)
 
 
-def _imported(tree: ast.Module, name: str, *, is_package: bool) -> Iterator[str]:
+def _imported(path: Path, name: str) -> Iterator[str]:
     """Yield the project's modules named in import statements, wherever in a file they stand; some names may be attributes."""
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_bytes())):
         match node:
             case ast.Import():
                 names = [alias.name for alias in node.names]
             case ast.ImportFrom():
-                parts = name.split(".") if is_package else name.split(".")[:-1]
+                parts = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
                 package = [*parts[: len(parts) - node.level + 1], node.module or ""] if node.level else [node.module or ""]
                 base = ".".join(filter(None, package))
                 names = [base, *(f"{base}.{alias.name}" for alias in node.names)]

@@ -51,13 +51,6 @@ def test_code_that_decides_no_product_does_not_change_the_hash(project: Path, fi
     assert _version(project) == before
 
 
-def test_a_comment_changes_nothing(project: Path) -> None:
-    before = _version(project)
-    path = project / "shared/engine/weights.py"
-    path.write_text("# why\n\n" + path.read_text())
-    assert _version(project) == before
-
-
 def test_a_module_that_moves_to_another_folder_is_still_seen(project: Path) -> None:
     target = project / "shared" / "deep" / "er" / "weights.py"
     target.parent.mkdir(parents=True)
