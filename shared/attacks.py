@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.images import Pixels
 
 if TYPE_CHECKING:

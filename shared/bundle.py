@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.errors import ToolError, first_line
-from shared.supervision import reading
+from shared.command.errors import ToolError, first_line
+from shared.command.watchdog import reading
 from shared.tflite import IDENTIFIER, check_is_tflite
 from shared.zip_layout import DISK_TROUBLE, LOCAL_HEADER, ZIP_DAMAGE, LayoutError, locate, require_stored
 

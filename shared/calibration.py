@@ -20,10 +20,10 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import ToolError, first_line
+from shared.command.errors import ToolError, first_line
+from shared.command.watchdog import reading
 from shared.images import image_files, read_pixels, to_form
 from shared.sniffing import is_regular, read_head
-from shared.supervision import reading
 from shared.tensors import TensorSpec, describe, image_input
 from shared.zip_layout import ZIP_DAMAGE
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-from shared.errors import ToolError, first_line
+from shared.command.errors import ToolError, first_line
 from shared.sniffing import is_regular, read_head
 
 CARDS = Path(__file__).resolve().parent.parent / "models"

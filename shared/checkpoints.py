@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.errors import ToolError, first_line
-from shared.limits import require_size
+from shared.command.errors import ToolError, first_line
+from shared.command.limits import require_size
+from shared.command.watchdog import reading
 from shared.pth_layout import RESAVE, check_pth
 from shared.sniffing import name_kind, read_head
-from shared.supervision import reading
 
 if TYPE_CHECKING:
     import torch

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.code_version import ROOT
-from shared.errors import ToolError, first_line, of_disk, one_line
-from shared.machine import peak_rss_bytes
-from shared.supervision import PARENT, die_with_parent
+from shared.command.errors import ToolError, first_line, of_disk, one_line
+from shared.command.resources import peak_rss_bytes
+from shared.command.watchdog import PARENT, die_with_parent
 
 Arrays = Mapping[str, NDArray[Any]]
 Message = dict[str, Any]

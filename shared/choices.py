@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from shared.calibration import CalibrationSet, InputRange
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.recipes import NONE, Rules, check_rules, parse_selector, read_recipe_file, resolve_recipe
 from shared.search import Target
 from shared.wish import IoDtype, SearchWish, Wish

@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.console import RenderableType
 from rich.table import Column, Table
 
+from shared.command.resources import size_text
 from shared.image_quality import TruthScores
-from shared.machine import size_text
 from shared.robustness import Accuracy
 from shared.trials import Measured
 

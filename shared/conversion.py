@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from shared.cards import Card, InputForm
 from shared.child import Arrays, Message
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rich.console import RenderableType
 from rich.table import Column, Table
 
-from shared.machine import size_text
+from shared.command.resources import size_text
 
 SHOWN = 8  # rows of long tables; the JSON has all
 LONGEST = 60  # characters of a name in a table

@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from shared.candidates import Job, Outcome, Subject, measure_candidate
-from shared.cli import step_progress
+from shared.command.cli import step_progress
 from shared.executors import finished
 from shared.output_error import Damage
 from shared.recipes import NO_QUANTIZE, Rules

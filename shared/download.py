@@ -12,10 +12,10 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from shared.cli import byte_progress, step, warn
+from shared.command.cli import byte_progress, step, warn
+from shared.command.errors import ToolError
+from shared.command.resources import MIB, require_disk
 from shared.drafts import alone_in, sync
-from shared.errors import ToolError
-from shared.machine import MIB, require_disk
 from shared.vouching import write_voucher
 
 CHUNK_BYTES = 4 * MIB

@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from shared.errors import ToolError, of_disk
-from shared.supervision import temporary
+from shared.command.errors import ToolError, of_disk
+from shared.command.watchdog import temporary
 
 WORKSPACE = "edgepress"
 ABANDONED_S = 86400

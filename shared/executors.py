@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, as_completed
 from typing import TypeVar
 
-from shared.errors import ToolError, first_line
-from shared.machine import cpu_count
-from shared.supervision import die_with_parent
+from shared.command.errors import ToolError, first_line
+from shared.command.resources import cpu_count
+from shared.command.watchdog import die_with_parent
 
 CONNECT_TIMEOUT_S = 15
 

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 
 from shared.attacks import Attack
+from shared.command.errors import ToolError
+from shared.command.resources import MIB
 from shared.comparison import Candidate, Gate, ImageTask
-from shared.errors import ToolError
-from shared.machine import MIB
 from shared.robustness import Accuracy, largest_drop
 
 

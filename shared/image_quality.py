@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.fidelity import MOST_DB
 from shared.images import Pixels, from_form, image_form, read_pixels
 

@@ -9,10 +9,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import ToolError, first_line
-from shared.limits import limit
+from shared.command.errors import ToolError, first_line
+from shared.command.limits import limit
+from shared.command.watchdog import reading
 from shared.sniffing import name_kind, read_head
-from shared.supervision import reading
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")

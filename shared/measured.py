@@ -8,7 +8,7 @@ from pathlib import Path
 from shared.calibration import Sample
 from shared.candidates import SEEDED
 from shared.child import ChildError
-from shared.machine import MIB, available_memory_bytes, cpu_count
+from shared.command.resources import MIB, available_memory_bytes, cpu_count
 from shared.output_error import Damage, measure_damage
 from shared.runtime import ModelSource, memory_need_bytes, open_model
 from shared.samples import sample_inputs

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.sniffing import is_regular, read_head
 
 Bits = NDArray[np.bool_]  # (K,)

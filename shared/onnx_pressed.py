@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from rich.console import RenderableType
 from rich.table import Column, Table
 
+from shared.command.resources import size_text
 from shared.coverage import OpLeft, OpTypeCoverage, coverage_table, left_tables, size_sentence
 from shared.fidelity import Fidelity
 from shared.gate_result import GateKept, gate_table
-from shared.machine import size_text
 from shared.onnx_graph import SLOW_DYNAMIC, SLOW_HALF
 
 ORIGINAL, FLOAT = "original", "float32"  # labels of the model as it came, and repaired

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from shared.calibration import CalibrationSet, Sample
 from shared.child import Arrays, Message
-from shared.errors import ToolError, first_line
+from shared.command.errors import ToolError, first_line
 from shared.onnx_files import MAX_PROTOBUF_BYTES, external_files, read_model
 from shared.onnx_repair import NARROW, repair, write
 from shared.onnx_settings import Settings

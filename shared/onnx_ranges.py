@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import ToolError
-from shared.machine import MIB
+from shared.command.errors import ToolError
+from shared.command.resources import MIB
 
 CalibrationMethod = Literal["minmax", "entropy", "percentile"]
 PERCENTILE = 99.999  # of a tensor's values lie inside the range

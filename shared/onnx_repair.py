@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import ToolError, first_line
+from shared.command.errors import ToolError, first_line
 from shared.onnx_files import AGAIN, MAX_PROTOBUF_BYTES, Model, external_files, read_model
 from shared.onnx_graph import is_weight, node_names, readers_of
 

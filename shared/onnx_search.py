@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from shared.cli import step_progress
+from shared.command.cli import step_progress
 from shared.fidelity import Fidelity
 from shared.onnx_graph import OnnxOp
 

@@ -9,8 +9,8 @@ from typing import Any, Self
 from shared import onnx_quantizer
 from shared.calibration import CalibrationSet
 from shared.child import Child, ChildError
-from shared.cli import step
-from shared.errors import ToolError
+from shared.command.cli import step
+from shared.command.errors import ToolError
 from shared.onnx_evaluation import Samples
 from shared.onnx_repair import Repairs
 from shared.onnx_settings import Settings

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from shared.code_version import code_version
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.sniffing import regular_size
 from shared.vouching import Voucher, find_voucher, require_same
 

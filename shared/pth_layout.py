@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
-from shared.errors import ToolError, first_line
-from shared.machine import MIB, cpu_count
+from shared.command.errors import ToolError, first_line
+from shared.command.resources import MIB, cpu_count
 from shared.zip_layout import LayoutError, locate, require_stored
 
 CHUNK_BYTES = 8 * MIB

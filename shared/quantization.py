@@ -11,10 +11,10 @@ from shared import quantizer
 from shared.calibration import RANGES, CalibrationSet, Sample, choose_range
 from shared.candidates import Subject
 from shared.child import Child, ChildError
-from shared.cli import step
+from shared.command.cli import step
+from shared.command.errors import ToolError
+from shared.command.resources import MIB, Needs, cpu_count, cpu_name
 from shared.damage import LayerDamage, measure_layers
-from shared.errors import ToolError
-from shared.machine import MIB, Needs, cpu_count, cpu_name
 from shared.measured import Measured, measure_pair
 from shared.pressed import PressedModel, Searched
 from shared.recipes import (

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.command.resources import size_text
 from shared.coverage import number_text, short_name
 from shared.damage import LayerDamage
-from shared.machine import size_text
 from shared.pages import TEMPLATES, Bar, write_template
 from shared.pressed import Pressed, PressedModel, layer_cells, sentences
 

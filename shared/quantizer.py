@@ -9,7 +9,7 @@ from typing import Any
 from shared.calibration import CalibrationSet
 from shared.candidates import Subject, corrected
 from shared.child import Arrays, Message
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.repair import repair, shorten_names
 from shared.tensors import TensorSpec
 from shared.upstream import large_weights_quantized

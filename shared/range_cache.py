@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.calibration import CalibrationSet
+from shared.command.errors import ToolError
 from shared.drafts import draft_beside
-from shared.errors import ToolError
 from shared.formats import model_files
 
 KIND = "edgepress ranges"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import ToolError, first_line
+from shared.command.errors import ToolError, first_line
 from shared.sniffing import read_head
 from shared.tflite import enum_names
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import ToolError, first_line
+from shared.command.errors import ToolError, first_line
 from shared.tflite import DAMAGE, constant_span, enum_names, open_flatbuffer
 
 SIGNATURE = "serving_default"

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
+from shared.command.errors import ToolError
+from shared.command.resources import size_text
 from shared.comparison import Findings, rows
-from shared.errors import ToolError
 from shared.image_views import worst_views
 from shared.images import Pixels, read_pixels
-from shared.machine import size_text
 from shared.pages import TEMPLATES, Bar, write_template
 from shared.plots import line_plot, scatter_plot
 from shared.robustness import CLEAN, Accuracy, Reading

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from shared import worker
 from shared.cards import Card, InputForm
 from shared.child import Arrays, Child, ChildError
-from shared.errors import DamagedError
+from shared.command.errors import DamagedError
+from shared.command.resources import MIB, available_memory_bytes, cpu_count
 from shared.formats import check_is_model, format_of, read_metadata, size_bytes
-from shared.machine import MIB, available_memory_bytes, cpu_count
 from shared.sniffing import regular_size
 from shared.tensors import TensorSpec
 

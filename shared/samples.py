@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.child import ChildError
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.images import ImageForm, Pixels, image_form, seeded_image, stretch_image, to_form, to_image, to_layout
 from shared.tensors import TensorSpec, describe, image_input, image_spec
 

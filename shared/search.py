@@ -28,9 +28,9 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from shared.candidates import Job, Outcome, RefusedError, Subject, measure_candidate
-from shared.cli import step_progress
+from shared.command.cli import step_progress
+from shared.command.errors import ToolError
 from shared.drafts import draft_beside
-from shared.errors import ToolError
 from shared.executors import finished
 from shared.recipes import NONE, assign, operation_of, resolve_recipe, supports
 from shared.tflite import Op

@@ -4,8 +4,8 @@ import os
 import stat
 from pathlib import Path
 
-from shared.errors import ToolError
-from shared.limits import require_size
+from shared.command.errors import ToolError
+from shared.command.limits import require_size
 
 HEAD_BYTES = 512
 MAGIC: tuple[tuple[int, bytes, str], ...] = (  # byte, what stands there, what that is
@@ -35,7 +35,7 @@ def read_head(path: Path, kind: str, *, limit: str = "model-gb", again: str = "g
     Args:
         path: The file.
         kind: What it is taken for, such as 'model'.
-        limit: Which of `shared.limits` holds for its size.
+        limit: Which of `shared.command.limits` holds for its size.
         again: What to do where it is not what it should be.
 
     Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.errors import ToolError, first_line
+from shared.command.errors import ToolError, first_line
 from shared.images import SUFFIXES, Pixels, image_files, read_pixels, seeded_image
 from shared.sniffing import read_head, regular_size
 from shared.video import count_frames, frames_at, scene_changes

@@ -22,9 +22,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from shared.errors import DamagedError, ToolError, first_line
+from shared.command.errors import DamagedError, ToolError, first_line
+from shared.command.watchdog import reading
 from shared.sniffing import name_kind, read_head
-from shared.supervision import reading
 from shared.tflite_structure import check_structure
 from shared.zip_layout import DISK_TROUBLE, ZIP_DAMAGE
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.child import ChildError
-from shared.cli import step, step_progress
+from shared.command.cli import step, step_progress
 from shared.images import image_form, image_layout
 from shared.runtime import Model, ModelSource, open_model
 from shared.tensors import TensorSpec, image_input

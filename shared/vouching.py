@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.errors import ToolError
-from shared.limits import require_size
+from shared.command.errors import ToolError
+from shared.command.limits import require_size
 
 SUFFIX, SUMS = ".sha256", "SHA256SUMS"
 LINE = re.compile(r"^\\?([0-9a-fA-F]{64})(?: [ *](.+))?$")

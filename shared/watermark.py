@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.cards import load_card
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.images import as_image, read_pixels, stretch_image, to_image, to_layout
 from shared.messages import Bits, chance_of_agreement, parse_message, to_bit_string, to_hex, to_int
 from shared.runtime import ModelSource, open_model

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from shared.cards import Card, InputForm
 from shared.child import Arrays, Message
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 
 Specs = list[tuple[str, list[int], str]]
 Run = Callable[[Arrays], dict[str, NDArray[Any]]]

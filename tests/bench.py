@@ -25,8 +25,8 @@ from typing import Any
 
 from shared.cards import load_card
 from shared.code_version import ROOT
+from shared.command.resources import GIB, MIB, cpu_count
 from shared.comparison import Candidate
-from shared.machine import GIB, MIB, cpu_count
 from shared.trials import Measured
 from tools.compare import compare
 

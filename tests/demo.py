@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.code_version import ROOT
+from shared.command.resources import GIB, MIB, cpu_count
 from shared.images import read_pixels, to_image
-from shared.machine import GIB, MIB, cpu_count
 from shared.messages import read_messages
 from shared.metrics import psnr_db
 from tests.bench import PACKAGES, replace_between

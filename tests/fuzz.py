@@ -34,7 +34,7 @@ from shared.bundle import is_bundle, models_of, pack_bundle, unpack_bundle
 from shared.calibration import CalibrationSet
 from shared.cards import load_card
 from shared.checkpoints import open_checkpoint, require_sound
-from shared.errors import ToolError, first_line, one_line
+from shared.command.errors import ToolError, first_line, one_line
 from shared.images import read_pixels
 from shared.pth_layout import check_pth
 from shared.repair import needed_repairs

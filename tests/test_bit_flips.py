@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.provenance import read_provenance
 from tests import small_onnx
 from tests.conftest import REALDATA

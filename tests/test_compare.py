@@ -17,9 +17,9 @@ import noxfile
 from shared import artifacts, trials
 from shared.artifacts import Plan
 from shared.child import ChildError
-from shared.errors import ToolError
+from shared.command.errors import ToolError
+from shared.command.resources import saturates
 from shared.image_quality import bicubic_scores
-from shared.machine import saturates
 from shared.report import Page
 from shared.robustness import image_input
 from shared.runtime import Model, ModelSource, open_model

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared.cards import InputForm, load_card
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.onnx_files import external_files
 from shared.onnx_graph import read_metadata as read_onnx_metadata
 from shared.provenance import read_provenance
@@ -173,10 +173,10 @@ def test_too_little_memory_or_disk_is_told_before_the_work(
     videoseal_small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = {"model": str(videoseal_small.card), "checkpoint": videoseal_small.checkpoint, "output": tmp_path / "m.tflite"}
-    monkeypatch.setattr("shared.machine.available_memory_bytes", lambda: 2**20)
+    monkeypatch.setattr("shared.command.resources.available_memory_bytes", lambda: 2**20)
     with pytest.raises(ToolError, match=r"not enough free memory to convert this model; got 0.0 GiB; expected at least 0.9 GiB"):
         convert_detector(**arguments)  # type: ignore[arg-type]
-    monkeypatch.setattr("shared.machine.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("shared.command.resources.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(ToolError, match="not enough free disk to convert this model"):
         convert_detector(**arguments)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())

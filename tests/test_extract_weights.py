@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from shared.cards import load_card
 from shared.checkpoints import open_checkpoint
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from tests.conftest import ROOT, Run, Small
 from tools.extract_weights import Component, extract_weights
 

@@ -11,7 +11,7 @@ from models.face_landmarker.check import FaceLandmarkerChecked, _broken, compare
 from models.face_landmarker.make_samples import _views, detector_input, landmarks_input
 from models.face_landmarker.mediapipe_runtime import BLENDSHAPE_LANDMARKS, CHEEKS, Box, Face, open_landmarker
 from models.face_landmarker.photos import read_photos
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 
 LIMITS = {"landmark": 0.85, "blendshape": 0.026, "slowdown": 1.1}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from tests import fuzz
 from tests.fuzz import FOUND, TARGETS, Target, describe, name_of, pursue
 from tests.mutations import scramble

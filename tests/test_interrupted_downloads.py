@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from shared import download as module
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from tests.conftest import ROOT
 from tests.test_interruptions import FEW
 from tests.wholeness import faults_of_refusal

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from shared.calibration import CalibrationSet
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.images import read_pixels, seeded_image, stretch
 from shared.provenance import provenance_path
 from shared.sampling import MOST_OVERLAP, look_at
@@ -513,7 +513,7 @@ def test_thousands_of_images_take_little_memory(tmp_path: Path) -> None:
         for copy in range(40):  # whose contents differ behind the picture's end
             (tmp_path / "photos" / f"{number}_{copy}.jpg").write_bytes(file.getvalue() + bytes([copy]))
     lines = (
-        "import sys; from pathlib import Path; from shared.machine import peak_rss_bytes",
+        "import sys; from pathlib import Path; from shared.command.resources import peak_rss_bytes",
         "from tools.prepare_calibration import prepare_calibration as prepare",
         "found = prepare([Path(sys.argv[1])], output=Path(sys.argv[2]), tile_size=64, tiles_per_image=1, max_samples=250).found",
         "print(found.considered, found.samples, peak_rss_bytes() // 2**20)",  # getrusage would count what the tests had

@@ -13,10 +13,10 @@ from onnx import helper, numpy_helper
 from PIL import Image
 
 from shared.child import ChildError
-from shared.errors import ToolError
+from shared.command.errors import ToolError
+from shared.command.resources import saturates
 from shared.fidelity import measure_fidelity
 from shared.images import image_files, read_pixels, seeded_image
-from shared.machine import saturates
 from shared.onnx_graph import read_metadata
 from shared.onnx_pressed import PressedOnnx
 from shared.runtime import ModelSource, open_model

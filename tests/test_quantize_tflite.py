@@ -11,8 +11,8 @@ import pytest
 from ai_edge_litert.interpreter import Interpreter
 
 from shared import quantization
-from shared.errors import ToolError
-from shared.forecast import Foreseen
+from shared.command.dry_run import Foreseen
+from shared.command.errors import ToolError
 from shared.images import image_files, read_pixels, stretch
 from shared.measured import Measured
 from shared.recipes import resolve_recipe

@@ -14,10 +14,10 @@ import pytest
 
 from shared import drafts
 from shared.artifacts import Plan, Product, build, require_not_anothers
+from shared.command.dry_run import Foreseen
+from shared.command.errors import CheckError, ToolError
+from shared.command.resources import Needs
 from shared.drafts import draft_beside, workspace
-from shared.errors import CheckError, ToolError
-from shared.forecast import Foreseen
-from shared.machine import Needs
 from shared.provenance import provenance_path, read_provenance, record, require_vouched
 from shared.vouching import write_voucher
 

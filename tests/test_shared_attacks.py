@@ -5,7 +5,7 @@ import pytest
 
 from shared import metrics
 from shared.attacks import KINDS, LIMITS, STANDARD, Attack, parse_attacks
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.images import Pixels, seeded_image, to_image
 
 

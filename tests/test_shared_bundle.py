@@ -15,7 +15,7 @@ import pytest
 
 from shared import bundle
 from shared.bundle import ALIGNMENT, MAX_DEPTH, MAX_ENTRIES, Entry, is_bundle, models_of, pack_bundle, unpack_bundle
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from tests.conftest import REALDATA
 
 LOCAL = struct.Struct("<4s5H3L2H")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shared.calibration import RANGES, CalibrationSet, InputRange, choose_range
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.tensors import TensorSpec
 from tests.conftest import REALDATA
 

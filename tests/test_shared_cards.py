@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from shared.cards import card_names, load_card
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from tests.conftest import write_card
 
 

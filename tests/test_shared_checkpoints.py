@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from shared.checkpoints import open_checkpoint, require_match, require_sound, select_detector, write_safetensors
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 
 
 class Payload:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from shared.child import Child, ChildError
-from shared.errors import ToolError
-from shared.machine import MIB
+from shared.command.errors import ToolError
+from shared.command.resources import MIB
 
 HANDLER = """
     import os, time

@@ -10,7 +10,7 @@ from PIL import Image
 
 from shared.calibration import CalibrationSet
 from shared.choices import Choices, beside
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.executors import local_processes
 from shared.recipes import resolve_recipe
 from shared.wish import Wish

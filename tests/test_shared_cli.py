@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from shared.cli import to_json
-from shared.errors import ToolError
-from shared.machine import size_text
+from shared.command.cli import to_json
+from shared.command.errors import ToolError
+from shared.command.resources import size_text
 from tests.conftest import ROOT
 
 PRETENDED_TOOL = """

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from shared import download as module
+from shared.command.errors import ToolError
 from shared.download import download
-from shared.errors import ToolError
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.forecast import Foreseen
+from shared.command.dry_run import Foreseen
 from tests.conftest import Miniseal, Small
 from tests.small_onnx import save_picture_model
 from tools.convert_detector import convert_detector

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.formats import check_is_model, format_of, model_files, read_metadata, size_bytes
 from tests.small_onnx import save_picture_model, with_external_weights
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from shared.attacks import Attack
+from shared.command.errors import ToolError
 from shared.comparison import ImageFindings, ImageTask
-from shared.errors import ToolError
 from shared.gates import Limits, limits_under_attack
 from shared.image_quality import TruthScores
 from tests.test_shared_comparison import accuracy, candidate

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.fidelity import MOST_DB
 from shared.image_quality import SSIM_WINDOW, as_image, bicubic_scores, find_truths, score, score_against_truth
 from shared.images import Pixels, to_image

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.images import (
     ImageForm,
     as_image,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import ToolError
-from shared.machine import GIB, available_memory_bytes, cpu_count, peak_rss_bytes, require_disk, require_memory
+from shared.command.errors import ToolError
+from shared.command.resources import GIB, available_memory_bytes, cpu_count, peak_rss_bytes, require_disk, require_memory
 
 
 def test_the_machine_has_cpus_and_memory() -> None:

@@ -11,7 +11,7 @@ import pytest
 from onnx import helper, numpy_helper
 from onnxruntime.quantization.calibrate import save_tensors_data
 
-from shared.machine import saturates
+from shared.command.resources import saturates
 from shared.onnx_bias import correct, mean_inputs
 from shared.onnx_quantizer import quantize
 from shared.onnx_ranges import Feed, find_ranges

@@ -10,7 +10,7 @@ import pytest
 from onnx import helper
 
 from shared import onnx_ranges
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.onnx_ranges import Feed, activations, find_ranges
 from shared.onnx_settings import LAYERS, PASSING
 from tests.small_onnx import Array, answer, save, save_picture_model, save_vector_model, seeded, with_external_weights

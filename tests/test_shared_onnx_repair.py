@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.onnx_repair import OPSET, Repairs, repair
 from shared.runtime import ModelSource, open_model
 from tests.conftest import REALDATA

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.pth_layout import _Scan, check_pth
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

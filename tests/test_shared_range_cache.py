@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from shared.calibration import CalibrationSet
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.range_cache import RangeCache, key_of
 
 

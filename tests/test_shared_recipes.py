@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.recipes import (
     ALIASES,
     FP16_RECIPE,

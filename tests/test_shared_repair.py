@@ -12,7 +12,7 @@ from ai_edge_litert.tools import flatbuffer_utils
 from numpy.typing import NDArray
 
 from shared.bundle import models_of, unpack_bundle
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.recipes import resolve_recipe
 from shared.repair import Repairs, cut_before_custom_ops, needed_repairs, repair
 from shared.runtime import Kernels, ModelSource, open_model

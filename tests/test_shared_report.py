@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shared.command.errors import ToolError
 from shared.comparison import Candidate, Findings
-from shared.errors import ToolError
 from shared.plots import MAX_POINTS, SERIES, line_plot, scatter_plot
 from shared.report import WORST, write_page
 from shared.robustness import Reading

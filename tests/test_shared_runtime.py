@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, save
 from shared import runtime
 from shared.cards import InputForm, load_card
 from shared.child import ChildError
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.runtime import ModelSource, choose_kernels, open_model
 from shared.samples import sample_inputs
 from shared.tensors import TensorSpec, image_input

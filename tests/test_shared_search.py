@@ -20,10 +20,10 @@ from ai_edge_litert.tools import flatbuffer_utils
 from shared import executors, search
 from shared.calibration import CalibrationSet
 from shared.candidates import Job, Outcome, Subject, measure_candidate
+from shared.command.errors import ToolError
+from shared.command.resources import cpu_count
 from shared.damage import LayerDamage, measure_layers, node_data
-from shared.errors import ToolError
 from shared.executors import dask_cluster, local_processes
-from shared.machine import cpu_count
 from shared.output_error import Damage
 from shared.recipes import Rules, assign, resolve_recipe
 from shared.repair import shorten_names

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import ToolError
-from shared.limits import DEFAULTS, VARIABLE, limit, raise_limits
+from shared.command.errors import ToolError
+from shared.command.limits import DEFAULTS, VARIABLE, limit, raise_limits
 from shared.sniffing import HEAD_BYTES, is_regular, name_kind, read_head
 
 

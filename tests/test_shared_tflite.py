@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.tflite import (
     append_metadata,
     check_is_tflite,

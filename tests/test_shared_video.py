@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.video import APART, count_frames, frames_at, read_frames, scene_changes
 from tests.conftest import REALDATA
 

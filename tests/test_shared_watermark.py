@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.images import read_pixels
 from shared.messages import Labelled, read_messages, to_hex, to_int
 from shared.watermark import Agreement, Detection, WatermarkDetector

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from shared.child import ChildError
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 from shared.onnx_files import read_model
 from shared.onnx_graph import write_metadata
 from shared.runtime import Model, ModelSource

@@ -1,6 +1,6 @@
 """Run tools as their users do, hundreds of times, without waiting for imports: a process that has imported all forks for each call.
 
-What runs in the fork is `shared.cli.run`, the whole command: watched by a parent, with its exit code, stdout and stderr. As root on
+What runs in the fork is `shared.command.cli.run`, the whole command: watched by a parent, with its exit code, stdout and stderr. As root on
 Linux it has no network. `python -m tests.zygote` is the process; `Zygote` talks to it.
 """
 
@@ -122,7 +122,7 @@ def _kill_after(child: int, seconds: float) -> None:
 
 def _become(tool: Callable[..., Any], order: Mapping[str, Any]) -> None:
     """Be the command: never returns."""
-    from shared.cli import run
+    from shared.command.cli import run
 
     os.chdir(order["folder"])
     os.environ.update(order["env"])

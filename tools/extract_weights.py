@@ -25,10 +25,10 @@ from shared import artifacts
 from shared.artifacts import Plan, Product
 from shared.cards import PRODUCTS, Card, card_names, load_card
 from shared.checkpoints import Checkpoint, open_checkpoint, require_match, require_sound, select_detector, write_safetensors
-from shared.cli import DryRun, Overwrite, Refresh, Reproducible, run, step
+from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, run, step
+from shared.command.errors import ToolError
+from shared.command.resources import MIB, Needs, size_text
 from shared.download import download as download_file
-from shared.errors import ToolError
-from shared.machine import MIB, Needs, size_text
 from shared.sniffing import regular_size
 
 if TYPE_CHECKING:

@@ -25,12 +25,12 @@ from shared.artifacts import Plan, Product
 from shared.calibration import MANIFEST_NAME, InputRange, choose_range
 from shared.calibration_writer import ArrayForm, Set, write_arrays, write_sample, write_sheet
 from shared.child import ChildError
-from shared.cli import DryRun, Overwrite, Refresh, Reproducible, Seed, run, step_progress
+from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, Seed, run, step_progress
+from shared.command.errors import ToolError
+from shared.command.resources import MIB, Needs
 from shared.drafts import draft_beside
-from shared.errors import ToolError
 from shared.formats import declared_range
 from shared.images import ImageForm
-from shared.machine import MIB, Needs
 from shared.provenance import read_provenance, record
 from shared.runtime import ModelSource, open_model
 from shared.sampling import Candidate, Look

@@ -21,12 +21,12 @@ from rich.console import RenderableType
 from shared import artifacts
 from shared.artifacts import Plan, Product
 from shared.calibration import CalibrationSet, InputRange
-from shared.cli import DryRun, Overwrite, Refresh, Reproducible, Threads, run
+from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, Threads, run
+from shared.command.errors import ToolError
+from shared.command.resources import cpu_count, cpu_name, require_disk, saturates, size_text
 from shared.drafts import workspace
-from shared.errors import ToolError
 from shared.formats import format_of, model_files
 from shared.gate_result import GateKept
-from shared.machine import cpu_count, cpu_name, require_disk, saturates, size_text
 from shared.onnx_files import check_is_onnx, external_files, name_weights, read_model, require_finite
 from shared.onnx_graph import read_ops
 from shared.onnx_pressed import SLOWER, PressedOnnx

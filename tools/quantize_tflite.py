@@ -24,13 +24,13 @@ from shared.artifacts import Plan, Product
 from shared.bundle import Entry, check_packed, is_bundle, models_of, pack_bundle, unpack_bundle
 from shared.calibration import InputRange
 from shared.choices import DEFAULT_RECIPE, Choices, beside
-from shared.cli import DryRun, Overwrite, Refresh, Reproducible, run, to_json
+from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, run, to_json
+from shared.command.errors import ToolError
+from shared.command.resources import Needs, require_disk, size_text
 from shared.damage import node_data
 from shared.drafts import draft_beside, workspace
-from shared.errors import ToolError
 from shared.executors import dask_cluster, local_processes
 from shared.gate_result import GateKept
-from shared.machine import Needs, require_disk, size_text
 from shared.measured import Measured
 from shared.pressed import Pressed
 from shared.provenance import provenance_path, read_provenance, record

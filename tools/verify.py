@@ -22,10 +22,10 @@ from rich.table import Table
 from shared import artifacts
 from shared.artifacts import Plan, Product
 from shared.child import ChildError
-from shared.cli import Overwrite, Refresh, Seed, Threads, run, step, to_json
-from shared.errors import DamagedError
+from shared.command.cli import Overwrite, Refresh, Seed, Threads, run, step, to_json
+from shared.command.errors import DamagedError
+from shared.command.resources import cpu_count, size_text
 from shared.formats import format_of, model_files
-from shared.machine import cpu_count, size_text
 from shared.metrics import message_bits
 from shared.provenance import require_vouched
 from shared.runtime import Model, ModelSource, open_model

@@ -20,9 +20,9 @@ from models.face_landmarker.mediapipe_runtime import Face, open_landmarker
 from models.face_landmarker.photos import read_photos
 from shared import artifacts
 from shared.artifacts import Plan
-from shared.cli import Overwrite, Refresh, run, step, to_json
+from shared.command.cli import Overwrite, Refresh, run, step, to_json
+from shared.command.resources import size_text
 from shared.images import image_files
-from shared.machine import size_text
 
 RUNS = 30  # timed, in turns, over the photos with a face
 PACKAGES = ("mediapipe", "numpy")

@@ -26,9 +26,9 @@ from models.face_landmarker.mediapipe_runtime import (
     open_landmarker,
 )
 from models.face_landmarker.photos import read_photos
-from shared.cli import Overwrite, Seed, run, step
+from shared.command.cli import Overwrite, Seed, run, step
+from shared.command.errors import ToolError
 from shared.drafts import draft_beside
-from shared.errors import ToolError
 from shared.images import Pixels
 
 # How far a photo is moved: in parts of its size, degrees, and a factor.

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.bundle import models_of, unpack_bundle
-from shared.errors import ToolError, first_line
+from shared.command.errors import ToolError, first_line
 from shared.images import Pixels
 
 LIBRARIES = ("libEGL.so.1", "libGLESv2.so.2")

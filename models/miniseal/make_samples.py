@@ -17,9 +17,9 @@ from rich.text import Text
 
 from models.miniseal.train import FOLDER
 from shared import metrics
-from shared.cli import run
+from shared.command.cli import run
+from shared.command.errors import ToolError
 from shared.drafts import draft_beside
-from shared.errors import ToolError
 from shared.images import Pixels, to_image
 from shared.messages import FILE_NAME, Bits, to_hex
 

@@ -14,8 +14,8 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from models.minisr.train import FOLDER
-from shared.cli import run
-from shared.errors import ToolError
+from shared.command.cli import run
+from shared.command.errors import ToolError
 from shared.images import Pixels
 
 SIDE = 176  # pixels of a large image

@@ -20,9 +20,9 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from shared.cards import CARDS, PRODUCTS
-from shared.cli import run, step_progress
+from shared.command.cli import run, step_progress
+from shared.command.errors import ToolError
 from shared.drafts import draft_beside
-from shared.errors import ToolError
 from shared.images import Pixels
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import math
 import os
 from pathlib import Path
 
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 
 VARIABLE = "EDGEPRESS_LIMITS"
 GB = 10**9

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from shared.errors import one_line
-from shared.limits import GB, limit
+from shared.command.errors import one_line
+from shared.command.limits import GB, limit
 
 TICK_S = 0.1  # between two looks at a child that reads
 SLOWEST_BYTES_PER_S = 20e6  # a large file gets so much more time

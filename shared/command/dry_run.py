@@ -7,7 +7,7 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Column, Table
 
-from shared.machine import Needs, size_text
+from shared.command.resources import Needs, size_text
 
 
 @dataclass(frozen=True)

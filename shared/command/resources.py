@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.errors import ToolError
+from shared.command.errors import ToolError
 
 GIB = 2**30
 MIB = 2**20

@@ -31,11 +31,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from shared.errors import ToolError, of_disk, one_line
-from shared.forecast import Foreseen
-from shared.limits import DEFAULTS, raise_limits
-from shared.machine import GIB, peak_rss_bytes
-from shared.supervision import FORWARDED, supervise
+from shared.command.dry_run import Foreseen
+from shared.command.errors import ToolError, of_disk, one_line
+from shared.command.limits import DEFAULTS, raise_limits
+from shared.command.resources import GIB, peak_rss_bytes
+from shared.command.watchdog import FORWARDED, supervise
 
 # typer carries its own click and exports only BadParameter of its errors; this is the class of all wrong usage.
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
