@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from shared.candidates import Job, Outcome, Subject, measure_candidate
 from shared.command.cli import step_progress
 from shared.executors import finished
-from shared.output_error import Damage
+from shared.metrics.output_error import Damage
 from shared.recipes import NO_QUANTIZE, Rules
 from shared.rule_coverage import matching_rules
 from shared.tflite import Op

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.command.errors import ToolError
-from shared.fidelity import MOST_DB
 from shared.images import Pixels, from_form, image_form, read_pixels
+from shared.metrics.fidelity import MOST_DB
 
 LUMA = np.array([65.481, 128.553, 24.966]) / 255  # of ITU-R BT.601, to 16..235, from RGB in 0..255
 LUMA_OFFSET = 16.0
@@ -98,7 +98,7 @@ def score(one: Array, other: Array, peak: float) -> ImageScore:
     """
     from skimage.metrics import structural_similarity
 
-    from shared.metrics import psnr_db
+    from shared.metrics.metrics import psnr_db
 
     decibel = min(psnr_db(one, other, peak), MOST_DB)
     if min(one.shape[:2]) < SSIM_WINDOW:

@@ -9,7 +9,7 @@ from shared.calibration import Sample
 from shared.candidates import SEEDED
 from shared.child import ChildError
 from shared.command.resources import MIB, available_memory_bytes, cpu_count
-from shared.output_error import Damage, measure_damage
+from shared.metrics.output_error import Damage, measure_damage
 from shared.runtime import ModelSource, memory_need_bytes, open_model
 from shared.samples import sample_inputs
 from shared.tensors import TensorSpec, describe

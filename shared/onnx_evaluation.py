@@ -11,9 +11,9 @@ from shared.child import ChildError
 from shared.command.cli import step
 from shared.command.errors import ToolError
 from shared.command.resources import MIB, available_memory_bytes, cpu_count
-from shared.fidelity import Fidelity, measure_fidelity
 from shared.formats import size_bytes
 from shared.images import image_form
+from shared.metrics.fidelity import Fidelity, measure_fidelity
 from shared.onnx_graph import declared_range
 from shared.onnx_pressed import FLOAT, Timed
 from shared.onnx_wish import OnnxWish

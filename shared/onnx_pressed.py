@@ -8,8 +8,8 @@ from rich.table import Column, Table
 
 from shared.command.resources import size_text
 from shared.coverage import OpLeft, OpTypeCoverage, coverage_table, left_tables, size_sentence
-from shared.fidelity import Fidelity
-from shared.gate_result import GateKept, gate_table
+from shared.metrics.fidelity import Fidelity
+from shared.metrics.gates import GateKept, gate_table
 from shared.onnx_graph import SLOW_DYNAMIC, SLOW_HALF
 
 ORIGINAL, FLOAT = "original", "float32"  # labels of the model as it came, and repaired

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from shared.command.errors import ToolError
 from shared.command.resources import GIB, Needs, cpu_count
-from shared.fidelity import Fidelity
 from shared.formats import model_files, size_bytes
+from shared.metrics.fidelity import Fidelity
 from shared.onnx_coverage import measure_coverage
 from shared.onnx_evaluation import LARGE_BYTES, Evaluation, Samples, settle_samples
 from shared.onnx_files import read_model, tensor_bytes, tensors

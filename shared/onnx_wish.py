@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.calibration import CalibrationSet, InputRange
-from shared.fidelity import Fidelity
+from shared.metrics.fidelity import Fidelity
 from shared.onnx_settings import Settings
 
 

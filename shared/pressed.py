@@ -9,8 +9,8 @@ from rich.table import Column, Table
 from shared.command.resources import size_text
 from shared.coverage import SHOWN, OpLeft, OpTypeCoverage, coverage_table, left_tables, number_text, short_name, size_sentence
 from shared.damage import LayerDamage
-from shared.gate_result import GateKept, gate_table
 from shared.measured import Measured
+from shared.metrics.gates import GateKept, gate_table
 from shared.recipes import Rules
 from shared.rule_coverage import RuleMatches
 

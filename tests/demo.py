@@ -14,7 +14,7 @@ from shared.code_version import ROOT
 from shared.command.resources import GIB, MIB, cpu_count
 from shared.images import read_pixels, to_image
 from shared.messages import read_messages
-from shared.metrics import psnr_db
+from shared.metrics.metrics import psnr_db
 from tests.bench import PACKAGES, replace_between
 
 RESULTS = ROOT / "tests" / "demo.json"

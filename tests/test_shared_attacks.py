@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from shared import metrics
 from shared.attacks import KINDS, LIMITS, STANDARD, Attack, parse_attacks
 from shared.command.errors import ToolError
 from shared.images import Pixels, seeded_image, to_image
+from shared.metrics import metrics
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from shared.fidelity import MOST_DB, measure_fidelity
-from shared.metrics import psnr_db
+from shared.metrics.fidelity import MOST_DB, measure_fidelity
+from shared.metrics.metrics import psnr_db
 from tests.small_onnx import seeded
 
 PICTURES = [[seeded(1, 3, 8, 8, seed=number)] for number in range(3)]

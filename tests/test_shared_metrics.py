@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from shared import metrics
+from shared.metrics import metrics
 
 METRICS = [metrics.max_abs_error, metrics.relative_error, metrics.cosine]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from shared.fidelity import Fidelity
+from shared.metrics.fidelity import Fidelity
 from shared.onnx_graph import OnnxOp
 from shared.onnx_search import find_kept
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from rich.console import Group as Lines
 from rich.console import RenderableType
 
-from shared import artifacts, metrics
+from shared import artifacts
 from shared.artifacts import Plan, Product
 from shared.attacks import Attack, parse_attacks
 from shared.calibration import MANIFEST_NAME, RANGES, CalibrationSet, InputRange
@@ -33,12 +33,13 @@ from shared.command.cli import Overwrite, Refresh, Seed, Threads, run, to_json
 from shared.command.errors import DamagedError, ToolError
 from shared.command.resources import MIB, available_memory_bytes, cpu_count, cpu_name, require_disk
 from shared.comparison import Candidate, Findings, ImageFindings, ImageTask
-from shared.fidelity import measure_fidelity
 from shared.formats import declared_range, format_of, model_files
 from shared.gates import Limits, limits_under_attack
 from shared.image_quality import TruthScores, as_image, bicubic_scores, find_truths, score, score_against_truth
 from shared.images import images_at, read_pixels
 from shared.messages import Labelled, read_messages
+from shared.metrics import metrics
+from shared.metrics.fidelity import measure_fidelity
 from shared.onnx_graph import why_slower
 from shared.provenance import provenance_path, require_vouched
 from shared.robustness import Accuracy, labelled_inputs, read_accuracy

@@ -27,7 +27,7 @@ from shared.command.cli import DryRun, ModelName, Overwrite, Refresh, Reproducib
 from shared.command.errors import ToolError
 from shared.command.resources import GIB, Needs, size_text
 from shared.drafts import draft_beside
-from shared.metrics import cosine, max_abs_error, relative_error
+from shared.metrics.metrics import cosine, max_abs_error, relative_error
 from shared.onnx_files import check_is_onnx, external_files, name_weights
 from shared.pressed import Pressed
 from shared.runtime import Kernels, ModelSource, open_model

@@ -26,7 +26,7 @@ from shared.command.errors import ToolError
 from shared.command.resources import cpu_count, cpu_name, require_disk, saturates, size_text
 from shared.drafts import workspace
 from shared.formats import format_of, model_files
-from shared.gate_result import GateKept
+from shared.metrics.gates import GateKept
 from shared.onnx_files import check_is_onnx, external_files, name_weights, read_model, require_finite
 from shared.onnx_graph import read_ops
 from shared.onnx_pressed import SLOWER, PressedOnnx

@@ -30,8 +30,8 @@ from shared.command.resources import Needs, require_disk, size_text
 from shared.damage import node_data
 from shared.drafts import draft_beside, workspace
 from shared.executors import dask_cluster, local_processes
-from shared.gate_result import GateKept
 from shared.measured import Measured
+from shared.metrics.gates import GateKept
 from shared.pressed import Pressed
 from shared.provenance import provenance_path, read_provenance, record
 from shared.quantization import STATISTICS, Quantizer, UnchangedError, needs_of

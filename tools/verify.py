@@ -26,7 +26,7 @@ from shared.command.cli import Overwrite, Refresh, Seed, Threads, run, step, to_
 from shared.command.errors import DamagedError
 from shared.command.resources import cpu_count, size_text
 from shared.formats import format_of, model_files
-from shared.metrics import message_bits
+from shared.metrics.metrics import message_bits
 from shared.provenance import require_vouched
 from shared.runtime import Model, ModelSource, open_model
 from shared.samples import sample_inputs

@@ -16,12 +16,12 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from models.miniseal.train import FOLDER
-from shared import metrics
 from shared.command.cli import run
 from shared.command.errors import ToolError
 from shared.drafts import draft_beside
 from shared.images import Pixels, to_image
 from shared.messages import FILE_NAME, Bits, to_hex
+from shared.metrics import metrics
 
 PER_PHOTO = 4
 MIN_PSNR_DB = 38.0  # of every marked image; below, a watermark may be seen

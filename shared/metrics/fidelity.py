@@ -46,7 +46,7 @@ def measure_fidelity(
     Raises:
         ValueError: Outputs differ in shape, or hold NaN or infinity.
     """
-    from shared.metrics import cosine, relative_error
+    from shared.metrics.metrics import cosine, relative_error
 
     pairs = [(_flat(one), _flat(other)) for one, other in zip(reference, candidate, strict=True)]
     cosines = [cosine(one, other) for one, other in pairs]
