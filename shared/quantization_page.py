@@ -7,7 +7,7 @@ from pathlib import Path
 from shared.command.resources import size_text
 from shared.coverage import number_text, short_name
 from shared.damage import LayerDamage
-from shared.pages import TEMPLATES, Bar, write_template
+from shared.html.page import TEMPLATES, Bar, write_template
 from shared.pressed import Pressed, PressedModel, layer_cells, sentences
 
 TEMPLATE = TEMPLATES / "quantization.html.jinja"

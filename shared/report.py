@@ -14,10 +14,10 @@ from markupsafe import Markup
 from shared.command.errors import ToolError
 from shared.command.resources import size_text
 from shared.comparison import Findings, rows
+from shared.html.page import TEMPLATES, Bar, write_template
+from shared.html.plots import line_plot, scatter_plot
 from shared.image_views import worst_views
 from shared.images import Pixels, read_pixels
-from shared.pages import TEMPLATES, Bar, write_template
-from shared.plots import line_plot, scatter_plot
 from shared.robustness import CLEAN, Accuracy, Reading
 from shared.trials import Measured
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from shared.command.errors import ToolError
 from shared.comparison import Candidate, Findings
-from shared.plots import MAX_POINTS, SERIES, line_plot, scatter_plot
+from shared.html.plots import MAX_POINTS, SERIES, line_plot, scatter_plot
 from shared.report import WORST, write_page
 from shared.robustness import Reading
 from tests.test_shared_comparison import FINDINGS, accuracy

@@ -476,7 +476,7 @@ def _build(plan: Plan | None, find: Callable[[], Findings]) -> tuple[Findings, P
 
 def _write_page(path: Path, findings: Findings, pictures: list[Path], *, overwrite: bool, refresh: bool) -> Product:
     """Write the findings as one HTML page."""
-    from shared.pages import STYLE
+    from shared.html.page import STYLE
     from shared.report import TEMPLATE, Page, write_page
 
     arguments = {"findings": hashlib.sha256(to_json(findings).encode()).hexdigest()}

@@ -166,7 +166,7 @@ def _has_statistics(output: Path, found: Pressed, names: Sequence[str]) -> bool:
 
 def _write_page(path: Path, source: Path, found: Pressed, message: str, *, overwrite: bool, refresh: bool) -> Product:
     """Write what was found as one HTML page."""
-    from shared.pages import STYLE
+    from shared.html.page import STYLE
     from shared.quantization_page import TEMPLATE, QuantizationPage, write_page
 
     arguments = {"found": hashlib.sha256(f"{source.name} {to_json(found)}".encode()).hexdigest()}

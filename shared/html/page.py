@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.plots import SERIES
+from shared.html.plots import SERIES
 
 TEMPLATES = Path(__file__).parent
 STYLE = TEMPLATES / "page.css.jinja"
