@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from shared.command.errors import ToolError, first_line
 from shared.command.watchdog import reading
+from shared.files.file_type import is_regular, read_head
+from shared.files.zip_layout import ZIP_DAMAGE
 from shared.images import image_files, read_pixels, to_form
-from shared.sniffing import is_regular, read_head
 from shared.tensors import TensorSpec, describe, image_input
-from shared.zip_layout import ZIP_DAMAGE
 
 Sample = dict[str, NDArray[Any]]
 _Array = tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]

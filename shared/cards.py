@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from shared.command.errors import ToolError, first_line
-from shared.sniffing import is_regular, read_head
+from shared.files.file_type import is_regular, read_head
 
 CARDS = Path(__file__).resolve().parent.parent / "models"
 PRODUCTS = Path("models")  # where products go by default, seen from where the command runs: the project's root

@@ -21,10 +21,10 @@ from typing import IO, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.code_version import ROOT
 from shared.command.errors import ToolError, first_line, of_disk, one_line
 from shared.command.resources import peak_rss_bytes
 from shared.command.watchdog import PARENT, die_with_parent
+from shared.files.code_version import ROOT
 
 Arrays = Mapping[str, NDArray[Any]]
 Message = dict[str, Any]

@@ -15,8 +15,8 @@ from pathlib import Path
 from shared.command.cli import byte_progress, step, warn
 from shared.command.errors import ToolError
 from shared.command.resources import MIB, require_disk
-from shared.drafts import alone_in, sync
-from shared.vouching import write_voucher
+from shared.files.atomic import alone_in, sync
+from shared.files.checksums import write_voucher
 
 CHUNK_BYTES = 4 * MIB
 TIMEOUT_S = 60

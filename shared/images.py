@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from shared.command.errors import ToolError, first_line
 from shared.command.limits import limit
 from shared.command.watchdog import reading
-from shared.sniffing import name_kind, read_head
+from shared.files.file_type import name_kind, read_head
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from shared.command.errors import ToolError
-from shared.sniffing import is_regular, read_head
+from shared.files.file_type import is_regular, read_head
 
 Bits = NDArray[np.bool_]  # (K,)
 FILE_NAME = "messages.json"

@@ -12,7 +12,7 @@ import numpy as np
 from shared.command.errors import ToolError, first_line
 from shared.command.limits import require_size
 from shared.command.watchdog import reading
-from shared.sniffing import is_regular, name_kind, read_head, regular_size
+from shared.files.file_type import is_regular, name_kind, read_head, regular_size
 
 MAX_PROTOBUF_BYTES = 2**31 - 1
 MOST_ELEMENTS = 2**42

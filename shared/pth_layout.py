@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from shared.command.errors import ToolError, first_line
 from shared.command.resources import MIB, cpu_count
-from shared.zip_layout import LayoutError, locate, require_stored
+from shared.files.zip_layout import LayoutError, locate, require_stored
 
 CHUNK_BYTES = 8 * MIB
 MAX_RECORDS = 1_000_000

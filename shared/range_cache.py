@@ -9,7 +9,7 @@ from typing import Any
 
 from shared.calibration import CalibrationSet
 from shared.command.errors import ToolError
-from shared.drafts import draft_beside
+from shared.files.atomic import draft_beside
 from shared.formats import model_files
 
 KIND = "edgepress ranges"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.command.errors import ToolError, first_line
-from shared.sniffing import read_head
+from shared.files.file_type import read_head
 from shared.tflite import enum_names
 
 AGAIN = "correct it; the _recipe.json beside each product shows the form"

@@ -30,8 +30,8 @@ from pydantic import TypeAdapter, ValidationError
 from shared.candidates import Job, Outcome, RefusedError, Subject, measure_candidate
 from shared.command.cli import step_progress
 from shared.command.errors import ToolError
-from shared.drafts import draft_beside
 from shared.executors import finished
+from shared.files.atomic import draft_beside
 from shared.recipes import NONE, assign, operation_of, resolve_recipe, supports
 from shared.tflite import Op
 

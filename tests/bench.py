@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from shared.cards import load_card
-from shared.code_version import ROOT
 from shared.command.resources import GIB, MIB, cpu_count
 from shared.comparison import Candidate
+from shared.files.code_version import ROOT
 from shared.trials import Measured
 from tools.compare import compare
 

@@ -10,8 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from shared.code_version import ROOT
 from shared.command.resources import GIB, MIB, cpu_count
+from shared.files.code_version import ROOT
 from shared.images import read_pixels, to_image
 from shared.messages import read_messages
 from shared.metrics.metrics import psnr_db

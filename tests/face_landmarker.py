@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shared.code_version import ROOT
+from shared.files.code_version import ROOT
 from tests.bench import README, replace_between
 
 RESULTS = ROOT / "tests" / "face_landmarker.json"

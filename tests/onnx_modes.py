@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shared.code_version import ROOT
-from shared.drafts import workspace
-from shared.provenance import read_provenance
+from shared.files.atomic import workspace
+from shared.files.code_version import ROOT
+from shared.files.provenance import read_provenance
 from tests.bench import README, replace_between
 from tools.convert_detector import ModelFormat, convert_detector
 from tools.prepare_calibration import prepare_calibration

@@ -1082,9 +1082,9 @@ def _outputs(good: Good) -> Iterator[Case]:
     yield Case("O16", "a stranger's file beside the output", "quantize_onnx", stale_data, 0, "", before={"out/q.data": b"precious"})
 
     def stale_draft(folder: Path) -> list[str]:
-        from shared import drafts
+        from shared.files import atomic
 
-        (folder / "out" / f".w.safetensors.{drafts._scope()}-999999999.partial").write_bytes(b"half")
+        (folder / "out" / f".w.safetensors.{atomic._scope()}-999999999.partial").write_bytes(b"half")
         return [weights, "-o", "out/w.safetensors"]
 
     yield Case("X14", "a draft of a dead run", "extract_weights", stale_draft, 0)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from shared.command.errors import ToolError
-from shared.provenance import read_provenance
+from shared.files.provenance import read_provenance
 from tests import small_onnx
 from tests.conftest import REALDATA
 from tests.test_interruptions import CHECKPOINT, FEW, MINISR

@@ -14,11 +14,12 @@ from ai_edge_litert import schema_py_generated as schema
 from PIL import Image
 
 import noxfile
-from shared import artifacts, trials
-from shared.artifacts import Plan
+from shared import trials
 from shared.child import ChildError
 from shared.command.errors import ToolError
 from shared.command.resources import saturates
+from shared.files import artifacts
+from shared.files.artifacts import Plan
 from shared.image_quality import bicubic_scores
 from shared.report import Page
 from shared.robustness import image_input

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from shared.cards import InputForm, load_card
 from shared.command.errors import ToolError
+from shared.files.provenance import read_provenance
 from shared.onnx_files import external_files
 from shared.onnx_graph import read_metadata as read_onnx_metadata
-from shared.provenance import read_provenance
 from shared.runtime import ModelSource, open_model
 from shared.tflite import read_metadata
 from tests.conftest import ROOT, Run, Small

@@ -18,8 +18,8 @@ from PIL import Image
 
 from shared.calibration import CalibrationSet
 from shared.command.errors import ToolError
+from shared.files.provenance import provenance_path
 from shared.images import read_pixels, seeded_image, stretch
-from shared.provenance import provenance_path
 from shared.sampling import MOST_OVERLAP, look_at
 from shared.tensors import TensorSpec
 from shared.video import frames_at

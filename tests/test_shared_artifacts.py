@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from shared import drafts
-from shared.artifacts import Plan, Product, build, require_not_anothers
 from shared.command.dry_run import Foreseen
 from shared.command.errors import CheckError, ToolError
 from shared.command.resources import Needs
-from shared.drafts import draft_beside, workspace
-from shared.provenance import provenance_path, read_provenance, record, require_vouched
-from shared.vouching import write_voucher
+from shared.files import atomic
+from shared.files.artifacts import Plan, Product, build, require_not_anothers
+from shared.files.atomic import draft_beside, workspace
+from shared.files.checksums import write_voucher
+from shared.files.provenance import provenance_path, read_provenance, record, require_vouched
 
 
 @dataclass(frozen=True)
@@ -178,12 +178,12 @@ def test_a_folder_that_is_missing_or_no_folder_is_refused_before_the_work(work: 
 
 
 def test_drafts_of_dead_processes_are_cleared_away_and_others_left(tmp_path: Path) -> None:
-    here = drafts._scope()
+    here = atomic._scope()
     names = [f"{here}-999999999", f"{here}-{os.getppid()}", "0123abcd-999999999", "0123abcd-999999998"]
     dead, alive, elsewhere, old = (tmp_path / f".out.txt.{name}.partial" for name in names)
     for path in (dead, alive, elsewhere, old):
         path.touch()
-    os.utime(old, (time.time() - 2 * drafts.ABANDONED_S,) * 2)
+    os.utime(old, (time.time() - 2 * atomic.ABANDONED_S,) * 2)
     with draft_beside(tmp_path / "out.txt"):
         pass
     left = [path.exists() for path in (dead, alive, elsewhere, old)]
@@ -363,7 +363,7 @@ def test_a_refresh_with_the_same_weights_keeps_them(work: Work) -> None:
 def test_weights_of_drafts_of_dead_processes_are_cleared_away(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    names = [f".m.onnx.{drafts._scope()}-{pid}.partial.data" for pid in (ended.pid, os.getppid())]
+    names = [f".m.onnx.{atomic._scope()}-{pid}.partial.data" for pid in (ended.pid, os.getppid())]
     stale, running = (tmp_path / name for name in names)
     for path in (stale, running):
         path.touch()
@@ -496,8 +496,8 @@ def test_a_killed_process_that_nobody_has_asked_about_is_not_running(tmp_path: P
     assert zombie.stdout is not None
     zombie.stdout.read()  # it has ended, but for its number
     deadline = time.monotonic() + 10
-    while drafts._is_running(str(zombie.pid)) and time.monotonic() < deadline:
+    while atomic._is_running(str(zombie.pid)) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not drafts._is_running(str(zombie.pid))
+    assert not atomic._is_running(str(zombie.pid))
     os.kill(zombie.pid, 0)  # the number is still taken
     zombie.communicate()

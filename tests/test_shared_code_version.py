@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import noxfile
-from shared.code_version import ROOT, code_version, reached_modules
+from shared.files.code_version import ROOT, code_version, reached_modules
 
 
 @pytest.fixture

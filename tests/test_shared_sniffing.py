@@ -7,7 +7,7 @@ import pytest
 
 from shared.command.errors import ToolError
 from shared.command.limits import DEFAULTS, VARIABLE, limit, raise_limits
-from shared.sniffing import HEAD_BYTES, is_regular, name_kind, read_head
+from shared.files.file_type import HEAD_BYTES, is_regular, name_kind, read_head
 
 
 @pytest.mark.parametrize(

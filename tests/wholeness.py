@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.provenance import Provenance, provenance_path, read_provenance
+from shared.files.provenance import Provenance, provenance_path, read_provenance
 from tests.zygote import Done, Zygote
 
 GONE_S = 30  # to wait for the processes of a tool that was killed

@@ -23,8 +23,6 @@ from numpy.typing import NDArray
 from rich.console import Group as Lines
 from rich.console import RenderableType
 
-from shared import artifacts
-from shared.artifacts import Plan, Product
 from shared.attacks import Attack, parse_attacks
 from shared.calibration import MANIFEST_NAME, RANGES, CalibrationSet, InputRange
 from shared.cards import load_card
@@ -33,6 +31,9 @@ from shared.command.cli import Overwrite, Refresh, Seed, Threads, run, to_json
 from shared.command.errors import DamagedError, ToolError
 from shared.command.resources import MIB, available_memory_bytes, cpu_count, cpu_name, require_disk
 from shared.comparison import Candidate, Findings, ImageFindings, ImageTask
+from shared.files import artifacts
+from shared.files.artifacts import Plan, Product
+from shared.files.provenance import provenance_path, require_vouched
 from shared.formats import declared_range, format_of, model_files
 from shared.gates import Limits, limits_under_attack
 from shared.image_quality import TruthScores, as_image, bicubic_scores, find_truths, score, score_against_truth
@@ -41,7 +42,6 @@ from shared.messages import Labelled, read_messages
 from shared.metrics import metrics
 from shared.metrics.fidelity import measure_fidelity
 from shared.onnx_graph import why_slower
-from shared.provenance import provenance_path, require_vouched
 from shared.robustness import Accuracy, labelled_inputs, read_accuracy
 from shared.runtime import ModelSource, memory_need_bytes
 from shared.samples import image_sample, sample_inputs

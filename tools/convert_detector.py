@@ -19,14 +19,15 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Table
 
-from shared import artifacts, conversion
-from shared.artifacts import Plan, Product
+from shared import conversion
 from shared.cards import PRODUCTS, Card, InputForm, load_card
 from shared.child import Child, ChildError, Message
 from shared.command.cli import DryRun, ModelName, Overwrite, Refresh, Reproducible, Seed, run, step, warn
 from shared.command.errors import ToolError
 from shared.command.resources import GIB, Needs, size_text
-from shared.drafts import draft_beside
+from shared.files import artifacts
+from shared.files.artifacts import Plan, Product
+from shared.files.atomic import draft_beside
 from shared.metrics.metrics import cosine, max_abs_error, relative_error
 from shared.onnx_files import check_is_onnx, external_files, name_weights
 from shared.pressed import Pressed

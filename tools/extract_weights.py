@@ -21,15 +21,15 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Table
 
-from shared import artifacts
-from shared.artifacts import Plan, Product
 from shared.cards import PRODUCTS, Card, card_names, load_card
 from shared.checkpoints import Checkpoint, open_checkpoint, require_match, require_sound, select_detector, write_safetensors
 from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, run, step
 from shared.command.errors import ToolError
 from shared.command.resources import MIB, Needs, size_text
 from shared.download import download as download_file
-from shared.sniffing import regular_size
+from shared.files import artifacts
+from shared.files.artifacts import Plan, Product
+from shared.files.file_type import regular_size
 
 if TYPE_CHECKING:
     from torch import Tensor

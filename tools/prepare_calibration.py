@@ -20,23 +20,23 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Column, Table
 
-from shared import artifacts
-from shared.artifacts import Plan, Product
 from shared.calibration import MANIFEST_NAME, InputRange, choose_range
 from shared.calibration_writer import ArrayForm, Set, write_arrays, write_sample, write_sheet
 from shared.child import ChildError
 from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, Seed, run, step_progress
 from shared.command.errors import ToolError
 from shared.command.resources import MIB, Needs
-from shared.drafts import draft_beside
+from shared.files import artifacts
+from shared.files.artifacts import Plan, Product
+from shared.files.atomic import draft_beside
+from shared.files.file_type import is_regular
+from shared.files.provenance import read_provenance, record
 from shared.formats import declared_range
 from shared.images import ImageForm
-from shared.provenance import read_provenance, record
 from shared.runtime import ModelSource, open_model
 from shared.sampling import Candidate, Look
 from shared.selection import SamplesWish, Skipped, choose_parts, look_at_all
 from shared.sheets import Point, write_coverage_plot
-from shared.sniffing import is_regular
 from shared.sources import Columns, Source, find_sources, synthetic_sources
 from shared.tensors import describe, image_input
 

@@ -18,13 +18,14 @@ import typer
 from rich.console import Group as Lines
 from rich.console import RenderableType
 
-from shared import artifacts
-from shared.artifacts import Plan, Product
 from shared.calibration import CalibrationSet, InputRange
 from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, Threads, run
 from shared.command.errors import ToolError
 from shared.command.resources import cpu_count, cpu_name, require_disk, saturates, size_text
-from shared.drafts import workspace
+from shared.files import artifacts
+from shared.files.artifacts import Plan, Product
+from shared.files.atomic import workspace
+from shared.files.provenance import provenance_path
 from shared.formats import format_of, model_files
 from shared.metrics.gates import GateKept
 from shared.onnx_files import check_is_onnx, external_files, name_weights, read_model, require_finite
@@ -34,7 +35,6 @@ from shared.onnx_pressing import needs_of, press
 from shared.onnx_ranges import CalibrationMethod
 from shared.onnx_settings import LAYERS, PASSING, RECURRENT, Form, IntegerType, Settings
 from shared.onnx_wish import OnnxWish
-from shared.provenance import provenance_path
 from shared.range_cache import RangeCache
 
 PACKAGES = ("onnx", "onnxruntime", "numpy", "pillow")

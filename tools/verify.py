@@ -19,15 +19,15 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Table
 
-from shared import artifacts
-from shared.artifacts import Plan, Product
 from shared.child import ChildError
 from shared.command.cli import Overwrite, Refresh, Seed, Threads, run, step, to_json
 from shared.command.errors import DamagedError
 from shared.command.resources import cpu_count, size_text
+from shared.files import artifacts
+from shared.files.artifacts import Plan, Product
+from shared.files.provenance import require_vouched
 from shared.formats import format_of, model_files
 from shared.metrics.metrics import message_bits
-from shared.provenance import require_vouched
 from shared.runtime import Model, ModelSource, open_model
 from shared.samples import sample_inputs
 from shared.tensors import describe

@@ -18,10 +18,10 @@ from rich.table import Table
 
 from models.face_landmarker.mediapipe_runtime import Face, open_landmarker
 from models.face_landmarker.photos import read_photos
-from shared import artifacts
-from shared.artifacts import Plan
 from shared.command.cli import Overwrite, Refresh, run, step, to_json
 from shared.command.resources import size_text
+from shared.files import artifacts
+from shared.files.artifacts import Plan
 from shared.images import image_files
 
 RUNS = 30  # timed, in turns, over the photos with a face

@@ -28,7 +28,7 @@ from models.face_landmarker.mediapipe_runtime import (
 from models.face_landmarker.photos import read_photos
 from shared.command.cli import Overwrite, Seed, run, step
 from shared.command.errors import ToolError
-from shared.drafts import draft_beside
+from shared.files.atomic import draft_beside
 from shared.images import Pixels
 
 # How far a photo is moved: in parts of its size, degrees, and a factor.

@@ -18,7 +18,7 @@ from rich.text import Text
 from models.miniseal.train import FOLDER
 from shared.command.cli import run
 from shared.command.errors import ToolError
-from shared.drafts import draft_beside
+from shared.files.atomic import draft_beside
 from shared.images import Pixels, to_image
 from shared.messages import FILE_NAME, Bits, to_hex
 from shared.metrics import metrics

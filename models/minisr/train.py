@@ -22,7 +22,7 @@ from rich.text import Text
 from shared.cards import CARDS, PRODUCTS
 from shared.command.cli import run, step_progress
 from shared.command.errors import ToolError
-from shared.drafts import draft_beside
+from shared.files.atomic import draft_beside
 from shared.images import Pixels
 
 if TYPE_CHECKING:

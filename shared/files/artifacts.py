@@ -17,8 +17,8 @@ from pydantic import TypeAdapter, ValidationError
 from shared.command.dry_run import Forecast, Foreseen
 from shared.command.errors import CheckError, ToolError
 from shared.command.resources import Needs, available_memory_bytes, peak_rss_bytes
-from shared.drafts import abandoned_drafts, alone_in, draft_beside, identity, sync, write_json
-from shared.provenance import FileRecord, Provenance, as_json, provenance_path, read_provenance, record, versions, vouched
+from shared.files.atomic import abandoned_drafts, alone_in, draft_beside, identity, sync, write_json
+from shared.files.provenance import FileRecord, Provenance, as_json, provenance_path, read_provenance, record, versions, vouched
 
 Found = TypeVar("Found")
 

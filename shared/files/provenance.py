@@ -13,10 +13,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from shared.code_version import code_version
 from shared.command.errors import ToolError
-from shared.sniffing import regular_size
-from shared.vouching import Voucher, find_voucher, require_same
+from shared.files.checksums import Voucher, find_voucher, require_same
+from shared.files.code_version import code_version
+from shared.files.file_type import regular_size
 
 
 @dataclass(frozen=True)
