@@ -24,7 +24,7 @@ from shared.command.errors import ToolError, first_line
 from shared.command.watchdog import reading
 from shared.files.file_type import is_regular, read_head
 from shared.files.zip_layout import ZIP_DAMAGE
-from shared.images import image_files, read_pixels, to_form
+from shared.media.images import image_files, read_pixels, to_form
 from shared.tensors import TensorSpec, describe, image_input
 
 Sample = dict[str, NDArray[Any]]

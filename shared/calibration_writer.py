@@ -16,7 +16,7 @@ import numpy as np
 from shared.calibration import RANGES, InputRange
 from shared.files.atomic import abandoned_marks, begun, draft_beside, identity, is_abandoned, kept_aside
 from shared.files.provenance import provenance_path, read_provenance, record
-from shared.images import ImageForm, Pixels, read_pixels, to_form
+from shared.media.images import ImageForm, Pixels, read_pixels, to_form
 from shared.sheets import write_contact_sheet
 
 SAMPLE = re.compile(r"[sh]\d{4,}_[0-9a-f]{8}\.png")

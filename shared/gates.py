@@ -3,10 +3,10 @@
 import math
 from dataclasses import dataclass
 
-from shared.attacks import Attack
 from shared.command.errors import ToolError
 from shared.command.resources import MIB
 from shared.comparison import Candidate, Gate, ImageTask
+from shared.media.attacks import Attack
 from shared.robustness import Accuracy, largest_drop
 
 

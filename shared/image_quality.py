@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.command.errors import ToolError
-from shared.images import Pixels, from_form, image_form, read_pixels
+from shared.media.images import Pixels, from_form, image_form, read_pixels
 from shared.metrics.fidelity import MOST_DB
 
 LUMA = np.array([65.481, 128.553, 24.966]) / 255  # of ITU-R BT.601, to 16..235, from RGB in 0..255
@@ -61,7 +61,7 @@ def find_truths(files: Sequence[Path], folder: Path) -> list[Path]:
     Raises:
         ToolError: There is none for an image.
     """
-    from shared.images import images_at
+    from shared.media.images import images_at
 
     known: dict[str, list[Path]] = {}
     for path in images_at(folder):

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from shared.comparison import Findings, ImageTask
 from shared.image_quality import as_image
-from shared.images import Pixels, read_pixels
+from shared.media.images import Pixels, read_pixels
 from shared.runtime import Model, ModelSource, open_model
 from shared.samples import image_sample
 

@@ -12,7 +12,7 @@ from shared.command.cli import step
 from shared.command.errors import ToolError
 from shared.command.resources import MIB, available_memory_bytes, cpu_count
 from shared.formats import size_bytes
-from shared.images import image_form
+from shared.media.images import image_form
 from shared.metrics.fidelity import Fidelity, measure_fidelity
 from shared.onnx_graph import declared_range
 from shared.onnx_pressed import FLOAT, Timed

@@ -17,7 +17,7 @@ from shared.comparison import Findings, rows
 from shared.html.page import TEMPLATES, Bar, write_template
 from shared.html.plots import line_plot, scatter_plot
 from shared.image_views import worst_views
-from shared.images import Pixels, read_pixels
+from shared.media.images import Pixels, read_pixels
 from shared.robustness import CLEAN, Accuracy, Reading
 from shared.trials import Measured
 

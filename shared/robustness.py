@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.attacks import Attack
-from shared.images import Pixels, read_pixels
+from shared.media.attacks import Attack
+from shared.media.images import Pixels, read_pixels
 from shared.messages import Labelled, chance_of_agreement
 from shared.metrics import metrics
 from shared.samples import image_sample

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.images import Pixels
+from shared.media.images import Pixels
 
 CANDIDATES = 4  # boxes drawn for each tile that an image may give
 LEVELS = 3  # of brightness, contrast and detail each

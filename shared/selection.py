@@ -8,7 +8,7 @@ import numpy as np
 from shared.calibration_writer import ArrayForm
 from shared.command.cli import step_progress
 from shared.command.errors import ToolError
-from shared.images import Pixels, stretch
+from shared.media.images import Pixels, stretch
 from shared.sampling import Box, Candidate, choose, draw_boxes, look_at
 from shared.sources import Picture, Source, read_pictures
 

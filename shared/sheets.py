@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.images import Pixels
+from shared.media.images import Pixels
 
 CELL = 96  # pixels of a thumbnail
 GAP = 4

@@ -10,8 +10,8 @@ import numpy as np
 
 from shared.command.errors import ToolError, first_line
 from shared.files.file_type import read_head, regular_size
-from shared.images import SUFFIXES, Pixels, image_files, read_pixels, seeded_image
-from shared.video import count_frames, frames_at, scene_changes
+from shared.media.images import SUFFIXES, Pixels, image_files, read_pixels, seeded_image
+from shared.media.video import count_frames, frames_at, scene_changes
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 FILE_COLUMNS = ("file", "path", "filename", "file_name", "filepath", "image", "video", "image_path", "video_path")

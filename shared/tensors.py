@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from shared.images import ImageForm, image_form, image_layout
+from shared.media.images import ImageForm, image_form, image_layout
 
 
 @dataclass(frozen=True)

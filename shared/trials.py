@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from shared.child import ChildError
 from shared.command.cli import step, step_progress
-from shared.images import image_form, image_layout
+from shared.media.images import image_form, image_layout
 from shared.runtime import Model, ModelSource, open_model
 from shared.tensors import TensorSpec, image_input
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from shared.command.resources import GIB, MIB, cpu_count
 from shared.files.code_version import ROOT
-from shared.images import read_pixels, to_image
+from shared.media.images import read_pixels, to_image
 from shared.messages import read_messages
 from shared.metrics.metrics import psnr_db
 from tests.bench import PACKAGES, replace_between

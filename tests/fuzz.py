@@ -35,7 +35,7 @@ from shared.calibration import CalibrationSet
 from shared.cards import load_card
 from shared.checkpoints import open_checkpoint, require_sound
 from shared.command.errors import ToolError, first_line, one_line
-from shared.images import read_pixels
+from shared.media.images import read_pixels
 from shared.pth_layout import check_pth
 from shared.repair import needed_repairs
 from shared.sources import Columns, find_sources

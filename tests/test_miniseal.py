@@ -16,7 +16,7 @@ from models.miniseal.train import train
 from shared.cards import load_card
 from shared.checkpoints import open_checkpoint
 from shared.command.errors import ToolError
-from shared.images import Pixels, image_files, read_pixels, stretch, to_image
+from shared.media.images import Pixels, image_files, read_pixels, stretch, to_image
 from shared.messages import read_messages
 from shared.metrics import metrics
 from shared.watermark import WatermarkDetector

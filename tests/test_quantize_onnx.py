@@ -15,7 +15,7 @@ from PIL import Image
 from shared.child import ChildError
 from shared.command.errors import ToolError
 from shared.command.resources import saturates
-from shared.images import image_files, read_pixels, seeded_image
+from shared.media.images import image_files, read_pixels, seeded_image
 from shared.metrics.fidelity import measure_fidelity
 from shared.onnx_graph import read_metadata
 from shared.onnx_pressed import PressedOnnx

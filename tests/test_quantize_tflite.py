@@ -13,8 +13,8 @@ from ai_edge_litert.interpreter import Interpreter
 from shared import quantization
 from shared.command.dry_run import Foreseen
 from shared.command.errors import ToolError
-from shared.images import image_files, read_pixels, stretch
 from shared.measured import Measured
+from shared.media.images import image_files, read_pixels, stretch
 from shared.recipes import resolve_recipe
 from shared.runtime import ModelSource, open_model
 from shared.samples import sample_inputs

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from shared.attacks import KINDS, LIMITS, STANDARD, Attack, parse_attacks
 from shared.command.errors import ToolError
-from shared.images import Pixels, seeded_image, to_image
+from shared.media.attacks import KINDS, LIMITS, STANDARD, Attack, parse_attacks
+from shared.media.images import Pixels, seeded_image, to_image
 from shared.metrics import metrics
 
 

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from shared.attacks import Attack
 from shared.command.errors import ToolError
 from shared.comparison import ImageFindings, ImageTask
 from shared.gates import Limits, limits_under_attack
 from shared.image_quality import TruthScores
+from shared.media.attacks import Attack
 from tests.test_shared_comparison import accuracy, candidate
 
 FOUND = candidate("a.tflite", 2**20, 4)  # 1 MiB, 4 ms, cosine 0.5, speed-up 2, 75 % of the bits right, 37.5 % under jpeg-50

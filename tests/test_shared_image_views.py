@@ -14,7 +14,7 @@ from PIL import Image
 from shared import image_views
 from shared.comparison import Candidate, Findings, ImageFindings, ImageTask
 from shared.image_views import AMPLIFICATIONS, BRIGHT, SIDE, worst_views
-from shared.images import Pixels, read_pixels
+from shared.media.images import Pixels, read_pixels
 from shared.report import WORST, write_page
 from shared.runtime import ModelSource
 from shared.tensors import TensorSpec

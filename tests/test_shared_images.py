@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from shared.command.errors import ToolError
-from shared.images import (
+from shared.media.images import (
     ImageForm,
     as_image,
     from_form,

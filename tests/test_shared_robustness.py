@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.attacks import Attack
 from shared.child import ChildError
+from shared.media.attacks import Attack
 from shared.messages import Labelled
 from shared.robustness import Accuracy, Condition, image_input, labelled_inputs, largest_drop, read_accuracy
 from shared.tensors import TensorSpec

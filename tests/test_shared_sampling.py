@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from shared.images import Pixels
+from shared.media.images import Pixels
 from shared.sampling import CANDIDATES, MOST_OVERLAP, Box, Candidate, Look, choose, draw_boxes, look_at
 
 

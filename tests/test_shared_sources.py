@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shared.command.errors import ToolError
-from shared.images import read_pixels
+from shared.media.images import read_pixels
 from shared.sources import PATTERNS, Columns, Picture, Source, find_sources, read_pictures, synthetic_sources
 from tests.test_shared_video import write_video
 

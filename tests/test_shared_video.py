@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shared.command.errors import ToolError
-from shared.video import APART, count_frames, frames_at, read_frames, scene_changes
+from shared.media.video import APART, count_frames, frames_at, read_frames, scene_changes
 from tests.conftest import REALDATA
 
 

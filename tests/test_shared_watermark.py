@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shared.command.errors import ToolError
-from shared.images import read_pixels
+from shared.media.images import read_pixels
 from shared.messages import Labelled, read_messages, to_hex, to_int
 from shared.watermark import Agreement, Detection, WatermarkDetector
 from tests.conftest import Miniseal

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from rich.console import Group as Lines
 from rich.console import RenderableType
 
-from shared.attacks import Attack, parse_attacks
 from shared.calibration import MANIFEST_NAME, RANGES, CalibrationSet, InputRange
 from shared.cards import load_card
 from shared.child import ChildError
@@ -37,7 +36,8 @@ from shared.files.provenance import provenance_path, require_vouched
 from shared.formats import declared_range, format_of, model_files
 from shared.gates import Limits, limits_under_attack
 from shared.image_quality import TruthScores, as_image, bicubic_scores, find_truths, score, score_against_truth
-from shared.images import images_at, read_pixels
+from shared.media.attacks import Attack, parse_attacks
+from shared.media.images import images_at, read_pixels
 from shared.messages import Labelled, read_messages
 from shared.metrics import metrics
 from shared.metrics.fidelity import measure_fidelity

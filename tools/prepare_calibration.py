@@ -32,7 +32,7 @@ from shared.files.atomic import draft_beside
 from shared.files.file_type import is_regular
 from shared.files.provenance import read_provenance, record
 from shared.formats import declared_range
-from shared.images import ImageForm
+from shared.media.images import ImageForm
 from shared.runtime import ModelSource, open_model
 from shared.sampling import Candidate, Look
 from shared.selection import SamplesWish, Skipped, choose_parts, look_at_all

@@ -22,7 +22,7 @@ from shared.command.cli import Overwrite, Refresh, run, step, to_json
 from shared.command.resources import size_text
 from shared.files import artifacts
 from shared.files.artifacts import Plan
-from shared.images import image_files
+from shared.media.images import image_files
 
 RUNS = 30  # timed, in turns, over the photos with a face
 PACKAGES = ("mediapipe", "numpy")

@@ -29,7 +29,7 @@ from models.face_landmarker.photos import read_photos
 from shared.command.cli import Overwrite, Seed, run, step
 from shared.command.errors import ToolError
 from shared.files.atomic import draft_beside
-from shared.images import Pixels
+from shared.media.images import Pixels
 
 # How far a photo is moved: in parts of its size, degrees, and a factor.
 SHIFT, TURN, SCALE = 0.06, 12.0, 0.15

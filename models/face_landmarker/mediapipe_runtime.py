@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from shared.bundle import models_of, unpack_bundle
 from shared.command.errors import ToolError, first_line
-from shared.images import Pixels
+from shared.media.images import Pixels
 
 LIBRARIES = ("libEGL.so.1", "libGLESv2.so.2")
 MAX_FACES = 10

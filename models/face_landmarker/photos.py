@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.images import Pixels, image_files, read_pixels
+from shared.media.images import Pixels, image_files, read_pixels
 
 
 def read_photos(path: Path | None) -> list[tuple[str, Pixels]]:

@@ -19,7 +19,7 @@ from models.miniseal.train import FOLDER
 from shared.command.cli import run
 from shared.command.errors import ToolError
 from shared.files.atomic import draft_beside
-from shared.images import Pixels, to_image
+from shared.media.images import Pixels, to_image
 from shared.messages import FILE_NAME, Bits, to_hex
 from shared.metrics import metrics
 

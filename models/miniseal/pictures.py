@@ -9,7 +9,7 @@ Source: dead leaves, Lee, Mumford and Huang 2001, doi:10.1023/A:1011109015675.
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from shared.images import Pixels
+from shared.media.images import Pixels
 
 SIZE = 256  # pixels of a crop
 TRAINING_PHOTOS = (

@@ -23,13 +23,13 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from shared.attacks import Attack
 from shared.cards import CARDS, PRODUCTS, Card, load_card
 from shared.command.cli import run, step_progress
 from shared.command.errors import ToolError, first_line
 from shared.files.atomic import draft_beside
 from shared.files.code_version import ROOT
-from shared.images import Pixels, stretch
+from shared.media.attacks import Attack
+from shared.media.images import Pixels, stretch
 
 if TYPE_CHECKING:
     import torch

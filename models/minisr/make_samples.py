@@ -16,7 +16,7 @@ from rich.text import Text
 from models.minisr.train import FOLDER
 from shared.command.cli import run
 from shared.command.errors import ToolError
-from shared.images import Pixels
+from shared.media.images import Pixels
 
 SIDE = 176  # pixels of a large image
 MEASURED = 3  # places of each photo that training never saw

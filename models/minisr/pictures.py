@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from models.miniseal.pictures import TRAINING_PHOTOS, TRAINING_SAMPLE_IMAGES, dead_leaves, photo
-from shared.images import Pixels
+from shared.media.images import Pixels
 
 PATCH = 96  # pixels of a high-resolution patch
 PROCEDURAL = 16  # pictures; photos count four times as often

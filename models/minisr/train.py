@@ -23,7 +23,7 @@ from shared.cards import CARDS, PRODUCTS
 from shared.command.cli import run, step_progress
 from shared.command.errors import ToolError
 from shared.files.atomic import draft_beside
-from shared.images import Pixels
+from shared.media.images import Pixels
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from shared.command.errors import ToolError
 from shared.command.limits import limit
 from shared.command.watchdog import reading
 from shared.files.file_type import name_kind, read_head
-from shared.images import Pixels
+from shared.media.images import Pixels
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet; what is wrong with a file is told in one line
 os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = "protocol_whitelist;file"  # a container may refer to addresses

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shared.command.errors import ToolError
-from shared.images import Pixels
+from shared.media.images import Pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
