@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.tflite import constant_span, enum_names
+from shared.formats.tflite import constant_span, enum_names
 
 Array = NDArray[Any]
 Patches = dict[str, Array]  # op scope -> mean input patch: (height, width, channels) of the kernel, (channels,) of a matrix

@@ -24,8 +24,8 @@ from shared.command.errors import ToolError, first_line
 from shared.command.watchdog import reading
 from shared.files.file_type import is_regular, read_head
 from shared.files.zip_layout import ZIP_DAMAGE
+from shared.formats.tensors import TensorSpec, describe, image_input
 from shared.media.images import image_files, read_pixels, to_form
-from shared.tensors import TensorSpec, describe, image_input
 
 Sample = dict[str, NDArray[Any]]
 _Array = tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]

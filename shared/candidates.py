@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from shared.bias import Patches, correct_biases, layers, mean_patches
 from shared.calibration import CalibrationSet, Sample
 from shared.command.errors import ToolError, first_line
+from shared.formats.tensors import TensorSpec
 from shared.metrics.output_error import Damage, measure_damage
 from shared.recipes import Rules
 from shared.samples import sample_inputs
-from shared.tensors import TensorSpec
 from shared.upstream import large_weights_quantized
 from shared.worker import signature_names
 

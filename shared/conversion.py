@@ -100,8 +100,8 @@ def _export_onnx(module: Any, image: "Tensor", draft: Path, metadata: dict[str, 
     """Run torch's exporter; the input is named `image`, the output `output_0`. Weights above a size go to `<draft>.data`."""
     import torch
 
-    from shared.onnx_files import read_model
-    from shared.onnx_graph import without_traces, write_metadata
+    from shared.formats.onnx_file import read_model
+    from shared.formats.onnx_graph import without_traces, write_metadata
 
     size = sum(value.numel() * value.element_size() for value in module.state_dict().values())
     batch = torch.export.Dim("batch")

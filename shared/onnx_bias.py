@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.onnx_files import Model
+from shared.formats.onnx_file import Model
 
 Array = NDArray[Any]
 LAYERS = ("Conv", "MatMul", "Gemm")

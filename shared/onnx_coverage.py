@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shared.coverage import OpLeft, OpTypeCoverage
-from shared.onnx_files import Model
-from shared.onnx_graph import OnnxOp
+from shared.formats.onnx_file import Model
+from shared.formats.onnx_graph import OnnxOp
 from shared.onnx_settings import Settings
 
 
@@ -53,7 +53,7 @@ def _now(op: OnnxOp, after: Mapping[str, Any]) -> tuple[str, int]:
     """Return type and bytes of an op's largest constant in the product."""
     import onnx
 
-    from shared.onnx_files import tensor_bytes
+    from shared.formats.onnx_file import tensor_bytes
 
     name = str(op.weight)
     if op.is_inner:

@@ -11,15 +11,15 @@ from shared.child import ChildError
 from shared.command.cli import step
 from shared.command.errors import ToolError
 from shared.command.resources import MIB, available_memory_bytes, cpu_count
-from shared.formats import size_bytes
+from shared.formats.model_file import size_bytes
+from shared.formats.onnx_graph import declared_range
+from shared.formats.tensors import TensorSpec, image_input
 from shared.media.images import image_form
 from shared.metrics.fidelity import Fidelity, measure_fidelity
-from shared.onnx_graph import declared_range
 from shared.onnx_pressed import FLOAT, Timed
 from shared.onnx_wish import OnnxWish
 from shared.runtime import ModelSource, memory_need_bytes, open_model
 from shared.samples import sample_inputs
-from shared.tensors import TensorSpec, image_input
 from shared.trials import Inputs, Protocol, Shown, run_trials
 
 COMPARED, LARGE_COMPARED = 16, 2  # samples that answers are compared on, unless there are fewer

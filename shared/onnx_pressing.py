@@ -7,12 +7,12 @@ from pathlib import Path
 
 from shared.command.errors import ToolError
 from shared.command.resources import GIB, Needs, cpu_count
-from shared.formats import model_files, size_bytes
+from shared.formats.model_file import model_files, size_bytes
+from shared.formats.onnx_file import read_model, tensor_bytes, tensors
+from shared.formats.onnx_graph import OnnxOp, read_ops
 from shared.metrics.fidelity import Fidelity
 from shared.onnx_coverage import measure_coverage
 from shared.onnx_evaluation import LARGE_BYTES, Evaluation, Samples, settle_samples
-from shared.onnx_files import read_model, tensor_bytes, tensors
-from shared.onnx_graph import OnnxOp, read_ops
 from shared.onnx_pressed import FLOAT, ORIGINAL, PressedOnnx, Timed
 from shared.onnx_repair import DATA, OPSET
 from shared.onnx_search import find_kept
@@ -58,7 +58,7 @@ def needs_of(source: Path, mode: str) -> Needs:
 def press(source: Path, wish: OnnxWish, workspace: Path, draft: Path) -> PressedOnnx:
     """Write the product to `draft` and return what became of the model.
 
-    Weights of a product above 2 GiB are written to `<draft>.data`, see `shared.onnx_files.name_weights`.
+    Weights of a product above 2 GiB are written to `<draft>.data`, see `shared.formats.onnx_file.name_weights`.
 
     Args:
         source: The file.

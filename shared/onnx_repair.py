@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.command.errors import ToolError, first_line
-from shared.onnx_files import AGAIN, MAX_PROTOBUF_BYTES, Model, external_files, read_model
-from shared.onnx_graph import is_weight, node_names, readers_of
+from shared.formats.onnx_file import AGAIN, MAX_PROTOBUF_BYTES, Model, external_files, read_model
+from shared.formats.onnx_graph import is_weight, node_names, readers_of
 
 LEAST_OPSET = 13  # DequantizeLinear has an axis from here on
 OPSET = 17  # what older models become; runtimes of 2022 and later read it

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shared.command.cli import step_progress
+from shared.formats.onnx_graph import OnnxOp
 from shared.metrics.fidelity import Fidelity
-from shared.onnx_graph import OnnxOp
 
 Measure = Callable[[frozenset[str]], Fidelity | None]  # names of nodes kept in float -> what came out; None where it does not run
 Keeps = Callable[[Fidelity], bool]

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.onnx_files import Model, read_model
-from shared.onnx_graph import readers_of
+from shared.formats.onnx_file import Model, read_model
+from shared.formats.onnx_graph import readers_of
 
 AS_FLOAT = ("Gemm",)  # op types whose outputs stay float
 SHIELDED = ("Conv", "ConvTranspose", "Gemm", "MatMul")

@@ -15,6 +15,8 @@ from shared.command.cli import step
 from shared.command.errors import ToolError
 from shared.command.resources import MIB, Needs, cpu_count, cpu_name
 from shared.damage import LayerDamage, measure_layers
+from shared.formats.tensors import TensorSpec
+from shared.formats.tflite import Op, check_is_tflite, copy_appended_zip, custom_ops, declared_range, read_ops, require_finite
 from shared.measured import Measured, measure_pair
 from shared.pressed import PressedModel, Searched
 from shared.recipes import (
@@ -31,8 +33,6 @@ from shared.repair import Repairs, cut_before_custom_ops, needed_repairs
 from shared.rule_coverage import RuleMatches, count_matches, measure_coverage, unmatched
 from shared.runtime import Kernels, ModelSource, open_model
 from shared.search import Ledger, Search, Target
-from shared.tensors import TensorSpec
-from shared.tflite import Op, check_is_tflite, copy_appended_zip, custom_ops, declared_range, read_ops, require_finite
 from shared.wish import Wish
 
 # Measured at 33.4 M and 773.7 M parameters: libraries, and the weights already quantized.

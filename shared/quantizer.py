@@ -10,8 +10,8 @@ from shared.calibration import CalibrationSet
 from shared.candidates import Subject, corrected
 from shared.child import Arrays, Message
 from shared.command.errors import ToolError
+from shared.formats.tensors import TensorSpec
 from shared.repair import repair, shorten_names
-from shared.tensors import TensorSpec
 from shared.upstream import large_weights_quantized
 
 

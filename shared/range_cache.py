@@ -10,7 +10,7 @@ from typing import Any
 from shared.calibration import CalibrationSet
 from shared.command.errors import ToolError
 from shared.files.atomic import draft_beside
-from shared.formats import model_files
+from shared.formats.model_file import model_files
 
 KIND = "edgepress ranges"
 VERSION = 1  # of how ranges are found and named; to be raised with `shared.onnx_ranges` and `shared.onnx_spelling`

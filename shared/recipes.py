@@ -16,7 +16,7 @@ from typing import Any
 
 from shared.command.errors import ToolError, first_line
 from shared.files.file_type import read_head
-from shared.tflite import enum_names
+from shared.formats.tflite import enum_names
 
 AGAIN = "correct it; the _recipe.json beside each product shows the form"
 RULE_KEYS = {"regex": str, "operation": str, "algorithm_key": str, "op_config": dict}

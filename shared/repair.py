@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.command.errors import ToolError, first_line
-from shared.tflite import DAMAGE, constant_span, enum_names, open_flatbuffer
+from shared.formats.tflite import DAMAGE, constant_span, enum_names, open_flatbuffer
 
 SIGNATURE = "serving_default"
 

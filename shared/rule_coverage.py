@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shared.coverage import OpLeft, OpTypeCoverage
+from shared.formats.tflite import Op
 from shared.recipes import NO_QUANTIZE, Rules, Selector, operation_of, supports
-from shared.tflite import Op
 
 FLOATS = ("FLOAT32", "FLOAT64")
 

@@ -32,8 +32,8 @@ from shared.command.cli import step_progress
 from shared.command.errors import ToolError
 from shared.executors import finished
 from shared.files.atomic import draft_beside
+from shared.formats.tflite import Op
 from shared.recipes import NONE, assign, operation_of, resolve_recipe, supports
-from shared.tflite import Op
 
 Target = Literal["size", "latency"]
 Precisions = dict[str, str]  # op scope -> recipe

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from shared.child import ChildError
 from shared.command.cli import step, step_progress
+from shared.formats.tensors import TensorSpec, image_input
 from shared.media.images import image_form, image_layout
 from shared.runtime import Model, ModelSource, open_model
-from shared.tensors import TensorSpec, image_input
 
 Array = NDArray[Any]
 Inputs = Callable[[list[TensorSpec]], dict[str, Array]]  # a model's input specs -> one sample by input name

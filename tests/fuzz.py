@@ -29,17 +29,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shared import onnx_files, onnx_graph, tflite
-from shared.bundle import is_bundle, models_of, pack_bundle, unpack_bundle
 from shared.calibration import CalibrationSet
 from shared.cards import load_card
 from shared.checkpoints import open_checkpoint, require_sound
 from shared.command.errors import ToolError, first_line, one_line
+from shared.formats import onnx_file, onnx_graph, tflite
+from shared.formats.bundle import is_bundle, models_of, pack_bundle, unpack_bundle
+from shared.formats.tensors import TensorSpec
 from shared.media.images import read_pixels
 from shared.pth_layout import check_pth
 from shared.repair import needed_repairs
 from shared.sources import Columns, find_sources
-from shared.tensors import TensorSpec
 from tests import mutations, small_files
 from tests.mutations import Mutate, scramble
 
@@ -159,9 +159,9 @@ def read_onnx(data: bytes) -> None:
     """Read all that an ONNX model says of itself, weights in a file beside it included."""
     with file_of(data, "a.onnx") as path:
         path.with_name("weights.data").write_bytes(bytes(4096))
-        onnx_files.check_is_onnx(path)
-        model = onnx_files.read_model(path)
-        for read in (onnx_graph.read_metadata, onnx_graph.declared_range, onnx_graph.why_slower, onnx_files.require_finite):
+        onnx_file.check_is_onnx(path)
+        model = onnx_file.read_model(path)
+        for read in (onnx_graph.read_metadata, onnx_graph.declared_range, onnx_graph.why_slower, onnx_file.require_finite):
             with contextlib.suppress(ToolError):
                 read(path)
         onnx_graph.readers_of(model.graph)

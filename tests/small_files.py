@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from shared.cards import CARDS
-from shared.tflite import append_metadata
+from shared.formats.tflite import append_metadata
 from tests.mutations import END64, LOCATOR64, rezip
 from tests.small_onnx import save_picture_model, with_external_weights
 from tests.test_shared_bundle import CONTENTS, END, Part, nested, official, streamed, zipped

@@ -20,11 +20,11 @@ from shared.command.errors import ToolError
 from shared.command.resources import saturates
 from shared.files import artifacts
 from shared.files.artifacts import Plan
+from shared.formats.tensors import TensorSpec
 from shared.image_quality import bicubic_scores
 from shared.report import Page
 from shared.robustness import image_input
 from shared.runtime import Model, ModelSource, open_model
-from shared.tensors import TensorSpec
 from shared.trials import Measured, Shown
 from tests.conftest import REALDATA, ROOT, Miniseal, Run, Small
 from tests.small_onnx import save, save_picture_model

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from shared.cards import InputForm, load_card
 from shared.command.errors import ToolError
 from shared.files.provenance import read_provenance
-from shared.onnx_files import external_files
-from shared.onnx_graph import read_metadata as read_onnx_metadata
+from shared.formats.onnx_file import external_files
+from shared.formats.onnx_graph import read_metadata as read_onnx_metadata
+from shared.formats.tflite import read_metadata
 from shared.runtime import ModelSource, open_model
-from shared.tflite import read_metadata
 from tests.conftest import ROOT, Run, Small
 from tests.small_onnx import with_external_weights
 from tools import convert_detector as module

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.bundle import Entry, pack_bundle
+from shared.formats.bundle import Entry, pack_bundle
 from tests.conftest import ROOT
 from tests.wholeness import Command, Scene, faults_of_refusal, make_scene
 from tests.zygote import Done, Zygote

@@ -19,10 +19,10 @@ from PIL import Image
 from shared.calibration import CalibrationSet
 from shared.command.errors import ToolError
 from shared.files.provenance import provenance_path
+from shared.formats.tensors import TensorSpec
 from shared.media.images import read_pixels, seeded_image, stretch
 from shared.media.video import frames_at
 from shared.sampling import MOST_OVERLAP, look_at
-from shared.tensors import TensorSpec
 from tests.conftest import REALDATA, ROOT, Run
 from tests.test_shared_video import write_video
 from tools import prepare_calibration as module

@@ -15,13 +15,13 @@ from PIL import Image
 from shared.child import ChildError
 from shared.command.errors import ToolError
 from shared.command.resources import saturates
+from shared.formats.onnx_graph import read_metadata
+from shared.formats.tensors import TensorSpec
 from shared.media.images import image_files, read_pixels, seeded_image
 from shared.metrics.fidelity import measure_fidelity
-from shared.onnx_graph import read_metadata
 from shared.onnx_pressed import PressedOnnx
 from shared.runtime import ModelSource, open_model
 from shared.samples import sample_inputs
-from shared.tensors import TensorSpec
 from tests.conftest import REALDATA, Run
 from tests.small_onnx import (
     PICTURE,

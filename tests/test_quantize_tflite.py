@@ -13,13 +13,13 @@ from ai_edge_litert.interpreter import Interpreter
 from shared import quantization
 from shared.command.dry_run import Foreseen
 from shared.command.errors import ToolError
+from shared.formats.tensors import TensorSpec
+from shared.formats.tflite import declared_range, read_metadata, read_ops
 from shared.measured import Measured
 from shared.media.images import image_files, read_pixels, stretch
 from shared.recipes import resolve_recipe
 from shared.runtime import ModelSource, open_model
 from shared.samples import sample_inputs
-from shared.tensors import TensorSpec
-from shared.tflite import declared_range, read_metadata, read_ops
 from tests.conftest import REALDATA, Miniseal, Run
 from tools.quantize_tflite import quantize_tflite
 

@@ -12,10 +12,10 @@ from ai_edge_litert.tools import flatbuffer_utils
 from numpy.typing import NDArray
 
 from shared.bias import Layer, _mean_patch, _shift, correct_biases, layers, mean_patches
+from shared.formats.tensors import TensorSpec
+from shared.formats.tflite import read_ops
 from shared.recipes import Rules, assign, resolve_recipe
 from shared.samples import sample_inputs
-from shared.tensors import TensorSpec
-from shared.tflite import read_ops
 
 Array = NDArray[Any]
 KINDS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared import bundle
-from shared.bundle import ALIGNMENT, MAX_DEPTH, MAX_ENTRIES, Entry, is_bundle, models_of, pack_bundle, unpack_bundle
 from shared.command.errors import ToolError
+from shared.formats import bundle
+from shared.formats.bundle import ALIGNMENT, MAX_DEPTH, MAX_ENTRIES, Entry, is_bundle, models_of, pack_bundle, unpack_bundle
 from tests.conftest import REALDATA
 
 LOCAL = struct.Struct("<4s5H3L2H")

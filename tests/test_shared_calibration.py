@@ -14,7 +14,7 @@ from PIL import Image
 
 from shared.calibration import RANGES, CalibrationSet, InputRange, choose_range
 from shared.command.errors import ToolError
-from shared.tensors import TensorSpec
+from shared.formats.tensors import TensorSpec
 from tests.conftest import REALDATA
 
 IMAGE = [TensorSpec("image", (1, 4, 4, 3), "float32")]

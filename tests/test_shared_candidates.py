@@ -10,9 +10,9 @@ import pytest
 from shared.calibration import CalibrationSet
 from shared.candidates import Job, Subject, measure_candidate
 from shared.command.errors import ToolError
+from shared.formats.tflite import read_ops
 from shared.metrics.output_error import Damage, measure_damage
 from shared.recipes import assign, resolve_recipe
-from shared.tflite import read_ops
 
 
 def sha256(path: Path) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from shared.command.errors import ToolError
-from shared.formats import check_is_model, format_of, model_files, read_metadata, size_bytes
+from shared.formats.model_file import check_is_model, format_of, model_files, read_metadata, size_bytes
 from tests.small_onnx import save_picture_model, with_external_weights
 
 

@@ -13,11 +13,11 @@ from PIL import Image
 
 from shared import image_views
 from shared.comparison import Candidate, Findings, ImageFindings, ImageTask
+from shared.formats.tensors import TensorSpec
 from shared.image_views import AMPLIFICATIONS, BRIGHT, SIDE, worst_views
 from shared.media.images import Pixels, read_pixels
 from shared.report import WORST, write_page
 from shared.runtime import ModelSource
-from shared.tensors import TensorSpec
 from tests.test_shared_comparison import FINDINGS, candidate, measured
 from tests.test_shared_report import parse
 

@@ -8,9 +8,9 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from shared.formats.onnx_file import read_model
+from shared.formats.onnx_graph import read_ops
 from shared.onnx_coverage import measure_coverage
-from shared.onnx_files import read_model
-from shared.onnx_graph import read_ops
 from shared.onnx_settings import Settings
 from tests.small_onnx import Array, save_vector_model, seeded
 

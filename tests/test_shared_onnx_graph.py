@@ -12,8 +12,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 from shared.command.errors import ToolError
-from shared.onnx_files import check_is_onnx, external_files, name_weights, read_model, tensor_bytes
-from shared.onnx_graph import METADATA_KEY, declared_range, read_metadata, read_ops, without_traces, write_metadata
+from shared.formats.onnx_file import check_is_onnx, external_files, name_weights, read_model, tensor_bytes
+from shared.formats.onnx_graph import METADATA_KEY, declared_range, read_metadata, read_ops, without_traces, write_metadata
 from tests.conftest import REALDATA
 from tests.small_onnx import answer, save, save_picture_model, seeded, with_external_weights
 

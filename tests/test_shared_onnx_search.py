@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
+from shared.formats.onnx_graph import OnnxOp
 from shared.metrics.fidelity import Fidelity
-from shared.onnx_graph import OnnxOp
 from shared.onnx_search import find_kept
 
 LIMIT = 0.1

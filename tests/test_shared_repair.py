@@ -11,13 +11,13 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.tools import flatbuffer_utils
 from numpy.typing import NDArray
 
-from shared.bundle import models_of, unpack_bundle
 from shared.command.errors import ToolError
+from shared.formats.bundle import models_of, unpack_bundle
+from shared.formats.tflite import custom_ops, enum_names, read_dequantized_types, read_ops
 from shared.recipes import resolve_recipe
 from shared.repair import Repairs, cut_before_custom_ops, needed_repairs, repair
 from shared.runtime import Kernels, ModelSource, open_model
 from shared.samples import sample_inputs
-from shared.tflite import custom_ops, enum_names, read_dequantized_types, read_ops
 from tests.conftest import REALDATA
 
 Edit = Callable[[Any], None]

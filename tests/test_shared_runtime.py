@@ -11,9 +11,9 @@ from shared import runtime
 from shared.cards import InputForm, load_card
 from shared.child import ChildError
 from shared.command.errors import ToolError
+from shared.formats.tensors import TensorSpec, image_input
 from shared.runtime import ModelSource, choose_kernels, open_model
 from shared.samples import sample_inputs
-from shared.tensors import TensorSpec, image_input
 from tests.conftest import REALDATA, Small
 from tests.small_onnx import answer, save_picture_model, save_vector_model, seeded, with_external_weights
 

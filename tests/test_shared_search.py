@@ -24,11 +24,11 @@ from shared.command.errors import ToolError
 from shared.command.resources import cpu_count
 from shared.damage import LayerDamage, measure_layers, node_data
 from shared.executors import dask_cluster, local_processes
+from shared.formats.tflite import read_ops
 from shared.metrics.output_error import Damage
 from shared.recipes import Rules, assign, resolve_recipe
 from shared.repair import shorten_names
 from shared.search import BASE, STEPS, Found, Ledger, Search, _hull, measure_safely
-from shared.tflite import read_ops
 from tests.conftest import ROOT
 
 LIMIT = 0.05

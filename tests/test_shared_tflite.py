@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shared.command.errors import ToolError
-from shared.tflite import (
+from shared.formats.tflite import (
     append_metadata,
     check_is_tflite,
     copy_appended_zip,

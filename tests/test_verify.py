@@ -11,8 +11,8 @@ import pytest
 
 from shared.child import ChildError
 from shared.command.errors import ToolError
-from shared.onnx_files import read_model
-from shared.onnx_graph import write_metadata
+from shared.formats.onnx_file import read_model
+from shared.formats.onnx_graph import write_metadata
 from shared.runtime import Model, ModelSource
 from tests.conftest import REALDATA, ROOT, Run
 from tests.small_onnx import save, save_picture_model, save_vector_model, seeded, with_external_weights

@@ -33,7 +33,10 @@ from shared.comparison import Candidate, Findings, ImageFindings, ImageTask
 from shared.files import artifacts
 from shared.files.artifacts import Plan, Product
 from shared.files.provenance import provenance_path, require_vouched
-from shared.formats import declared_range, format_of, model_files
+from shared.formats.model_file import declared_range, format_of, model_files
+from shared.formats.onnx_graph import why_slower
+from shared.formats.tensors import TensorSpec
+from shared.formats.tflite import read_dequantized_types
 from shared.gates import Limits, limits_under_attack
 from shared.image_quality import TruthScores, as_image, bicubic_scores, find_truths, score, score_against_truth
 from shared.media.attacks import Attack, parse_attacks
@@ -41,12 +44,9 @@ from shared.media.images import images_at, read_pixels
 from shared.messages import Labelled, read_messages
 from shared.metrics import metrics
 from shared.metrics.fidelity import measure_fidelity
-from shared.onnx_graph import why_slower
 from shared.robustness import Accuracy, labelled_inputs, read_accuracy
 from shared.runtime import ModelSource, memory_need_bytes
 from shared.samples import image_sample, sample_inputs
-from shared.tensors import TensorSpec
-from shared.tflite import read_dequantized_types
 from shared.trials import Inputs, Protocol, Shown, run_trials
 
 PACKAGES = ("ai-edge-litert", "onnxruntime", "torch", "numpy", "pillow", "scikit-image")

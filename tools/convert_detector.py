@@ -28,12 +28,12 @@ from shared.command.resources import GIB, Needs, size_text
 from shared.files import artifacts
 from shared.files.artifacts import Plan, Product
 from shared.files.atomic import draft_beside
+from shared.formats.onnx_file import check_is_onnx, external_files, name_weights
+from shared.formats.tflite import append_metadata
 from shared.metrics.metrics import cosine, max_abs_error, relative_error
-from shared.onnx_files import check_is_onnx, external_files, name_weights
 from shared.pressed import Pressed
 from shared.runtime import Kernels, ModelSource, open_model
 from shared.samples import sample_inputs
-from shared.tflite import append_metadata
 from tools.quantize_tflite import quantize_tflite
 
 ONNX_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")

@@ -31,14 +31,14 @@ from shared.files.artifacts import Plan, Product
 from shared.files.atomic import draft_beside
 from shared.files.file_type import is_regular
 from shared.files.provenance import read_provenance, record
-from shared.formats import declared_range
+from shared.formats.model_file import declared_range
+from shared.formats.tensors import describe, image_input
 from shared.media.images import ImageForm
 from shared.runtime import ModelSource, open_model
 from shared.sampling import Candidate, Look
 from shared.selection import SamplesWish, Skipped, choose_parts, look_at_all
 from shared.sheets import Point, write_coverage_plot
 from shared.sources import Columns, Source, find_sources, synthetic_sources
-from shared.tensors import describe, image_input
 
 PACKAGES = ("numpy", "pillow", "opencv-python-headless")
 TILE_SIZE = 224  # pixels

@@ -26,10 +26,10 @@ from shared.files import artifacts
 from shared.files.artifacts import Plan, Product
 from shared.files.atomic import workspace
 from shared.files.provenance import provenance_path
-from shared.formats import format_of, model_files
+from shared.formats.model_file import format_of, model_files
+from shared.formats.onnx_file import check_is_onnx, external_files, name_weights, read_model, require_finite
+from shared.formats.onnx_graph import read_ops
 from shared.metrics.gates import GateKept
-from shared.onnx_files import check_is_onnx, external_files, name_weights, read_model, require_finite
-from shared.onnx_graph import read_ops
 from shared.onnx_pressed import SLOWER, PressedOnnx
 from shared.onnx_pressing import needs_of, press
 from shared.onnx_ranges import CalibrationMethod

@@ -19,7 +19,6 @@ import typer
 from rich.console import Group as Lines
 from rich.console import RenderableType
 
-from shared.bundle import Entry, check_packed, is_bundle, models_of, pack_bundle, unpack_bundle
 from shared.calibration import InputRange
 from shared.choices import DEFAULT_RECIPE, Choices, beside
 from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, run, to_json
@@ -32,13 +31,14 @@ from shared.files.artifacts import Plan, Product
 from shared.files.atomic import draft_beside, workspace
 from shared.files.file_type import read_head
 from shared.files.provenance import provenance_path, read_provenance, record
+from shared.formats.bundle import Entry, check_packed, is_bundle, models_of, pack_bundle, unpack_bundle
+from shared.formats.tflite import AGAIN, check_is_tflite
 from shared.measured import Measured
 from shared.metrics.gates import GateKept
 from shared.pressed import Pressed
 from shared.quantization import STATISTICS, Quantizer, UnchangedError, needs_of
 from shared.recipes import ALIASES, read_recipe_file
 from shared.search import Target
-from shared.tflite import AGAIN, check_is_tflite
 from shared.wish import IoDtype, Wish
 
 COVERAGE = "coverage of weight bytes"

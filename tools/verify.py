@@ -26,11 +26,11 @@ from shared.command.resources import cpu_count, size_text
 from shared.files import artifacts
 from shared.files.artifacts import Plan, Product
 from shared.files.provenance import require_vouched
-from shared.formats import format_of, model_files
+from shared.formats.model_file import format_of, model_files
+from shared.formats.tensors import describe
 from shared.metrics.metrics import message_bits
 from shared.runtime import Model, ModelSource, open_model
 from shared.samples import sample_inputs
-from shared.tensors import describe
 
 PACKAGES = ("ai-edge-litert", "onnxruntime", "numpy")
 REPEATS = 3

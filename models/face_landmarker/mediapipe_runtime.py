@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.bundle import models_of, unpack_bundle
 from shared.command.errors import ToolError, first_line
+from shared.formats.bundle import models_of, unpack_bundle
 from shared.media.images import Pixels
 
 LIBRARIES = ("libEGL.so.1", "libGLESv2.so.2")

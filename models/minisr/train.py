@@ -105,7 +105,7 @@ def _export(network: "SuperResolution", draft: Path, notes: dict[str, object]) -
     """Write the network as ONNX with free batch, height and width; input `image`, output `output_0`."""
     import torch
 
-    from shared.onnx_graph import without_traces, write_metadata
+    from shared.formats.onnx_graph import without_traces, write_metadata
 
     example = torch.zeros(1, 3, EXAMPLE_SIZE, EXAMPLE_SIZE)
     free = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}

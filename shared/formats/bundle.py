@@ -17,7 +17,7 @@ from pathlib import Path
 from shared.command.errors import ToolError, first_line
 from shared.command.watchdog import reading
 from shared.files.zip_layout import DISK_TROUBLE, LOCAL_HEADER, ZIP_DAMAGE, LayoutError, locate, require_stored
-from shared.tflite import IDENTIFIER, check_is_tflite
+from shared.formats.tflite import IDENTIFIER, check_is_tflite
 
 ALIGNMENT = 64  # bytes; weights inside a model lie at multiples of 16
 EXTRA_ID = 0xD935  # Android's zipalign: alignment, then padding

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from shared import onnx_files, onnx_graph, tflite
+from shared.formats import onnx_file, onnx_graph, tflite
 
 Format = Literal["tflite", "onnx"]
 ONNX_SUFFIX = ".onnx"
@@ -19,14 +19,14 @@ def format_of(path: Path) -> Format:
 def check_is_model(path: Path) -> None:
     """Raise ToolError unless the file exists and starts like a model of its format."""
     if format_of(path) == "onnx":
-        onnx_files.check_is_onnx(path)
+        onnx_file.check_is_onnx(path)
     else:
         tflite.check_is_tflite(path)
 
 
 def model_files(path: Path) -> list[Path]:
     """Return the model's file and those beside it that hold its weights."""
-    return [path, *(onnx_files.external_files(path) if format_of(path) == "onnx" else ())]
+    return [path, *(onnx_file.external_files(path) if format_of(path) == "onnx" else ())]
 
 
 def size_bytes(path: Path) -> int:

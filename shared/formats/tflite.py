@@ -26,7 +26,7 @@ from shared.command.errors import DamagedError, ToolError, first_line
 from shared.command.watchdog import reading
 from shared.files.file_type import name_kind, read_head
 from shared.files.zip_layout import DISK_TROUBLE, ZIP_DAMAGE
-from shared.tflite_structure import check_structure
+from shared.formats.tflite_check import check_structure
 
 IDENTIFIER = b"TFL3"  # at byte 4
 METADATA_NAME = "edgepress.json"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.onnx_files import Model, read_model, tensor_bytes
+from shared.formats.onnx_file import Model, read_model, tensor_bytes
 
 METADATA_KEY = "edgepress"  # of metadata_props
 MAX_METADATA_BYTES = 2**16
