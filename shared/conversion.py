@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from shared.cards import Card, InputForm
 from shared.child import Arrays, Message
 from shared.command.errors import ToolError
+from shared.networks.card import Card, InputForm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +27,8 @@ SMALL = 0.02  # standard deviation of seeded biases and of the deviations from 1
 
 def rehearse(message: Message) -> Message:
     """Write a checkpoint of seeded weights with the card's keys and shapes; no tensor is constant, as none is after training."""
-    from shared.checkpoints import REHEARSAL, write_safetensors
-    from shared.detector import detector_shapes
+    from shared.networks.checkpoint import REHEARSAL, write_safetensors
+    from shared.networks.detector import detector_shapes
 
     card = TypeAdapter(Card).validate_python(message["card"])
     shapes = {card.checkpoint.prefix + key: shape for key, shape in detector_shapes(card).items()}
@@ -54,7 +54,8 @@ def convert(message: Message) -> Message:
     """Export the detector of a checkpoint as a float32 model; `folded` is a file for the weights in between."""
     import torch
 
-    from shared.checkpoints import (
+    from shared.fusion import fold_affine
+    from shared.networks.checkpoint import (
         REHEARSAL,
         as_float32,
         open_checkpoint,
@@ -63,8 +64,7 @@ def convert(message: Message) -> Message:
         select_detector,
         write_safetensors,
     )
-    from shared.detector import Deployed, GlobalResponseNorm, build_on_meta, detector_shapes, sum_of_squares_as_product
-    from shared.fusion import fold_affine
+    from shared.networks.detector import Deployed, GlobalResponseNorm, build_on_meta, detector_shapes, sum_of_squares_as_product
 
     card = TypeAdapter(Card).validate_python(message["card"])
     form = InputForm(**message["form"])

@@ -20,12 +20,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.cards import load_card
 from shared.command.errors import ToolError
 from shared.formats.tensors import TensorSpec, describe, image_spec
 from shared.media.images import as_image, read_pixels, stretch_image, to_image, to_layout
 from shared.media.video import read_frames
 from shared.messages import Bits, chance_of_agreement, parse_message, to_bit_string, to_hex, to_int
+from shared.networks.card import load_card
 from shared.runtime import ModelSource, open_model
 
 ImageSource = Path | str | NDArray[Any]

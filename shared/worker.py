@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from shared.cards import Card, InputForm
 from shared.child import Arrays, Message
 from shared.command.errors import ToolError
+from shared.networks.card import Card, InputForm
 
 Specs = list[tuple[str, list[int], str]]
 Run = Callable[[Arrays], dict[str, NDArray[Any]]]
@@ -120,8 +120,8 @@ def load_torch(path: Path, threads: int, card: Card, form: InputForm) -> tuple[S
     """Return inputs, outputs and a run function of the detector in a checkpoint, its weights memory-mapped."""
     import torch
 
-    from shared.checkpoints import as_float32, open_checkpoint, require_match, select_detector
-    from shared.detector import Deployed, build_on_meta
+    from shared.networks.checkpoint import as_float32, open_checkpoint, require_match, select_detector
+    from shared.networks.detector import Deployed, build_on_meta
 
     torch.set_num_threads(threads)
     network = build_on_meta(card)

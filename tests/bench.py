@@ -23,10 +23,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from shared.cards import load_card
 from shared.command.resources import GIB, MIB, cpu_count
 from shared.comparison import Candidate
 from shared.files.code_version import ROOT
+from shared.networks.card import load_card
 from shared.trials import Measured
 from tools.compare import compare
 

@@ -30,14 +30,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.calibration import CalibrationSet
-from shared.cards import load_card
-from shared.checkpoints import open_checkpoint, require_sound
 from shared.command.errors import ToolError, first_line, one_line
 from shared.formats import onnx_file, onnx_graph, tflite
 from shared.formats.bundle import is_bundle, models_of, pack_bundle, unpack_bundle
 from shared.formats.tensors import TensorSpec
 from shared.media.images import read_pixels
-from shared.pth_layout import check_pth
+from shared.networks.card import load_card
+from shared.networks.checkpoint import open_checkpoint, require_sound
+from shared.networks.pth_check import check_pth
 from shared.repair import needed_repairs
 from shared.sources import Columns, find_sources
 from tests import mutations, small_files

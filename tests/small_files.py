@@ -16,8 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from safetensors.torch import save
 
-from shared.cards import CARDS
 from shared.formats.tflite import append_metadata
+from shared.networks.card import CARDS
 from tests.mutations import END64, LOCATOR64, rezip
 from tests.small_onnx import save_picture_model, with_external_weights
 from tests.test_shared_bundle import CONTENTS, END, Part, nested, official, streamed, zipped

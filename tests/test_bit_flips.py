@@ -298,7 +298,7 @@ def test_the_judge_finds_a_change_that_nothing_tells(
 
 def test_the_checksums_of_a_pth_are_its_own(tmp_path: Path) -> None:
     """A flip in a tensor's bytes is caught without any note beside the file."""
-    from shared.checkpoints import open_checkpoint
+    from shared.networks.checkpoint import open_checkpoint
 
     _pth(tmp_path)
     content = bytearray((tmp_path / "in.pth").read_bytes())

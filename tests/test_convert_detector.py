@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.cards import InputForm, load_card
 from shared.command.errors import ToolError
 from shared.files.provenance import read_provenance
 from shared.formats.onnx_file import external_files
 from shared.formats.onnx_graph import read_metadata as read_onnx_metadata
 from shared.formats.tflite import read_metadata
+from shared.networks.card import InputForm, load_card
 from shared.runtime import ModelSource, open_model
 from tests.conftest import ROOT, Run, Small
 from tests.small_onnx import with_external_weights
@@ -99,7 +99,7 @@ def test_a_rehearsal_says_so_in_name_metadata_and_on_stderr(tmp_path: Path, vide
 def test_no_seeded_weight_is_constant(tmp_path: Path, videoseal_small: Small) -> None:
     """Constants would be folded away, and the rehearsal would show a lighter model than a trained one."""
     from shared.conversion import seeded_weights
-    from shared.detector import detector_shapes
+    from shared.networks.detector import detector_shapes
 
     shapes = detector_shapes(load_card(str(videoseal_small.card)))
     one, again = dict(seeded_weights(shapes, 5)), dict(seeded_weights(shapes, 5))
@@ -127,7 +127,7 @@ def test_other_forms_have_names_of_their_own() -> None:
 
 @pytest.mark.parametrize("card", ["videoseal", "chunkyseal"])
 def test_the_size_predicted_from_a_card_is_right(card: str) -> None:
-    from shared.detector import detector_shapes
+    from shared.networks.detector import detector_shapes
 
     exact = 4 * sum(int(np.prod(shape)) for shape in detector_shapes(load_card(card)).values())
     assert module._weights_bytes(load_card(card)) == pytest.approx(exact, rel=0.01)

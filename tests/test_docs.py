@@ -15,7 +15,7 @@ import pytest
 
 import noxfile
 from models.face_landmarker.check import check
-from shared.cards import load_card
+from shared.networks.card import load_card
 from tests import bench, demo, face_landmarker, onnx_modes
 from tests.conftest import ROOT, Miniseal, Run
 from tests.test_recipes import SESSIONS

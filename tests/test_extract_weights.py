@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.cards import load_card
-from shared.checkpoints import open_checkpoint
 from shared.command.errors import ToolError
+from shared.networks.card import load_card
+from shared.networks.checkpoint import open_checkpoint
 from tests.conftest import ROOT, Run, Small
 from tools.extract_weights import Component, extract_weights
 
@@ -71,7 +71,7 @@ def test_any_prefix_can_be_taken_out(full: Path) -> None:
 
 
 def test_a_detector_of_a_known_card_is_recognised(full: Path, monkeypatch: pytest.MonkeyPatch, videoseal_small: Small) -> None:
-    monkeypatch.setattr("shared.cards.CARDS", videoseal_small.card.parent)
+    monkeypatch.setattr("shared.networks.card.CARDS", videoseal_small.card.parent)
     result = extract_weights(full)
     assert result.contents is not None
     assert result.contents.card == "videoseal_small"
@@ -127,7 +127,7 @@ def test_two_keys_of_one_tensor_are_both_written(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_found_by_its_model(full: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("shared.cards.CHECKPOINT_FOLDERS", (tmp_path / "here",))
+    monkeypatch.setattr("shared.networks.card.CHECKPOINT_FOLDERS", (tmp_path / "here",))
     card = str(_card(full))
     missing = extract_weights(model=card, allow_missing=True)
     assert (missing.product, missing.checkpoint) == (None, None)

@@ -13,12 +13,12 @@ from models.miniseal.embedder import Embedder
 from models.miniseal.make_samples import MIN_PSNR_DB, Marker, cut_out, make_samples
 from models.miniseal.pictures import HELD_OUT_PHOTOS, TRAINING_PHOTOS, TRAINING_SAMPLE_IMAGES, dead_leaves, photo, training_pictures
 from models.miniseal.train import train
-from shared.cards import load_card
-from shared.checkpoints import open_checkpoint
 from shared.command.errors import ToolError
 from shared.media.images import Pixels, image_files, read_pixels, stretch, to_image
 from shared.messages import read_messages
 from shared.metrics import metrics
+from shared.networks.card import load_card
+from shared.networks.checkpoint import open_checkpoint
 from shared.watermark import WatermarkDetector
 from tests.conftest import REALDATA, ROOT, Miniseal
 from tools.compare import compare

@@ -7,7 +7,7 @@ import nox.registry
 import pytest
 
 import noxfile
-from shared.cards import load_card
+from shared.networks.card import load_card
 from tests.conftest import ROOT
 
 SESSIONS = nox.registry.get()

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.cards import card_names, load_card
 from shared.command.errors import ToolError
+from shared.networks.card import card_names, load_card
 from tests.conftest import write_card
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shared.checkpoints import open_checkpoint, require_match, require_sound, select_detector, write_safetensors
 from shared.command.errors import ToolError
+from shared.networks.checkpoint import open_checkpoint, require_match, require_sound, select_detector, write_safetensors
 
 
 class Payload:

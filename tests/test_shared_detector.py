@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from shared.cards import InputForm, load_card
-from shared.detector import Deployed, Detector, build_on_meta
+from shared.networks.card import InputForm, load_card
+from shared.networks.detector import Deployed, Detector, build_on_meta
 from tests.conftest import DATA, Small
 
 PUBLISHED = json.loads((DATA / "checkpoint_keys.json").read_text())

@@ -2,9 +2,9 @@
 
 import torch
 
-from shared.cards import load_card
-from shared.detector import build_on_meta
 from shared.fusion import fold_affine
+from shared.networks.card import load_card
+from shared.networks.detector import build_on_meta
 from tests.conftest import Small
 from tests.test_shared_detector import load
 

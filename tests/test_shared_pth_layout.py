@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shared.command.errors import ToolError
-from shared.pth_layout import _Scan, check_pth
+from shared.networks.pth_check import _Scan, check_pth
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 DTYPES = [*FLOATS, torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64]

@@ -8,10 +8,10 @@ import pytest
 from onnx import TensorProto, helper, save
 
 from shared import runtime
-from shared.cards import InputForm, load_card
 from shared.child import ChildError
 from shared.command.errors import ToolError
 from shared.formats.tensors import TensorSpec, image_input
+from shared.networks.card import InputForm, load_card
 from shared.runtime import ModelSource, choose_kernels, open_model
 from shared.samples import sample_inputs
 from tests.conftest import REALDATA, Small

@@ -24,7 +24,6 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 
 from shared.calibration import MANIFEST_NAME, RANGES, CalibrationSet, InputRange
-from shared.cards import load_card
 from shared.child import ChildError
 from shared.command.cli import Overwrite, Refresh, Seed, Threads, run, to_json
 from shared.command.errors import DamagedError, ToolError
@@ -44,6 +43,7 @@ from shared.media.images import images_at, read_pixels
 from shared.messages import Labelled, read_messages
 from shared.metrics import metrics
 from shared.metrics.fidelity import measure_fidelity
+from shared.networks.card import load_card
 from shared.robustness import Accuracy, labelled_inputs, read_accuracy
 from shared.runtime import ModelSource, memory_need_bytes
 from shared.samples import image_sample, sample_inputs

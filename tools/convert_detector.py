@@ -20,7 +20,6 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from shared import conversion
-from shared.cards import PRODUCTS, Card, InputForm, load_card
 from shared.child import Child, ChildError, Message
 from shared.command.cli import DryRun, ModelName, Overwrite, Refresh, Reproducible, Seed, run, step, warn
 from shared.command.errors import ToolError
@@ -31,6 +30,7 @@ from shared.files.atomic import draft_beside
 from shared.formats.onnx_file import check_is_onnx, external_files, name_weights
 from shared.formats.tflite import append_metadata
 from shared.metrics.metrics import cosine, max_abs_error, relative_error
+from shared.networks.card import PRODUCTS, Card, InputForm, load_card
 from shared.pressed import Pressed
 from shared.runtime import Kernels, ModelSource, open_model
 from shared.samples import sample_inputs

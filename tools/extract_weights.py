@@ -21,8 +21,6 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Table
 
-from shared.cards import PRODUCTS, Card, card_names, load_card
-from shared.checkpoints import Checkpoint, open_checkpoint, require_match, require_sound, select_detector, write_safetensors
 from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, run, step
 from shared.command.errors import ToolError
 from shared.command.resources import MIB, Needs, size_text
@@ -30,6 +28,8 @@ from shared.download import download as download_file
 from shared.files import artifacts
 from shared.files.artifacts import Plan, Product
 from shared.files.file_type import regular_size
+from shared.networks.card import PRODUCTS, Card, card_names, load_card
+from shared.networks.checkpoint import Checkpoint, open_checkpoint, require_match, require_sound, select_detector, write_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,7 +132,7 @@ def _size(tensor: "Tensor") -> int:
 
 
 def _detector_shapes(card: Card) -> dict[str, tuple[int, ...]]:
-    from shared.detector import detector_shapes
+    from shared.networks.detector import detector_shapes
 
     return {card.checkpoint.prefix + key: shape for key, shape in detector_shapes(card).items()}
 

@@ -72,7 +72,7 @@ class Marker:
 
     def __init__(self, checkpoint: Path) -> None:
         from models.miniseal.embedder import Embedder
-        from shared.checkpoints import open_checkpoint, require_match
+        from shared.networks.checkpoint import open_checkpoint, require_match
 
         prefix = "embedder."
         state = {

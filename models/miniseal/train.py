@@ -23,20 +23,20 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from shared.cards import CARDS, PRODUCTS, Card, load_card
 from shared.command.cli import run, step_progress
 from shared.command.errors import ToolError, first_line
 from shared.files.atomic import draft_beside
 from shared.files.code_version import ROOT
 from shared.media.attacks import Attack
 from shared.media.images import Pixels, stretch
+from shared.networks.card import CARDS, PRODUCTS, Card, load_card
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from models.miniseal.embedder import Embedder
-    from shared.detector import Detector
+    from shared.networks.detector import Detector
 
 FOLDER = CARDS / "miniseal"
 RETRAINED = PRODUCTS / "miniseal_retrained" / "checkpoint.safetensors"  # beside the shipped one
@@ -142,7 +142,7 @@ class _Learner:
         import torch
 
         from models.miniseal.embedder import Embedder
-        from shared.detector import Detector
+        from shared.networks.detector import Detector
 
         torch.manual_seed(seed)
         detector, embedder = Detector(card), Embedder(card.nbits)
@@ -216,7 +216,7 @@ def _load_state(path: Path, learner: _Learner, settings: dict[str, object]) -> t
 
 def _write_checkpoint(path: Path, learner: _Learner, args: dict[str, object]) -> None:
     """Write the checkpoint in the published full layout: detector, embedder, and the arguments beside them."""
-    from shared.checkpoints import write_safetensors
+    from shared.networks.checkpoint import write_safetensors
 
     state = learner.state()
     with draft_beside(path) as draft:

@@ -19,11 +19,11 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from shared.cards import CARDS, PRODUCTS
 from shared.command.cli import run, step_progress
 from shared.command.errors import ToolError
 from shared.files.atomic import draft_beside
 from shared.media.images import Pixels
+from shared.networks.card import CARDS, PRODUCTS
 
 if TYPE_CHECKING:
     from torch import Tensor

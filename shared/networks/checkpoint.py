@@ -18,7 +18,7 @@ from shared.command.errors import ToolError, first_line
 from shared.command.limits import require_size
 from shared.command.watchdog import reading
 from shared.files.file_type import name_kind, read_head
-from shared.pth_layout import RESAVE, check_pth
+from shared.networks.pth_check import RESAVE, check_pth
 
 if TYPE_CHECKING:
     import torch

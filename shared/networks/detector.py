@@ -168,7 +168,7 @@ class Detector(nn.Module):
 
 
 class ImageForm(Protocol):
-    """How a product takes its image; see `shared.cards.InputForm`."""
+    """How a product takes its image; see `shared.networks.card.InputForm`."""
 
     @property
     def size(self) -> int: ...
