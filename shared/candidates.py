@@ -25,9 +25,9 @@ from shared.command.errors import ToolError, first_line
 from shared.formats.tensors import TensorSpec
 from shared.metrics.output_error import Damage, measure_damage
 from shared.recipes import Rules
-from shared.samples import sample_inputs
-from shared.upstream import large_weights_quantized
-from shared.worker import signature_names
+from shared.runtime.samples import sample_inputs
+from shared.runtime.workarounds import large_weights_quantized
+from shared.runtime.worker import signature_names
 
 Array = NDArray[Any]
 Outputs = list[Array]
@@ -197,7 +197,7 @@ def _interpreter(model: Path | bytearray, *, preserve: bool = False) -> Any:
 
 
 def _inputs(interpreter: Any) -> tuple[TensorSpec, ...]:
-    """Return a model's inputs under the names that `shared.runtime` gives them."""
+    """Return a model's inputs under the names that `shared.runtime.model` gives them."""
     names, details = signature_names(interpreter), interpreter.get_input_details()
     return tuple(
         TensorSpec(names.get(d["name"], d["name"]), tuple(map(int, d["shape"])), np.dtype(d["dtype"]).name) for d in details

@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from shared.command.resources import size_text
 from shared.image_quality import TruthScores
 from shared.robustness import Accuracy
-from shared.trials import Measured
+from shared.runtime.benchmark import Measured
 
 UNDER = "bits read right under"
 CHANCE_NOTE = " (chance)"  # the reference reads no better than a coin

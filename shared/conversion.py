@@ -1,7 +1,7 @@
 """The process behind `tools.convert_detector`: seeded weights, and the float32 export to TFLite or ONNX, all in little memory.
 
 litert-torch holds constants as it finds them. Weights that are memory-mapped, already folded (`shared.fusion`) and left alone
-(`shared.upstream`) stay on disk until the exporter copies them into the model.
+(`shared.runtime.workarounds`) stay on disk until the exporter copies them into the model.
 """
 
 import math
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from shared.child import Arrays, Message
 from shared.command.errors import ToolError
 from shared.networks.card import Card, InputForm
+from shared.runtime.processes import Arrays, Message
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,7 +134,7 @@ def _export(module: Any, image: "Tensor", draft: Path) -> None:
     os.environ["LITERT_TORCH_SHOW_PROGRESS"] = "n"
     import litert_torch
 
-    from shared.upstream import weights_left_mapped
+    from shared.runtime.workarounds import weights_left_mapped
 
     with weights_left_mapped():
         converted = litert_torch.convert(module, sample_kwargs={"image": image}, lightweight_conversion=True)

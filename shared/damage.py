@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from shared.candidates import Job, Outcome, Subject, measure_candidate
 from shared.command.cli import step_progress
-from shared.executors import finished
 from shared.formats.tflite import Op
 from shared.metrics.output_error import Damage
 from shared.recipes import NO_QUANTIZE, Rules
 from shared.rule_coverage import matching_rules
+from shared.runtime.executors import finished
 
 WORST_SHOWN = 1000.0  # instead of infinity, which JSON does not know
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from shared.comparison import Findings, ImageTask
 from shared.image_quality import as_image
 from shared.media.images import Pixels, read_pixels
-from shared.runtime import Model, ModelSource, open_model
-from shared.samples import image_sample
+from shared.runtime.model import Model, ModelSource, open_model
+from shared.runtime.samples import image_sample
 
 SIDE = 160  # pixels of a cut-out, in the models' output
 WINDOW = 16  # pixels over which a difference is added up to find its place

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from shared.calibration import Sample
 from shared.candidates import SEEDED
-from shared.child import ChildError
 from shared.command.resources import MIB, available_memory_bytes, cpu_count
 from shared.formats.tensors import TensorSpec, describe
 from shared.metrics.output_error import Damage, measure_damage
-from shared.runtime import ModelSource, memory_need_bytes, open_model
-from shared.samples import sample_inputs
+from shared.runtime.model import ModelSource, memory_need_bytes, open_model
+from shared.runtime.processes import ChildError
+from shared.runtime.samples import sample_inputs
 
 SLOWER = 1.1  # times the original's latency: from here on it is said, and why
 RUNS, LARGE_RUNS = 40, 2

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from shared.calibration import RANGES, CalibrationSet, InputRange, Sample, choose_range
-from shared.child import ChildError
 from shared.command.cli import step
 from shared.command.errors import ToolError
 from shared.command.resources import MIB, available_memory_bytes, cpu_count
@@ -18,9 +17,10 @@ from shared.media.images import image_form
 from shared.metrics.fidelity import Fidelity, measure_fidelity
 from shared.onnx_pressed import FLOAT, Timed
 from shared.onnx_wish import OnnxWish
-from shared.runtime import ModelSource, memory_need_bytes, open_model
-from shared.samples import sample_inputs
-from shared.trials import Inputs, Protocol, Shown, run_trials
+from shared.runtime.benchmark import Inputs, Protocol, Shown, run_trials
+from shared.runtime.model import ModelSource, memory_need_bytes, open_model
+from shared.runtime.processes import ChildError
+from shared.runtime.samples import sample_inputs
 
 COMPARED, LARGE_COMPARED = 16, 2  # samples that answers are compared on, unless there are fewer
 SEEDED, LARGE_SEEDED = 4, 1  # samples where there is no calibration set

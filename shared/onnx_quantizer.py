@@ -14,13 +14,13 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from shared.calibration import CalibrationSet, Sample
-from shared.child import Arrays, Message
 from shared.command.errors import ToolError, first_line
 from shared.formats.onnx_file import MAX_PROTOBUF_BYTES, external_files, read_model
 from shared.formats.tensors import TensorSpec
 from shared.onnx_repair import NARROW, repair, write
 from shared.onnx_settings import Settings
 from shared.onnx_spelling import AS_FLOAT, matrix_products, shield_floats, write_spelled
+from shared.runtime.processes import Arrays, Message
 
 
 def repair_model(source: str, target: str) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from typing import Any, Self
 
 from shared import onnx_quantizer
 from shared.calibration import CalibrationSet
-from shared.child import Child, ChildError
 from shared.command.cli import step
 from shared.command.errors import ToolError
 from shared.onnx_evaluation import Samples
 from shared.onnx_repair import Repairs
 from shared.onnx_settings import Settings
 from shared.range_cache import RangeCache, key_of
+from shared.runtime.processes import Child, ChildError
 
 TIMEOUT_S = 3600.0
 DOING = {

@@ -10,7 +10,6 @@ from typing import Any
 from shared import quantizer
 from shared.calibration import RANGES, CalibrationSet, Sample, choose_range
 from shared.candidates import Subject
-from shared.child import Child, ChildError
 from shared.command.cli import step
 from shared.command.errors import ToolError
 from shared.command.resources import MIB, Needs, cpu_count, cpu_name
@@ -31,7 +30,8 @@ from shared.recipes import (
 )
 from shared.repair import Repairs, cut_before_custom_ops, needed_repairs
 from shared.rule_coverage import RuleMatches, count_matches, measure_coverage, unmatched
-from shared.runtime import Kernels, ModelSource, open_model
+from shared.runtime.model import Kernels, ModelSource, open_model
+from shared.runtime.processes import Child, ChildError
 from shared.search import Ledger, Search, Target
 from shared.wish import Wish
 

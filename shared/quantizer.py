@@ -8,11 +8,11 @@ from typing import Any
 
 from shared.calibration import CalibrationSet
 from shared.candidates import Subject, corrected
-from shared.child import Arrays, Message
 from shared.command.errors import ToolError
 from shared.formats.tensors import TensorSpec
 from shared.repair import repair, shorten_names
-from shared.upstream import large_weights_quantized
+from shared.runtime.processes import Arrays, Message
+from shared.runtime.workarounds import large_weights_quantized
 
 
 def repair_model(source: str, target: str, *, add_signature: bool) -> dict[str, int]:

@@ -19,7 +19,7 @@ from shared.html.plots import line_plot, scatter_plot
 from shared.image_views import worst_views
 from shared.media.images import Pixels, read_pixels
 from shared.robustness import CLEAN, Accuracy, Reading
-from shared.trials import Measured
+from shared.runtime.benchmark import Measured
 
 TEMPLATE = TEMPLATES / "report.html.jinja"
 WORST = 4  # images shown

@@ -30,10 +30,10 @@ from pydantic import TypeAdapter, ValidationError
 from shared.candidates import Job, Outcome, RefusedError, Subject, measure_candidate
 from shared.command.cli import step_progress
 from shared.command.errors import ToolError
-from shared.executors import finished
 from shared.files.atomic import draft_beside
 from shared.formats.tflite import Op
 from shared.recipes import NONE, assign, operation_of, resolve_recipe, supports
+from shared.runtime.executors import finished
 
 Target = Literal["size", "latency"]
 Precisions = dict[str, str]  # op scope -> recipe

@@ -26,7 +26,7 @@ from shared.media.images import as_image, read_pixels, stretch_image, to_image, 
 from shared.media.video import read_frames
 from shared.messages import Bits, chance_of_agreement, parse_message, to_bit_string, to_hex, to_int
 from shared.networks.card import load_card
-from shared.runtime import ModelSource, open_model
+from shared.runtime.model import ModelSource, open_model
 
 ImageSource = Path | str | NDArray[Any]
 Message = str | int | Bits
@@ -116,7 +116,7 @@ class WatermarkDetector:
 
     Raises:
         ToolError: The file is missing, no model, or no detector of square RGB images.
-        shared.child.ChildError: The model does not load.
+        shared.runtime.processes.ChildError: The model does not load.
     """
 
     def __init__(

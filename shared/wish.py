@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from shared.calibration import CalibrationSet, InputRange
-from shared.executors import local_processes
 from shared.recipes import Rules, Selector, needs_calibration, resolve_recipe
+from shared.runtime.executors import local_processes
 from shared.search import Target
 
 IoDtype = Literal["float32", "int8", "int16"]

@@ -27,7 +27,7 @@ from shared.command.resources import GIB, MIB, cpu_count
 from shared.comparison import Candidate
 from shared.files.code_version import ROOT
 from shared.networks.card import load_card
-from shared.trials import Measured
+from shared.runtime.benchmark import Measured
 from tools.compare import compare
 
 RESULTS = ROOT / "tests" / "bench.json"

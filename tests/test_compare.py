@@ -14,8 +14,6 @@ from ai_edge_litert import schema_py_generated as schema
 from PIL import Image
 
 import noxfile
-from shared import trials
-from shared.child import ChildError
 from shared.command.errors import ToolError
 from shared.command.resources import saturates
 from shared.files import artifacts
@@ -24,8 +22,10 @@ from shared.formats.tensors import TensorSpec
 from shared.image_quality import bicubic_scores
 from shared.report import Page
 from shared.robustness import image_input
-from shared.runtime import Model, ModelSource, open_model
-from shared.trials import Measured, Shown
+from shared.runtime import benchmark
+from shared.runtime.benchmark import Measured, Shown
+from shared.runtime.model import Model, ModelSource, open_model
+from shared.runtime.processes import ChildError
 from tests.conftest import REALDATA, ROOT, Miniseal, Run, Small
 from tests.small_onnx import save, save_picture_model
 from tests.test_shared_report import parse
@@ -126,7 +126,7 @@ def test_one_model_at_a_time_where_memory_is_short(products: dict[str, Path], mo
             open_now[0] -= 1
             self.context.__exit__(*details)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(trials, "open_model", Counting)
+    monkeypatch.setattr(benchmark, "open_model", Counting)
     monkeypatch.setattr(module, "available_memory_bytes", lambda: 2**30)
     found = compare(products["none"], [products["int8"]], runs=2, samples=2).findings
     assert (found.interleaved, most[0]) == (False, 1)

@@ -20,7 +20,7 @@ from shared.formats.onnx_file import external_files
 from shared.formats.onnx_graph import read_metadata as read_onnx_metadata
 from shared.formats.tflite import read_metadata
 from shared.networks.card import InputForm, load_card
-from shared.runtime import ModelSource, open_model
+from shared.runtime.model import ModelSource, open_model
 from tests.conftest import ROOT, Run, Small
 from tests.small_onnx import with_external_weights
 from tools import convert_detector as module

@@ -12,7 +12,6 @@ import pytest
 from onnx import helper, numpy_helper
 from PIL import Image
 
-from shared.child import ChildError
 from shared.command.errors import ToolError
 from shared.command.resources import saturates
 from shared.formats.onnx_graph import read_metadata
@@ -20,8 +19,9 @@ from shared.formats.tensors import TensorSpec
 from shared.media.images import image_files, read_pixels, seeded_image
 from shared.metrics.fidelity import measure_fidelity
 from shared.onnx_pressed import PressedOnnx
-from shared.runtime import ModelSource, open_model
-from shared.samples import sample_inputs
+from shared.runtime.model import ModelSource, open_model
+from shared.runtime.processes import ChildError
+from shared.runtime.samples import sample_inputs
 from tests.conftest import REALDATA, Run
 from tests.small_onnx import (
     PICTURE,

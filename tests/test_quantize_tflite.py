@@ -18,8 +18,8 @@ from shared.formats.tflite import declared_range, read_metadata, read_ops
 from shared.measured import Measured
 from shared.media.images import image_files, read_pixels, stretch
 from shared.recipes import resolve_recipe
-from shared.runtime import ModelSource, open_model
-from shared.samples import sample_inputs
+from shared.runtime.model import ModelSource, open_model
+from shared.runtime.samples import sample_inputs
 from tests.conftest import REALDATA, Miniseal, Run
 from tools.quantize_tflite import quantize_tflite
 

@@ -15,7 +15,7 @@ from shared.bias import Layer, _mean_patch, _shift, correct_biases, layers, mean
 from shared.formats.tensors import TensorSpec
 from shared.formats.tflite import read_ops
 from shared.recipes import Rules, assign, resolve_recipe
-from shared.samples import sample_inputs
+from shared.runtime.samples import sample_inputs
 
 Array = NDArray[Any]
 KINDS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")

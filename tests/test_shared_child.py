@@ -9,9 +9,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from shared.child import Child, ChildError
 from shared.command.errors import ToolError
 from shared.command.resources import MIB
+from shared.runtime.processes import Child, ChildError
 
 HANDLER = """
     import os, time

@@ -11,8 +11,8 @@ from PIL import Image
 from shared.calibration import CalibrationSet
 from shared.choices import Choices, beside
 from shared.command.errors import ToolError
-from shared.executors import local_processes
 from shared.recipes import resolve_recipe
+from shared.runtime.executors import local_processes
 from shared.wish import Wish
 
 HAND = "hand_landmarker.task/hand_detector.tflite"

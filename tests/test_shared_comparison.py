@@ -8,7 +8,7 @@ from rich.console import Console
 
 from shared.comparison import Candidate, Findings, Gate
 from shared.robustness import Accuracy, Condition, Reading
-from shared.trials import Measured
+from shared.runtime.benchmark import Measured
 
 
 def measured(name: str, size: int, ms: float) -> Measured:

@@ -17,7 +17,7 @@ from shared.formats.tensors import TensorSpec
 from shared.image_views import AMPLIFICATIONS, BRIGHT, SIDE, worst_views
 from shared.media.images import Pixels, read_pixels
 from shared.report import WORST, write_page
-from shared.runtime import ModelSource
+from shared.runtime.model import ModelSource
 from tests.test_shared_comparison import FINDINGS, candidate, measured
 from tests.test_shared_report import parse
 

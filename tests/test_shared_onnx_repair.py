@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from shared.command.errors import ToolError
 from shared.onnx_repair import OPSET, Repairs, repair
-from shared.runtime import ModelSource, open_model
+from shared.runtime.model import ModelSource, open_model
 from tests.conftest import REALDATA
 from tests.small_onnx import Array, answer, kinds_of, save, save_picture_model, seeded, weights_of, with_external_weights
 

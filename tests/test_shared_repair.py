@@ -16,8 +16,8 @@ from shared.formats.bundle import models_of, unpack_bundle
 from shared.formats.tflite import custom_ops, enum_names, read_dequantized_types, read_ops
 from shared.recipes import resolve_recipe
 from shared.repair import Repairs, cut_before_custom_ops, needed_repairs, repair
-from shared.runtime import Kernels, ModelSource, open_model
-from shared.samples import sample_inputs
+from shared.runtime.model import Kernels, ModelSource, open_model
+from shared.runtime.samples import sample_inputs
 from tests.conftest import REALDATA
 
 Edit = Callable[[Any], None]

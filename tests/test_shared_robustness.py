@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.child import ChildError
 from shared.formats.tensors import TensorSpec
 from shared.media.attacks import Attack
 from shared.messages import Labelled
 from shared.robustness import Accuracy, Condition, image_input, labelled_inputs, largest_drop, read_accuracy
+from shared.runtime.processes import ChildError
 
 MESSAGE = np.array([1, 0, 1, 1], bool)
 IMAGES = [Labelled(Path("a.png"), MESSAGE, Path("o.png")), Labelled(Path("b.png"), ~MESSAGE), Labelled(Path("c.png"), None)]

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, save
 
-from shared import runtime
-from shared.child import ChildError
 from shared.command.errors import ToolError
 from shared.formats.tensors import TensorSpec, image_input
 from shared.networks.card import InputForm, load_card
-from shared.runtime import ModelSource, choose_kernels, open_model
-from shared.samples import sample_inputs
+from shared.runtime import model
+from shared.runtime.model import ModelSource, choose_kernels, open_model
+from shared.runtime.processes import ChildError
+from shared.runtime.samples import sample_inputs
 from tests.conftest import REALDATA, Small
 from tests.small_onnx import answer, save_picture_model, save_vector_model, seeded, with_external_weights
 
@@ -75,7 +75,7 @@ def test_our_models_tell_their_message_length(float_model: Path, videoseal_small
 
 def test_kernels_follow_the_free_memory(float_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_kernels(ModelSource(float_model)) == "xnnpack"
-    monkeypatch.setattr(runtime, "available_memory_bytes", lambda: 10)
+    monkeypatch.setattr(model, "available_memory_bytes", lambda: 10)
     assert choose_kernels(ModelSource(float_model)) == "reference"
 
 
@@ -197,9 +197,9 @@ def test_a_model_of_one_float_image_is_told_from_others(specs: list[TensorSpec],
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [
-        ((-1, 3, -1, -1), (1, 3, runtime.FREE_SIDE, runtime.FREE_SIDE)),
+        ((-1, 3, -1, -1), (1, 3, model.FREE_SIDE, model.FREE_SIDE)),
         ((-1, 1, 224, 200), (1, 1, 224, 200)),
-        ((1, -1, 32, 3), (1, runtime.FREE_SIDE, 32, 3)),
+        ((1, -1, 32, 3), (1, model.FREE_SIDE, 32, 3)),
         ((-1, 8), (1, 8)),
         ((-1, -1, 8), (1, 1, 8)),
     ],

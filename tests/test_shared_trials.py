@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.child import ChildError
-from shared.runtime import ModelSource
-from shared.samples import sample_inputs
-from shared.trials import Protocol, Shown, run_trials
+from shared.runtime.benchmark import Protocol, Shown, run_trials
+from shared.runtime.model import ModelSource
+from shared.runtime.processes import ChildError
+from shared.runtime.samples import sample_inputs
 
 
 def test_outputs_and_answers_come_in_the_order_of_the_samples(float_model: Path) -> None:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from shared import upstream
-from shared.upstream import large_weights_quantized, weights_left_mapped
+from shared.runtime import workarounds
+from shared.runtime.workarounds import large_weights_quantized, weights_left_mapped
 
 
 def quantize(weights: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
@@ -41,7 +41,7 @@ def test_weights_over_32_mib_are_quantized_by_channel(large: np.ndarray) -> None
 def test_slices_give_the_same_bytes_as_the_published_way(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = np.random.default_rng(0).standard_normal((7, 3, 3, 5), np.float32)
     published = quantize(weights)
-    monkeypatch.setattr(upstream, "CHUNK_BYTES", 400)  # two channels
+    monkeypatch.setattr(workarounds, "CHUNK_BYTES", 400)  # two channels
     with large_weights_quantized():
         np.testing.assert_array_equal(quantize(weights), published, strict=True)
 

@@ -9,11 +9,11 @@ import numpy as np
 import onnx
 import pytest
 
-from shared.child import ChildError
 from shared.command.errors import ToolError
 from shared.formats.onnx_file import read_model
 from shared.formats.onnx_graph import write_metadata
-from shared.runtime import Model, ModelSource
+from shared.runtime.model import Model, ModelSource
+from shared.runtime.processes import ChildError
 from tests.conftest import REALDATA, ROOT, Run
 from tests.small_onnx import save, save_picture_model, save_vector_model, seeded, with_external_weights
 from tools import verify as module

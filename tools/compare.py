@@ -24,7 +24,6 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 
 from shared.calibration import MANIFEST_NAME, RANGES, CalibrationSet, InputRange
-from shared.child import ChildError
 from shared.command.cli import Overwrite, Refresh, Seed, Threads, run, to_json
 from shared.command.errors import DamagedError, ToolError
 from shared.command.resources import MIB, available_memory_bytes, cpu_count, cpu_name, require_disk
@@ -45,9 +44,10 @@ from shared.metrics import metrics
 from shared.metrics.fidelity import measure_fidelity
 from shared.networks.card import load_card
 from shared.robustness import Accuracy, labelled_inputs, read_accuracy
-from shared.runtime import ModelSource, memory_need_bytes
-from shared.samples import image_sample, sample_inputs
-from shared.trials import Inputs, Protocol, Shown, run_trials
+from shared.runtime.benchmark import Inputs, Protocol, Shown, run_trials
+from shared.runtime.model import ModelSource, memory_need_bytes
+from shared.runtime.processes import ChildError
+from shared.runtime.samples import image_sample, sample_inputs
 
 PACKAGES = ("ai-edge-litert", "onnxruntime", "torch", "numpy", "pillow", "scikit-image")
 LARGE_BYTES = 512 * MIB  # models above this take seconds a run

@@ -20,7 +20,6 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from shared import conversion
-from shared.child import Child, ChildError, Message
 from shared.command.cli import DryRun, ModelName, Overwrite, Refresh, Reproducible, Seed, run, step, warn
 from shared.command.errors import ToolError
 from shared.command.resources import GIB, Needs, size_text
@@ -32,8 +31,9 @@ from shared.formats.tflite import append_metadata
 from shared.metrics.metrics import cosine, max_abs_error, relative_error
 from shared.networks.card import PRODUCTS, Card, InputForm, load_card
 from shared.pressed import Pressed
-from shared.runtime import Kernels, ModelSource, open_model
-from shared.samples import sample_inputs
+from shared.runtime.model import Kernels, ModelSource, open_model
+from shared.runtime.processes import Child, ChildError, Message
+from shared.runtime.samples import sample_inputs
 from tools.quantize_tflite import quantize_tflite
 
 ONNX_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")

@@ -22,7 +22,6 @@ from rich.table import Column, Table
 
 from shared.calibration import MANIFEST_NAME, InputRange, choose_range
 from shared.calibration_writer import ArrayForm, Set, write_arrays, write_sample, write_sheet
-from shared.child import ChildError
 from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, Seed, run, step_progress
 from shared.command.errors import ToolError
 from shared.command.resources import MIB, Needs
@@ -34,7 +33,8 @@ from shared.files.provenance import read_provenance, record
 from shared.formats.model_file import declared_range
 from shared.formats.tensors import describe, image_input
 from shared.media.images import ImageForm
-from shared.runtime import ModelSource, open_model
+from shared.runtime.model import ModelSource, open_model
+from shared.runtime.processes import ChildError
 from shared.sampling import Candidate, Look
 from shared.selection import SamplesWish, Skipped, choose_parts, look_at_all
 from shared.sheets import Point, write_coverage_plot

@@ -25,7 +25,6 @@ from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, run, to
 from shared.command.errors import ToolError
 from shared.command.resources import Needs, require_disk, size_text
 from shared.damage import node_data
-from shared.executors import dask_cluster, local_processes
 from shared.files import artifacts
 from shared.files.artifacts import Plan, Product
 from shared.files.atomic import draft_beside, workspace
@@ -38,6 +37,7 @@ from shared.metrics.gates import GateKept
 from shared.pressed import Pressed
 from shared.quantization import STATISTICS, Quantizer, UnchangedError, needs_of
 from shared.recipes import ALIASES, read_recipe_file
+from shared.runtime.executors import dask_cluster, local_processes
 from shared.search import Target
 from shared.wish import IoDtype, Wish
 

@@ -19,7 +19,6 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Table
 
-from shared.child import ChildError
 from shared.command.cli import Overwrite, Refresh, Seed, Threads, run, step, to_json
 from shared.command.errors import DamagedError
 from shared.command.resources import cpu_count, size_text
@@ -29,8 +28,9 @@ from shared.files.provenance import require_vouched
 from shared.formats.model_file import format_of, model_files
 from shared.formats.tensors import describe
 from shared.metrics.metrics import message_bits
-from shared.runtime import Model, ModelSource, open_model
-from shared.samples import sample_inputs
+from shared.runtime.model import Model, ModelSource, open_model
+from shared.runtime.processes import ChildError
+from shared.runtime.samples import sample_inputs
 
 PACKAGES = ("ai-edge-litert", "onnxruntime", "numpy")
 REPEATS = 3

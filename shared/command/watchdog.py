@@ -130,7 +130,7 @@ def die_with_parent(parent: int | None = None) -> None:
     """Ask Linux to end this process with its parent, so that a killed tool leaves nobody writing.
 
     Args:
-        parent: Process id of the parent; default: as `shared.child.Child` told it, or whoever it is now.
+        parent: Process id of the parent; default: as `shared.runtime.processes.Child` told it, or whoever it is now.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.child import ChildError
 from shared.command.cli import step, step_progress
 from shared.formats.tensors import TensorSpec, image_input
 from shared.media.images import image_form, image_layout
-from shared.runtime import Model, ModelSource, open_model
+from shared.runtime.model import Model, ModelSource, open_model
+from shared.runtime.processes import ChildError
 
 Array = NDArray[Any]
 Inputs = Callable[[list[TensorSpec]], dict[str, Array]]  # a model's input specs -> one sample by input name

@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from shared import worker
-from shared.child import Arrays, Child, ChildError
 from shared.command.errors import DamagedError
 from shared.command.resources import MIB, available_memory_bytes, cpu_count
 from shared.files.file_type import regular_size
 from shared.formats.model_file import check_is_model, format_of, read_metadata, size_bytes
 from shared.formats.tensors import TensorSpec
 from shared.networks.card import Card, InputForm
+from shared.runtime import worker
+from shared.runtime.processes import Arrays, Child, ChildError
 
 Kernels = Literal["xnnpack", "reference", "onnxruntime", "torch"]
 

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.child import ChildError
 from shared.command.errors import ToolError
 from shared.formats.tensors import TensorSpec, describe, image_input, image_spec
 from shared.media.images import ImageForm, Pixels, image_form, seeded_image, stretch_image, to_form, to_image, to_layout
+from shared.runtime.processes import ChildError
 
 FREE_SIDE = 128  # pixels of a seeded image where any size fits
 

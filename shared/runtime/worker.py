@@ -1,4 +1,4 @@
-"""The process behind `shared.runtime`: loads one model at the first message, runs it at every later one."""
+"""The process behind `shared.runtime.model`: loads one model at the first message, runs it at every later one."""
 
 import contextlib
 import time
@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from shared.child import Arrays, Message
 from shared.command.errors import ToolError
 from shared.networks.card import Card, InputForm
+from shared.runtime.processes import Arrays, Message
 
 Specs = list[tuple[str, list[int], str]]
 Run = Callable[[Arrays], dict[str, NDArray[Any]]]
