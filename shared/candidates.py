@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.bias import Patches, correct_biases, layers, mean_patches
-from shared.calibration import CalibrationSet, Sample
+from shared.calibration.dataset import CalibrationSet, Sample
 from shared.command.errors import ToolError, first_line
 from shared.formats.tensors import TensorSpec
 from shared.metrics.output_error import Damage, measure_damage

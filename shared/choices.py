@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from shared.calibration import CalibrationSet, InputRange
+from shared.calibration.dataset import CalibrationSet, InputRange
 from shared.command.errors import ToolError
 from shared.recipes import NONE, Rules, check_rules, parse_selector, read_recipe_file, resolve_recipe
 from shared.search import Target

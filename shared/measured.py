@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shared.calibration import Sample
+from shared.calibration.dataset import Sample
 from shared.candidates import SEEDED
 from shared.command.resources import MIB, available_memory_bytes, cpu_count
 from shared.formats.tensors import TensorSpec, describe

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shared.calibration import RANGES, CalibrationSet, InputRange, Sample, choose_range
+from shared.calibration.dataset import RANGES, CalibrationSet, InputRange, Sample, choose_range
 from shared.command.cli import step
 from shared.command.errors import ToolError
 from shared.command.resources import MIB, available_memory_bytes, cpu_count

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from shared.calibration import CalibrationSet, Sample
+from shared.calibration.dataset import CalibrationSet, Sample
 from shared.command.errors import ToolError, first_line
 from shared.formats.onnx_file import MAX_PROTOBUF_BYTES, external_files, read_model
 from shared.formats.tensors import TensorSpec

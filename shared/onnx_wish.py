@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.calibration import CalibrationSet, InputRange
+from shared.calibration.dataset import CalibrationSet, InputRange
 from shared.metrics.fidelity import Fidelity
 from shared.onnx_settings import Settings
 

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from shared import onnx_quantizer
-from shared.calibration import CalibrationSet
+from shared.calibration.dataset import CalibrationSet
 from shared.command.cli import step
 from shared.command.errors import ToolError
 from shared.onnx_evaluation import Samples

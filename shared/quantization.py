@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shared import quantizer
-from shared.calibration import RANGES, CalibrationSet, Sample, choose_range
+from shared.calibration.dataset import RANGES, CalibrationSet, Sample, choose_range
 from shared.candidates import Subject
 from shared.command.cli import step
 from shared.command.errors import ToolError

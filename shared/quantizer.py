@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shared.calibration import CalibrationSet
+from shared.calibration.dataset import CalibrationSet
 from shared.candidates import Subject, corrected
 from shared.command.errors import ToolError
 from shared.formats.tensors import TensorSpec

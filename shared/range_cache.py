@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from shared.calibration import CalibrationSet
+from shared.calibration.dataset import CalibrationSet
 from shared.command.errors import ToolError
 from shared.files.atomic import draft_beside
 from shared.formats.model_file import model_files

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from shared.media.attacks import Attack
 from shared.media.images import Pixels, read_pixels
-from shared.messages import Labelled, chance_of_agreement
 from shared.metrics import metrics
 from shared.runtime.benchmark import Inputs
 from shared.runtime.samples import image_sample
+from shared.watermark.message import Labelled, chance_of_agreement
 
 CLEAN = "none"  # the name of no attack
 CHANCE = 0.001  # p-value above which a detector's bits are taken for coin tosses

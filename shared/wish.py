@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shared.calibration import CalibrationSet, InputRange
+from shared.calibration.dataset import CalibrationSet, InputRange
 from shared.recipes import Rules, Selector, needs_calibration, resolve_recipe
 from shared.runtime.executors import local_processes
 from shared.search import Target

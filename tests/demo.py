@@ -13,8 +13,8 @@ from typing import Any
 from shared.command.resources import GIB, MIB, cpu_count
 from shared.files.code_version import ROOT
 from shared.media.images import read_pixels, to_image
-from shared.messages import read_messages
 from shared.metrics.metrics import psnr_db
+from shared.watermark.message import read_messages
 from tests.bench import PACKAGES, replace_between
 
 RESULTS = ROOT / "tests" / "demo.json"

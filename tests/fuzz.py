@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shared.calibration import CalibrationSet
+from shared.calibration.dataset import CalibrationSet
 from shared.command.errors import ToolError, first_line, one_line
 from shared.formats import onnx_file, onnx_graph, tflite
 from shared.formats.bundle import is_bundle, models_of, pack_bundle, unpack_bundle

@@ -15,11 +15,11 @@ from models.miniseal.pictures import HELD_OUT_PHOTOS, TRAINING_PHOTOS, TRAINING_
 from models.miniseal.train import train
 from shared.command.errors import ToolError
 from shared.media.images import Pixels, image_files, read_pixels, stretch, to_image
-from shared.messages import read_messages
 from shared.metrics import metrics
 from shared.networks.card import load_card
 from shared.networks.checkpoint import open_checkpoint
 from shared.watermark import WatermarkDetector
+from shared.watermark.message import read_messages
 from tests.conftest import REALDATA, ROOT, Miniseal
 from tools.compare import compare
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.calibration import CalibrationSet
+from shared.calibration.dataset import CalibrationSet
 from shared.command.errors import ToolError
 from shared.files.provenance import provenance_path
 from shared.formats.tensors import TensorSpec

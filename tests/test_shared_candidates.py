@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.calibration import CalibrationSet
+from shared.calibration.dataset import CalibrationSet
 from shared.candidates import Job, Subject, measure_candidate
 from shared.command.errors import ToolError
 from shared.formats.tflite import read_ops

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.calibration import CalibrationSet
+from shared.calibration.dataset import CalibrationSet
 from shared.choices import Choices, beside
 from shared.command.errors import ToolError
 from shared.recipes import resolve_recipe

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from shared.command.errors import ToolError
-from shared.messages import chance_of_agreement, parse_message, read_messages, to_bit_string, to_hex, to_int
+from shared.watermark.message import chance_of_agreement, parse_message, read_messages, to_bit_string, to_hex, to_int
 
 BITS = np.array([0, 0, 0, 1, 1, 0, 1, 0], bool)
 

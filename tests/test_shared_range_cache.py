@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.calibration import CalibrationSet
+from shared.calibration.dataset import CalibrationSet
 from shared.command.errors import ToolError
 from shared.range_cache import RangeCache, key_of
 

@@ -18,7 +18,7 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.tools import flatbuffer_utils
 
 from shared import search
-from shared.calibration import CalibrationSet
+from shared.calibration.dataset import CalibrationSet
 from shared.candidates import Job, Outcome, Subject, measure_candidate
 from shared.command.errors import ToolError
 from shared.command.resources import cpu_count

@@ -8,8 +8,8 @@ import pytest
 
 from shared.command.errors import ToolError
 from shared.media.images import read_pixels
-from shared.messages import Labelled, read_messages, to_hex, to_int
 from shared.watermark import Agreement, Detection, WatermarkDetector
+from shared.watermark.message import Labelled, read_messages, to_hex, to_int
 from tests.conftest import Miniseal
 from tests.test_shared_video import write_video
 

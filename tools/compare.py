@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from rich.console import Group as Lines
 from rich.console import RenderableType
 
-from shared.calibration import MANIFEST_NAME, RANGES, CalibrationSet, InputRange
+from shared.calibration.dataset import MANIFEST_NAME, RANGES, CalibrationSet, InputRange
 from shared.command.cli import Overwrite, Refresh, Seed, Threads, run, to_json
 from shared.command.errors import DamagedError, ToolError
 from shared.command.resources import MIB, available_memory_bytes, cpu_count, cpu_name, require_disk
@@ -39,7 +39,6 @@ from shared.gates import Limits, limits_under_attack
 from shared.image_quality import TruthScores, as_image, bicubic_scores, find_truths, score, score_against_truth
 from shared.media.attacks import Attack, parse_attacks
 from shared.media.images import images_at, read_pixels
-from shared.messages import Labelled, read_messages
 from shared.metrics import metrics
 from shared.metrics.fidelity import measure_fidelity
 from shared.networks.card import load_card
@@ -48,6 +47,7 @@ from shared.runtime.benchmark import Inputs, Protocol, Shown, run_trials
 from shared.runtime.model import ModelSource, memory_need_bytes
 from shared.runtime.processes import ChildError
 from shared.runtime.samples import image_sample, sample_inputs
+from shared.watermark.message import Labelled, read_messages
 
 PACKAGES = ("ai-edge-litert", "onnxruntime", "torch", "numpy", "pillow", "scikit-image")
 LARGE_BYTES = 512 * MIB  # models above this take seconds a run

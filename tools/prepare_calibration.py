@@ -20,7 +20,7 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Column, Table
 
-from shared.calibration import MANIFEST_NAME, InputRange, choose_range
+from shared.calibration.dataset import MANIFEST_NAME, InputRange, choose_range
 from shared.calibration_writer import ArrayForm, Set, write_arrays, write_sample, write_sheet
 from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, Seed, run, step_progress
 from shared.command.errors import ToolError

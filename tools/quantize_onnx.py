@@ -18,7 +18,7 @@ import typer
 from rich.console import Group as Lines
 from rich.console import RenderableType
 
-from shared.calibration import CalibrationSet, InputRange
+from shared.calibration.dataset import CalibrationSet, InputRange
 from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, Threads, run
 from shared.command.errors import ToolError
 from shared.command.resources import cpu_count, cpu_name, require_disk, saturates, size_text

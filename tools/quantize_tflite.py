@@ -19,7 +19,7 @@ import typer
 from rich.console import Group as Lines
 from rich.console import RenderableType
 
-from shared.calibration import InputRange
+from shared.calibration.dataset import InputRange
 from shared.choices import DEFAULT_RECIPE, Choices, beside
 from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, run, to_json
 from shared.command.errors import ToolError

@@ -20,8 +20,8 @@ from shared.command.cli import run
 from shared.command.errors import ToolError
 from shared.files.atomic import draft_beside
 from shared.media.images import Pixels, to_image
-from shared.messages import FILE_NAME, Bits, to_hex
 from shared.metrics import metrics
+from shared.watermark.message import FILE_NAME, Bits, to_hex
 
 PER_PHOTO = 4
 MIN_PSNR_DB = 38.0  # of every marked image; below, a watermark may be seen

@@ -24,9 +24,9 @@ from shared.command.errors import ToolError
 from shared.formats.tensors import TensorSpec, describe, image_spec
 from shared.media.images import as_image, read_pixels, stretch_image, to_image, to_layout
 from shared.media.video import read_frames
-from shared.messages import Bits, chance_of_agreement, parse_message, to_bit_string, to_hex, to_int
 from shared.networks.card import load_card
 from shared.runtime.model import ModelSource, open_model
+from shared.watermark.message import Bits, chance_of_agreement, parse_message, to_bit_string, to_hex, to_int
 
 ImageSource = Path | str | NDArray[Any]
 Message = str | int | Bits
