@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shared.coverage import OpLeft, OpTypeCoverage
 from shared.formats.onnx_file import Model
 from shared.formats.onnx_graph import OnnxOp
 from shared.onnx_settings import Settings
+from shared.quantize.coverage import OpLeft, OpTypeCoverage
 
 
 def measure_coverage(

@@ -7,10 +7,10 @@ from rich.console import RenderableType
 from rich.table import Column, Table
 
 from shared.command.resources import size_text
-from shared.coverage import OpLeft, OpTypeCoverage, coverage_table, left_tables, size_sentence
 from shared.formats.onnx_graph import SLOW_DYNAMIC, SLOW_HALF
 from shared.metrics.fidelity import Fidelity
 from shared.metrics.gates import GateKept, gate_table
+from shared.quantize.coverage import OpLeft, OpTypeCoverage, coverage_table, left_tables, size_sentence
 
 ORIGINAL, FLOAT = "original", "float32"  # labels of the model as it came, and repaired
 SLOWER = 1.05  # times the repaired model's latency: from here on it is said, and why

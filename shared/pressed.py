@@ -7,10 +7,19 @@ from rich.console import RenderableType
 from rich.table import Column, Table
 
 from shared.command.resources import size_text
-from shared.coverage import SHOWN, OpLeft, OpTypeCoverage, coverage_table, left_tables, number_text, short_name, size_sentence
 from shared.damage import LayerDamage
 from shared.measured import Measured
 from shared.metrics.gates import GateKept, gate_table
+from shared.quantize.coverage import (
+    SHOWN,
+    OpLeft,
+    OpTypeCoverage,
+    coverage_table,
+    left_tables,
+    number_text,
+    short_name,
+    size_sentence,
+)
 from shared.recipes import Rules
 from shared.rule_coverage import RuleMatches
 

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from shared.coverage import OpLeft, OpTypeCoverage
 from shared.formats.tflite import Op
+from shared.quantize.coverage import OpLeft, OpTypeCoverage
 from shared.recipes import NO_QUANTIZE, Rules, Selector, operation_of, supports
 
 FLOATS = ("FLOAT32", "FLOAT64")

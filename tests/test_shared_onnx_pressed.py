@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console
 from rich.console import Group as Lines
 
-from shared.coverage import OpLeft, OpTypeCoverage
 from shared.metrics.fidelity import Fidelity
 from shared.metrics.gates import GateKept
 from shared.onnx_pressed import WHY_SLOWER, PressedOnnx, Timed
+from shared.quantize.coverage import OpLeft, OpTypeCoverage
 
 NEAR = Fidelity(42.0, 41.0, 0.9999, 0.01)
 
