@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from shared import download as module
 from shared.command.errors import ToolError
 from tests.conftest import ROOT
 from tests.test_interruptions import FEW
 from tests.wholeness import faults_of_refusal
 from tests.zygote import Done
+from tools.extract_weights import download as module
 from tools.extract_weights import extract_weights
 
 PIECES, PIECE_S = 40, 0.05  # a download takes two seconds

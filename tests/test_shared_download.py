@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from shared import download as module
 from shared.command.errors import ToolError
-from shared.download import download
+from tools.extract_weights import download as module
+from tools.extract_weights.download import download
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 

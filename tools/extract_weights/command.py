@@ -21,15 +21,15 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Table
 
-from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, run, step
+from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, step
 from shared.command.errors import ToolError
 from shared.command.resources import MIB, Needs, size_text
-from shared.download import download as download_file
 from shared.files import artifacts
 from shared.files.artifacts import Plan, Product
 from shared.files.file_type import regular_size
 from shared.networks.card import PRODUCTS, Card, card_names, load_card
 from shared.networks.checkpoint import Checkpoint, open_checkpoint, require_match, require_sound, select_detector, write_safetensors
+from tools.extract_weights.download import download as download_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -273,7 +273,3 @@ def _without_checkpoint(card: Card, output: Path, *, allow_missing: bool, would_
         return Extraction(None, None, None, f"no checkpoint of {card.title} found (looked for {places}); nothing extracted")
     remedy = f"use --download, or get {card.checkpoint.url}" if card.checkpoint.url else "its card names that file"
     raise ToolError(f"no checkpoint of {card.title} found", got=f"none of {places}", remedy=remedy)
-
-
-if __name__ == "__main__":
-    run(extract_weights)

@@ -1,0 +1,3 @@
+from tools.extract_weights.command import extract_weights
+
+__all__ = ["extract_weights"]
