@@ -98,8 +98,8 @@ def test_a_rehearsal_says_so_in_name_metadata_and_on_stderr(tmp_path: Path, vide
 
 def test_no_seeded_weight_is_constant(tmp_path: Path, videoseal_small: Small) -> None:
     """Constants would be folded away, and the rehearsal would show a lighter model than a trained one."""
-    from shared.conversion import seeded_weights
     from shared.networks.detector import detector_shapes
+    from tools.convert_detector.export import seeded_weights
 
     shapes = detector_shapes(load_card(str(videoseal_small.card)))
     one, again = dict(seeded_weights(shapes, 5)), dict(seeded_weights(shapes, 5))

@@ -2,11 +2,11 @@
 
 import torch
 
-from shared.fusion import fold_affine
 from shared.networks.card import load_card
 from shared.networks.detector import build_on_meta
 from tests.conftest import Small
 from tests.test_shared_detector import load
+from tools.convert_detector.fusion import fold_affine
 
 
 def test_folded_weights_give_the_same_output_without_the_input_mapping(chunkyseal_small: Small) -> None:

@@ -153,7 +153,7 @@ class Detector(nn.Module):
 
     Args:
         sizes: Sizes of the network.
-        maps_input: False only with weights of `shared.fusion`, whose stem has taken the mapping in.
+        maps_input: False only with weights of `tools.convert_detector.fusion`, whose stem has taken the mapping in.
     """
 
     def __init__(self, sizes: DetectorSizes, *, maps_input: bool = True) -> None:

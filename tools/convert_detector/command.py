@@ -19,8 +19,7 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Table
 
-from shared import conversion
-from shared.command.cli import DryRun, ModelName, Overwrite, Refresh, Reproducible, Seed, run, step, warn
+from shared.command.cli import DryRun, ModelName, Overwrite, Refresh, Reproducible, Seed, step, warn
 from shared.command.errors import ToolError
 from shared.command.resources import GIB, Needs, size_text
 from shared.files import artifacts
@@ -34,6 +33,7 @@ from shared.pressed import Pressed
 from shared.runtime.model import Kernels, ModelSource, open_model
 from shared.runtime.processes import Child, ChildError, Message
 from shared.runtime.samples import sample_inputs
+from tools.convert_detector import export
 from tools.quantize_tflite import quantize_tflite
 
 ONNX_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
@@ -171,9 +171,9 @@ def _write_rehearsal(card: Card, output: Path, seed: int, *, overwrite: bool) ->
 
 
 def _in_child(message: Message, where: Path) -> Message:
-    """Let `shared.conversion` do a task in a process of its own."""
+    """Let `tools.convert_detector.export` do a task in a process of its own."""
     try:
-        with Child(conversion, CONVERT_TIMEOUT_S) as child:
+        with Child(export, CONVERT_TIMEOUT_S) as child:
             return child.ask(message)[0]
     except ChildError as error:
         raise ToolError(f"could not {message['task']} the network", where=where, got=error) from None
@@ -397,7 +397,3 @@ def _weights_bytes(card: Card) -> int:
     halvings = sum(4 * a * b for a, b in itertools.pairwise(widths))
     decoder = 9 * widths[3] ** 2 + widths[3] * (1 + card.nbits)
     return BYTES_PER_PARAMETER * (blocks + halvings + decoder)
-
-
-if __name__ == "__main__":
-    run(convert_detector)

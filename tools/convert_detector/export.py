@@ -1,6 +1,6 @@
 """The process behind `tools.convert_detector`: seeded weights, and the float32 export to TFLite or ONNX, all in little memory.
 
-litert-torch holds constants as it finds them. Weights that are memory-mapped, already folded (`shared.fusion`) and left alone
+litert-torch holds constants as it finds them. Weights that are memory-mapped, already folded (`tools.convert_detector.fusion`) and left alone
 (`shared.runtime.workarounds`) stay on disk until the exporter copies them into the model.
 """
 
@@ -54,7 +54,6 @@ def convert(message: Message) -> Message:
     """Export the detector of a checkpoint as a float32 model; `folded` is a file for the weights in between."""
     import torch
 
-    from shared.fusion import fold_affine
     from shared.networks.checkpoint import (
         REHEARSAL,
         as_float32,
@@ -65,6 +64,7 @@ def convert(message: Message) -> Message:
         write_safetensors,
     )
     from shared.networks.detector import Deployed, GlobalResponseNorm, build_on_meta, detector_shapes, sum_of_squares_as_product
+    from tools.convert_detector.fusion import fold_affine
 
     card = TypeAdapter(Card).validate_python(message["card"])
     form = InputForm(**message["form"])

@@ -1,0 +1,3 @@
+from tools.convert_detector.command import convert_detector
+
+__all__ = ["convert_detector"]
