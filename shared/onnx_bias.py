@@ -1,6 +1,6 @@
 """Bias correction for ONNX models: take back what quantized weights shift a layer's outputs by on average.
 
-Source: as `shared.bias`, Nagel et al. 2019, section 4.2; mean inputs come from samples in the float model. Border padding is taken
+Source: as `tools.quantize_tflite.bias`, Nagel et al. 2019, section 4.2; mean inputs come from samples in the float model. Border padding is taken
     for more of the same, which costs little in layers without much of it.
 
 Letters in shapes: O outputs, I inputs of a group, G groups, K inputs.

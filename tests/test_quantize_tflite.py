@@ -10,18 +10,17 @@ import numpy as np
 import pytest
 from ai_edge_litert.interpreter import Interpreter
 
-from shared import quantization
 from shared.command.dry_run import Foreseen
 from shared.command.errors import ToolError
 from shared.formats.tensors import TensorSpec
 from shared.formats.tflite import declared_range, read_metadata, read_ops
-from shared.measured import Measured
 from shared.media.images import image_files, read_pixels, stretch
-from shared.recipes import resolve_recipe
 from shared.runtime.model import ModelSource, open_model
 from shared.runtime.samples import sample_inputs
 from tests.conftest import REALDATA, Miniseal, Run
-from tools.quantize_tflite import quantize_tflite
+from tools.quantize_tflite import pipeline, quantize_tflite
+from tools.quantize_tflite.pair import Measured
+from tools.quantize_tflite.recipes import resolve_recipe
 
 LAYERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 
@@ -273,7 +272,7 @@ def test_files_beside_the_product_are_not_replaced(model: Path) -> None:
     assert other.read_text() == "precious"
 
 
-# Static quantization.
+# Static pipeline.
 
 
 @pytest.fixture
@@ -365,12 +364,12 @@ def _answers(path: Path, tiles: list[np.ndarray]) -> np.ndarray:
     for tile in tiles:
         values = tile[np.newaxis].astype(np.float32)
         if given["dtype"] == np.int8:
-            scale, zero = given["quantization"]
+            scale, zero = given["pipeline"]
             values = np.clip(np.round(values / scale + zero), -128, 127).astype(np.int8)
         interpreter.set_tensor(given["index"], values)
         interpreter.invoke()
         answer = interpreter.get_tensor(made["index"]).astype(np.float32).ravel()
-        scale, zero = made["quantization"] if made["dtype"] == np.int8 else (1, 0)
+        scale, zero = made["pipeline"] if made["dtype"] == np.int8 else (1, 0)
         answers.append((answer - zero) * scale)
     return np.array(answers)
 
@@ -567,7 +566,7 @@ def test_static_recipes_ask_for_the_memory_that_calibration_takes(model: Path, t
     for options in ({}, {"recipe": "int8-static", "calibration": tiles}):
         with pytest.raises(Foreseen) as caught:
             quantize_tflite(model, **options, dry_run=True)  # type: ignore[arg-type]
-        needs.append(caught.value.result.forecasts[0].needs.memory_bytes - quantization.BASE_MEMORY)
+        needs.append(caught.value.result.forecasts[0].needs.memory_bytes - pipeline.BASE_MEMORY)
     assert needs == [int(model.stat().st_size * factor) for factor in (0.3, 4.5)]
 
 

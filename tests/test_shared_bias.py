@@ -11,11 +11,11 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from ai_edge_litert.tools import flatbuffer_utils
 from numpy.typing import NDArray
 
-from shared.bias import Layer, _mean_patch, _shift, correct_biases, layers, mean_patches
 from shared.formats.tensors import TensorSpec
 from shared.formats.tflite import read_ops
-from shared.recipes import Rules, assign, resolve_recipe
 from shared.runtime.samples import sample_inputs
+from tools.quantize_tflite.bias import Layer, _mean_patch, _shift, correct_biases, layers, mean_patches
+from tools.quantize_tflite.recipes import Rules, assign, resolve_recipe
 
 Array = NDArray[Any]
 KINDS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from shared.calibration.dataset import CalibrationSet
-from shared.candidates import Job, Subject, measure_candidate
 from shared.command.errors import ToolError
 from shared.formats.tflite import read_ops
 from shared.metrics.output_error import Damage, measure_damage
-from shared.recipes import assign, resolve_recipe
+from tools.quantize_tflite.candidates import Job, Subject, measure_candidate
+from tools.quantize_tflite.recipes import assign, resolve_recipe
 
 
 def sha256(path: Path) -> str:

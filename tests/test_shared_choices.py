@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from shared.calibration.dataset import CalibrationSet
-from shared.choices import Choices, beside
 from shared.command.errors import ToolError
-from shared.recipes import resolve_recipe
 from shared.runtime.executors import local_processes
-from shared.wish import Wish
+from tools.quantize_tflite.options import Choices, beside
+from tools.quantize_tflite.recipes import resolve_recipe
+from tools.quantize_tflite.request import Wish
 
 HAND = "hand_landmarker.task/hand_detector.tflite"
 GESTURE = "gesture.tflite"

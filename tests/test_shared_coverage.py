@@ -1,8 +1,8 @@
 """Every op is accounted for, every rule counted."""
 
 from shared.formats.tflite import Op
-from shared.recipes import parse_selector, resolve_recipe
-from shared.rule_coverage import count_matches, measure_coverage, unmatched
+from tools.quantize_tflite.coverage import count_matches, measure_coverage, unmatched
+from tools.quantize_tflite.recipes import parse_selector, resolve_recipe
 
 SKIP_HEAD = {"regex": "head", "operation": "*", "algorithm_key": "no_quantize", "op_config": {}}
 BEFORE = [

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from shared import measured
-from shared.measured import Measured, measure_pair
+from tools.quantize_tflite import pair
+from tools.quantize_tflite.pair import Measured, measure_pair
 
 FAST = Measured(1.0, 1.0, 1, 1, 1, are_seeded=True, answers=[])
 SLOW = replace(FAST, after_ms=3.0)
@@ -22,7 +22,7 @@ def test_what_seems_slower_is_measured_twice_more_and_the_middle_counts(
 ) -> None:
     (tmp_path / "a").touch()
     left = iter(found)
-    monkeypatch.setattr(measured, "_measure_once", lambda *_: next(left))
+    monkeypatch.setattr(pair, "_measure_once", lambda *_: next(left))
     assert measure_pair(tmp_path / "a", tmp_path / "a", []) == says
     assert list(left) == []
 
@@ -35,5 +35,5 @@ def test_a_slower_product_is_told_with_the_cause_and_a_way_out() -> None:
 
 
 def test_a_pair_that_does_not_fit_in_memory_is_not_run(float_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "available_memory_bytes", lambda: 1)
+    monkeypatch.setattr(pair, "available_memory_bytes", lambda: 1)
     assert "too little free memory for both" in str(measure_pair(float_model, float_model, []))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from shared.command.errors import ToolError
-from shared.recipes import (
+from tools.quantize_tflite.recipes import (
     ALIASES,
     FP16_RECIPE,
     INT4_RECIPE,

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from shared.command.errors import ToolError
 from shared.formats.bundle import models_of, unpack_bundle
 from shared.formats.tflite import custom_ops, enum_names, read_dequantized_types, read_ops
-from shared.recipes import resolve_recipe
-from shared.repair import Repairs, cut_before_custom_ops, needed_repairs, repair
 from shared.runtime.model import Kernels, ModelSource, open_model
 from shared.runtime.samples import sample_inputs
 from tests.conftest import REALDATA
+from tools.quantize_tflite.recipes import resolve_recipe
+from tools.quantize_tflite.repair import Repairs, cut_before_custom_ops, needed_repairs, repair
 
 Edit = Callable[[Any], None]
 KERNELS: tuple[Kernels, ...] = ("xnnpack", "reference")

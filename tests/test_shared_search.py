@@ -17,20 +17,20 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.tools import flatbuffer_utils
 
-from shared import search
 from shared.calibration.dataset import CalibrationSet
-from shared.candidates import Job, Outcome, Subject, measure_candidate
 from shared.command.errors import ToolError
 from shared.command.resources import cpu_count
-from shared.damage import LayerDamage, measure_layers, node_data
 from shared.formats.tflite import read_ops
 from shared.metrics.output_error import Damage
-from shared.recipes import Rules, assign, resolve_recipe
-from shared.repair import shorten_names
 from shared.runtime import executors
 from shared.runtime.executors import dask_cluster, local_processes
-from shared.search import BASE, STEPS, Found, Ledger, Search, _hull, measure_safely
 from tests.conftest import ROOT
+from tools.quantize_tflite import search
+from tools.quantize_tflite.candidates import Job, Outcome, Subject, measure_candidate
+from tools.quantize_tflite.recipes import Rules, assign, resolve_recipe
+from tools.quantize_tflite.repair import shorten_names
+from tools.quantize_tflite.search import BASE, STEPS, Found, Ledger, Search, _hull, measure_safely
+from tools.quantize_tflite.sensitivity import LayerDamage, measure_layers, node_data
 
 LIMIT = 0.05
 

@@ -29,12 +29,12 @@ from shared.formats.onnx_file import check_is_onnx, external_files, name_weights
 from shared.formats.tflite import append_metadata
 from shared.metrics.metrics import cosine, max_abs_error, relative_error
 from shared.networks.card import PRODUCTS, Card, InputForm, load_card
-from shared.pressed import Pressed
 from shared.runtime.model import Kernels, ModelSource, open_model
 from shared.runtime.processes import Child, ChildError, Message
 from shared.runtime.samples import sample_inputs
 from tools.convert_detector import export
 from tools.quantize_tflite import quantize_tflite
+from tools.quantize_tflite.result import Pressed
 
 ONNX_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 PACKAGES = ("litert-torch", "litert-converter", "ai-edge-litert", "torch")

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.calibration.dataset import Sample
-from shared.candidates import SEEDED
 from shared.command.resources import MIB, available_memory_bytes, cpu_count
 from shared.formats.tensors import TensorSpec, describe
 from shared.metrics.output_error import Damage, measure_damage
 from shared.runtime.model import ModelSource, memory_need_bytes, open_model
 from shared.runtime.processes import ChildError
 from shared.runtime.samples import sample_inputs
+from tools.quantize_tflite.candidates import SEEDED
 
 SLOWER = 1.1  # times the original's latency: from here on it is said, and why
 RUNS, LARGE_RUNS = 40, 2

@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.bias import Patches, correct_biases, layers, mean_patches
 from shared.calibration.dataset import CalibrationSet, Sample
 from shared.command.errors import ToolError, first_line
 from shared.formats.tensors import TensorSpec
 from shared.metrics.output_error import Damage, measure_damage
-from shared.recipes import Rules
 from shared.runtime.samples import sample_inputs
 from shared.runtime.workarounds import large_weights_quantized
 from shared.runtime.worker import signature_names
+from tools.quantize_tflite.bias import Patches, correct_biases, layers, mean_patches
+from tools.quantize_tflite.recipes import Rules
 
 Array = NDArray[Any]
 Outputs = list[Array]

@@ -7,8 +7,6 @@ from rich.console import RenderableType
 from rich.table import Column, Table
 
 from shared.command.resources import size_text
-from shared.damage import LayerDamage
-from shared.measured import Measured
 from shared.metrics.gates import GateKept, gate_table
 from shared.quantize.coverage import (
     SHOWN,
@@ -20,13 +18,15 @@ from shared.quantize.coverage import (
     short_name,
     size_sentence,
 )
-from shared.recipes import Rules
-from shared.rule_coverage import RuleMatches
+from tools.quantize_tflite.coverage import RuleMatches
+from tools.quantize_tflite.pair import Measured
+from tools.quantize_tflite.recipes import Rules
+from tools.quantize_tflite.sensitivity import LayerDamage
 
 
 @dataclass(frozen=True)
 class Searched:
-    """How a search went; see `shared.search.Found`."""
+    """How a search went; see `tools.quantize_tflite.search.Found`."""
 
     target: str
     drop: float

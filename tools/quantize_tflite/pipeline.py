@@ -7,18 +7,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from shared import quantizer
 from shared.calibration.dataset import RANGES, CalibrationSet, Sample, choose_range
-from shared.candidates import Subject
 from shared.command.cli import step
 from shared.command.errors import ToolError
 from shared.command.resources import MIB, Needs, cpu_count, cpu_name
-from shared.damage import LayerDamage, measure_layers
 from shared.formats.tensors import TensorSpec
 from shared.formats.tflite import Op, check_is_tflite, copy_appended_zip, custom_ops, declared_range, read_ops, require_finite
-from shared.measured import Measured, measure_pair
-from shared.pressed import PressedModel, Searched
-from shared.recipes import (
+from shared.runtime.model import Kernels, ModelSource, open_model
+from shared.runtime.processes import Child, ChildError
+from tools.quantize_tflite import worker
+from tools.quantize_tflite.candidates import Subject
+from tools.quantize_tflite.coverage import RuleMatches, count_matches, measure_coverage, unmatched
+from tools.quantize_tflite.pair import Measured, measure_pair
+from tools.quantize_tflite.recipes import (
     INPUT_OUTPUT,
     NO_QUANTIZE,
     Rules,
@@ -28,12 +29,11 @@ from shared.recipes import (
     needs_calibration,
     operation_of,
 )
-from shared.repair import Repairs, cut_before_custom_ops, needed_repairs
-from shared.rule_coverage import RuleMatches, count_matches, measure_coverage, unmatched
-from shared.runtime.model import Kernels, ModelSource, open_model
-from shared.runtime.processes import Child, ChildError
-from shared.search import Ledger, Search, Target
-from shared.wish import Wish
+from tools.quantize_tflite.repair import Repairs, cut_before_custom_ops, needed_repairs
+from tools.quantize_tflite.request import Wish
+from tools.quantize_tflite.result import PressedModel, Searched
+from tools.quantize_tflite.search import Ledger, Search, Target
+from tools.quantize_tflite.sensitivity import LayerDamage, measure_layers
 
 # Measured at 33.4 M and 773.7 M parameters: libraries, and the weights already quantized.
 BASE_MEMORY = 300 * MIB
@@ -43,7 +43,7 @@ REPAIR_MEMORY_PER_BYTE = 2.0  # folded weights take twice their bytes
 STATIC_MEMORY_PER_BYTE = 4.5  # the calibrator holds the model twice beside XNNPACK's copy; measured at 134 M parameters
 COMPARED = 16  # samples, unless the user says how many, for bias correction, searches, layers' damage and the product's answers
 
-ROOM_BYTES = 2**16  # for what the quantizer adds beside scales
+ROOM_BYTES = 2**16  # for what the worker adds beside scales
 
 STATISTICS = "calibration.json"  # in the workspace, where samples were calibrated with
 
@@ -160,9 +160,9 @@ class Quantizer:
         )
 
     def _work(self, what: str, **arguments: Any) -> dict[str, Any]:
-        """Let a process of its own do a piece of `shared.quantizer`'s work."""
+        """Let a process of its own do a piece of `tools.quantize_tflite.worker`'s work."""
         try:
-            with Child(quantizer, QUANTIZE_TIMEOUT_S) as child:
+            with Child(worker, QUANTIZE_TIMEOUT_S) as child:
                 reply, _ = child.ask({"do": what, **arguments})
                 self._peak = max(self._peak, child.peak_rss_bytes)
                 return reply
@@ -170,7 +170,7 @@ class Quantizer:
             raise ToolError(f"AI Edge Quantizer failed with recipe {self._wish.recipe}", where=self._name, got=error) from None
 
     def _repaired(self, needed: Repairs, *, is_static: bool) -> Path:
-        """Return the model the quantizer can read: itself, or a repaired copy."""
+        """Return the model the worker can read: itself, or a repaired copy."""
         if not str(needed) and not is_static:
             return self._source
         target = self._workspace / "float.tflite"
@@ -355,7 +355,7 @@ class Quantizer:
 
 def _identity(subject: Subject, samples: CalibrationSet, target: Target) -> dict[str, str]:
     """Return what the measurements of a search depend on."""
-    versions = {name: metadata.version(name) for name in ("ai-edge-litert", "ai-edge-quantizer", "numpy")}
+    versions = {name: metadata.version(name) for name in ("ai-edge-litert", "ai-edge-worker", "numpy")}
     return {
         "model": subject.sha256,
         "samples": samples.sha256(),
@@ -367,7 +367,7 @@ def _identity(subject: Subject, samples: CalibrationSet, target: Target) -> dict
 
 
 def _sent(samples: CalibrationSet) -> dict[str, Any]:
-    """Return a set as a message to `shared.quantizer`."""
+    """Return a set as a message to `tools.quantize_tflite.worker`."""
     return {"path": str(samples.path), "input_range": samples.input_range, "most": samples.most}
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from shared.calibration.dataset import CalibrationSet, InputRange
 from shared.command.errors import ToolError
-from shared.recipes import NONE, Rules, check_rules, parse_selector, read_recipe_file, resolve_recipe
-from shared.search import Target
-from shared.wish import IoDtype, SearchWish, Wish
+from tools.quantize_tflite.recipes import NONE, Rules, check_rules, parse_selector, read_recipe_file, resolve_recipe
+from tools.quantize_tflite.request import IoDtype, SearchWish, Wish
+from tools.quantize_tflite.search import Target
 
 DEFAULT_RECIPE = "int8"
 

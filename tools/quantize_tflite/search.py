@@ -27,13 +27,13 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from shared.candidates import Job, Outcome, RefusedError, Subject, measure_candidate
 from shared.command.cli import step_progress
 from shared.command.errors import ToolError
 from shared.files.atomic import draft_beside
 from shared.formats.tflite import Op
-from shared.recipes import NONE, assign, operation_of, resolve_recipe, supports
 from shared.runtime.executors import finished
+from tools.quantize_tflite.candidates import Job, Outcome, RefusedError, Subject, measure_candidate
+from tools.quantize_tflite.recipes import NONE, assign, operation_of, resolve_recipe, supports
 
 Target = Literal["size", "latency"]
 Precisions = dict[str, str]  # op scope -> recipe

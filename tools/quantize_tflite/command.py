@@ -20,11 +20,9 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 
 from shared.calibration.dataset import InputRange
-from shared.choices import DEFAULT_RECIPE, Choices, beside
-from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, run, to_json
+from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, to_json
 from shared.command.errors import ToolError
 from shared.command.resources import Needs, require_disk, size_text
-from shared.damage import node_data
 from shared.files import artifacts
 from shared.files.artifacts import Plan, Product
 from shared.files.atomic import draft_beside, workspace
@@ -32,14 +30,16 @@ from shared.files.file_type import read_head
 from shared.files.provenance import provenance_path, read_provenance, record
 from shared.formats.bundle import Entry, check_packed, is_bundle, models_of, pack_bundle, unpack_bundle
 from shared.formats.tflite import AGAIN, check_is_tflite
-from shared.measured import Measured
 from shared.metrics.gates import GateKept
-from shared.pressed import Pressed
-from shared.quantization import STATISTICS, Quantizer, UnchangedError, needs_of
-from shared.recipes import ALIASES, read_recipe_file
 from shared.runtime.executors import dask_cluster, local_processes
-from shared.search import Target
-from shared.wish import IoDtype, Wish
+from tools.quantize_tflite.options import DEFAULT_RECIPE, Choices, beside
+from tools.quantize_tflite.pair import Measured
+from tools.quantize_tflite.pipeline import STATISTICS, Quantizer, UnchangedError, needs_of
+from tools.quantize_tflite.recipes import ALIASES, read_recipe_file
+from tools.quantize_tflite.request import IoDtype, Wish
+from tools.quantize_tflite.result import Pressed
+from tools.quantize_tflite.search import Target
+from tools.quantize_tflite.sensitivity import node_data
 
 COVERAGE = "coverage of weight bytes"
 PACKAGES = ("ai-edge-quantizer", "ai-edge-litert", "numpy")
@@ -167,7 +167,7 @@ def _has_statistics(output: Path, found: Pressed, names: Sequence[str]) -> bool:
 def _write_page(path: Path, source: Path, found: Pressed, message: str, *, overwrite: bool, refresh: bool) -> Product:
     """Write what was found as one HTML page."""
     from shared.html.page import STYLE
-    from shared.quantization_page import TEMPLATE, QuantizationPage, write_page
+    from tools.quantize_tflite.page import TEMPLATE, QuantizationPage, write_page
 
     arguments = {"found": hashlib.sha256(f"{source.name} {to_json(found)}".encode()).hexdigest()}
     plan = Plan(path, "quantize_tflite", arguments, [TEMPLATE, STYLE], ("jinja2",), overwrite=overwrite, refresh=refresh)
@@ -389,7 +389,3 @@ def _write_beside(path: Path, content: bytes) -> None:
         with draft_beside(path) as draft:
             draft.write_bytes(content)
             draft.replace(path)
-
-
-if __name__ == "__main__":
-    run(quantize_tflite)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from shared.formats.tflite import Op
 from shared.quantize.coverage import OpLeft, OpTypeCoverage
-from shared.recipes import NO_QUANTIZE, Rules, Selector, operation_of, supports
+from tools.quantize_tflite.recipes import NO_QUANTIZE, Rules, Selector, operation_of, supports
 
 FLOATS = ("FLOAT32", "FLOAT64")
 

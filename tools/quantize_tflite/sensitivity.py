@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from shared.candidates import Job, Outcome, Subject, measure_candidate
 from shared.command.cli import step_progress
 from shared.formats.tflite import Op
 from shared.metrics.output_error import Damage
-from shared.recipes import NO_QUANTIZE, Rules
-from shared.rule_coverage import matching_rules
 from shared.runtime.executors import finished
+from tools.quantize_tflite.candidates import Job, Outcome, Subject, measure_candidate
+from tools.quantize_tflite.coverage import matching_rules
+from tools.quantize_tflite.recipes import NO_QUANTIZE, Rules
 
 WORST_SHOWN = 1000.0  # instead of infinity, which JSON does not know
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.command.resources import size_text
-from shared.damage import LayerDamage
 from shared.html.page import TEMPLATES, Bar, write_template
-from shared.pressed import Pressed, PressedModel, layer_cells, sentences
 from shared.quantize.coverage import number_text, short_name
+from tools.quantize_tflite.result import Pressed, PressedModel, layer_cells, sentences
+from tools.quantize_tflite.sensitivity import LayerDamage
 
 TEMPLATE = TEMPLATES / "quantization.html.jinja"
 LAYERS_DRAWN = 40

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from shared.calibration.dataset import CalibrationSet, InputRange
-from shared.recipes import Rules, Selector, needs_calibration, resolve_recipe
 from shared.runtime.executors import local_processes
-from shared.search import Target
+from tools.quantize_tflite.recipes import Rules, Selector, needs_calibration, resolve_recipe
+from tools.quantize_tflite.search import Target
 
 IoDtype = Literal["float32", "int8", "int16"]
 

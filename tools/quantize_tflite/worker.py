@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from shared.calibration.dataset import CalibrationSet
-from shared.candidates import Subject, corrected
 from shared.command.errors import ToolError
 from shared.formats.tensors import TensorSpec
-from shared.repair import repair, shorten_names
 from shared.runtime.processes import Arrays, Message
 from shared.runtime.workarounds import large_weights_quantized
+from tools.quantize_tflite.candidates import Subject, corrected
+from tools.quantize_tflite.repair import repair, shorten_names
 
 
 def repair_model(source: str, target: str, *, add_signature: bool) -> dict[str, int]:

@@ -1,0 +1,3 @@
+from tools.quantize_tflite.command import quantize_tflite
+
+__all__ = ["quantize_tflite"]
