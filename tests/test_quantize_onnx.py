@@ -18,7 +18,6 @@ from shared.formats.onnx_graph import read_metadata
 from shared.formats.tensors import TensorSpec
 from shared.media.images import image_files, read_pixels, seeded_image
 from shared.metrics.fidelity import measure_fidelity
-from shared.onnx_pressed import PressedOnnx
 from shared.runtime.model import ModelSource, open_model
 from shared.runtime.processes import ChildError
 from shared.runtime.samples import sample_inputs
@@ -35,6 +34,7 @@ from tests.small_onnx import (
     with_external_weights,
 )
 from tools.quantize_onnx import quantize_onnx
+from tools.quantize_onnx.result import PressedOnnx
 
 COUNT = 6  # samples of the small sets
 
@@ -42,7 +42,7 @@ COUNT = 6  # samples of the small sets
 @pytest.fixture(autouse=True)
 def few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time nothing longer than it takes to see that it is timed."""
-    monkeypatch.setattr("shared.onnx_evaluation.SMALL_RUNS", 2)
+    monkeypatch.setattr("tools.quantize_onnx.evaluation.SMALL_RUNS", 2)
 
 
 @pytest.fixture
@@ -732,7 +732,7 @@ def test_a_product_that_was_cut_off_does_not_run(model: Path, tiles: Path) -> No
 
 def test_a_repair_that_changes_the_answers_is_an_error(tmp_path: Path, tiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = save_picture_model(tmp_path / "old.onnx", opset=10)
-    monkeypatch.setattr("shared.onnx_pressing.MOST_CHANGED", -1.0)
+    monkeypatch.setattr("tools.quantize_onnx.pipeline.MOST_CHANGED", -1.0)
     with pytest.raises(ToolError, match="repairing the model changes its answers; got relative error"):
         quantize_onnx(old, calibration=tiles)
     assert names(tmp_path) == {"old.onnx"}

@@ -12,13 +12,13 @@ from onnx import helper, numpy_helper
 from onnxruntime.quantization.calibrate import save_tensors_data
 
 from shared.command.resources import saturates
-from shared.onnx_bias import correct, mean_inputs
-from shared.onnx_quantizer import quantize
-from shared.onnx_ranges import Feed, find_ranges
-from shared.onnx_repair import repair
-from shared.onnx_settings import Settings
-from shared.onnx_spelling import write_spelled
 from tests.small_onnx import answer, save, save_vector_model, seeded, weights_of
+from tools.quantize_onnx.bias import correct, mean_inputs
+from tools.quantize_onnx.ranges import Feed, find_ranges
+from tools.quantize_onnx.repair import repair
+from tools.quantize_onnx.rewrite import write_spelled
+from tools.quantize_onnx.settings import Settings
+from tools.quantize_onnx.worker import quantize
 
 SAMPLES = 8
 FLOAT, QUANTIZED = "float.onnx", "quantized.onnx"

@@ -10,9 +10,9 @@ from onnx import numpy_helper
 
 from shared.formats.onnx_file import read_model
 from shared.formats.onnx_graph import read_ops
-from shared.onnx_coverage import measure_coverage
-from shared.onnx_settings import Settings
 from tests.small_onnx import Array, save_vector_model, seeded
+from tools.quantize_onnx.coverage import measure_coverage
+from tools.quantize_onnx.settings import Settings
 
 GEMM, PRODUCT, PLUS = 4 * 16 * 4, 8 * 16 * 4, 16 * 4  # bytes of weights
 

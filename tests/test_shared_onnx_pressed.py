@@ -9,8 +9,8 @@ from rich.console import Group as Lines
 
 from shared.metrics.fidelity import Fidelity
 from shared.metrics.gates import GateKept
-from shared.onnx_pressed import WHY_SLOWER, PressedOnnx, Timed
 from shared.quantize.coverage import OpLeft, OpTypeCoverage
+from tools.quantize_onnx.result import WHY_SLOWER, PressedOnnx, Timed
 
 NEAR = Fidelity(42.0, 41.0, 0.9999, 0.01)
 

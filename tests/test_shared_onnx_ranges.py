@@ -9,15 +9,15 @@ import onnx
 import pytest
 from onnx import helper
 
-from shared import onnx_ranges
 from shared.command.errors import ToolError
-from shared.onnx_ranges import Feed, activations, find_ranges
-from shared.onnx_settings import LAYERS, PASSING
 from tests.small_onnx import Array, answer, save, save_picture_model, save_vector_model, seeded, with_external_weights
+from tools.quantize_onnx import ranges
+from tools.quantize_onnx.ranges import Feed, activations, find_ranges
+from tools.quantize_onnx.settings import LAYERS, PASSING
 
 KINDS = (*LAYERS, *PASSING)
 NAMES = ["image", "c0", "r0", "c1", "r1", "made"]
-METHODS: tuple[onnx_ranges.CalibrationMethod, ...] = ("minmax", "entropy", "percentile")
+METHODS: tuple[ranges.CalibrationMethod, ...] = ("minmax", "entropy", "percentile")
 
 
 @pytest.fixture
@@ -33,9 +33,7 @@ def samples() -> list[Feed]:
     return [{"image": seeded(1, 3, 16, 16, seed=number)} for number in range(5)]
 
 
-def ranges(
-    model: Path, samples: Sequence[Feed], method: onnx_ranges.CalibrationMethod = "minmax"
-) -> dict[str, tuple[float, float]]:
+def ranges(model: Path, samples: Sequence[Feed], method: ranges.CalibrationMethod = "minmax") -> dict[str, tuple[float, float]]:
     found = find_ranges(model, model.with_name("augmented.onnx"), KINDS, samples, method)
     return {name: tuple(float(value) for value in data.range_value) for name, data in found.data.items()}
 
@@ -77,35 +75,35 @@ def test_minmax_is_numpys(model: Path, samples: list[Feed]) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_order_of_the_samples_does_not_matter(model: Path, samples: list[Feed], method: onnx_ranges.CalibrationMethod) -> None:
+def test_the_order_of_the_samples_does_not_matter(model: Path, samples: list[Feed], method: ranges.CalibrationMethod) -> None:
     samples[3]["image"] *= 7  # what comes late is wider than what came before
     assert ranges(model, samples, method) == ranges(model, samples[::-1], method)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ranges_are_the_same_in_parts_of_one_tensor(
-    model: Path, samples: list[Feed], monkeypatch: pytest.MonkeyPatch, method: onnx_ranges.CalibrationMethod
+    model: Path, samples: list[Feed], monkeypatch: pytest.MonkeyPatch, method: ranges.CalibrationMethod
 ) -> None:
     whole = ranges(model, samples, method)
-    monkeypatch.setattr(onnx_ranges, "FETCHED_BYTES", 1)
-    monkeypatch.setattr(onnx_ranges, "PROBED", 1)
+    monkeypatch.setattr(ranges, "FETCHED_BYTES", 1)
+    monkeypatch.setattr(ranges, "PROBED", 1)
     assert ranges(model, samples, method) == whole
 
 
 def test_no_more_is_fetched_at_a_time_than_the_bound(model: Path, samples: list[Feed], monkeypatch: pytest.MonkeyPatch) -> None:
     large = 16 * 16 * 16 * 4  # bytes of each inner tensor
-    monkeypatch.setattr(onnx_ranges, "FETCHED_BYTES", 2 * large)
-    monkeypatch.setattr(onnx_ranges, "PROBED", 2)
-    session = onnx_ranges._giving_out(model, model.with_name("augmented.onnx"), NAMES)
-    parts = list(onnx_ranges._activations(session, NAMES, samples))
+    monkeypatch.setattr(ranges, "FETCHED_BYTES", 2 * large)
+    monkeypatch.setattr(ranges, "PROBED", 2)
+    session = ranges._giving_out(model, model.with_name("augmented.onnx"), NAMES)
+    parts = list(ranges._activations(session, NAMES, samples))
     assert max(sum(values.nbytes for values in part.values()) for part in parts) <= 2 * large
     assert sum(len(part) for part in parts) == len(NAMES) * len(samples)
 
 
 def test_parts_are_as_large_as_the_bound_allows_and_hold_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_ranges, "FETCHED_BYTES", 10)
+    monkeypatch.setattr(ranges, "FETCHED_BYTES", 10)
     sizes = {"a": 4, "b": 6, "c": 1, "d": 50, "e": 1}
-    assert onnx_ranges._parts(list(sizes), sizes) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert ranges._parts(list(sizes), sizes) == [["a", "b"], ["c"], ["d"], ["e"]]
 
 
 def test_percentile_cuts_an_outlier_off_and_minmax_does_not(model: Path, samples: list[Feed]) -> None:
@@ -125,14 +123,14 @@ def test_the_fast_histogram_is_numpys() -> None:
     threshold = np.float32(np.abs(values).max())
     edges = np.linspace(-threshold, threshold, 65, dtype=np.float32)
     counts = np.zeros(64, np.int64)
-    onnx_ranges._count((counts, edges, values.min(), values.max(), threshold), values)
+    ranges._count((counts, edges, values.min(), values.max(), threshold), values)
     expected, _ = np.histogram(values, 64, (-threshold, threshold))
     assert counts.sum() == values.size
     assert np.abs(counts - expected).max() <= 2  # values on an edge may fall to either side
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_tensor_that_never_changes_has_a_range(tmp_path: Path, method: onnx_ranges.CalibrationMethod) -> None:
+def test_a_tensor_that_never_changes_has_a_range(tmp_path: Path, method: ranges.CalibrationMethod) -> None:
     path = save(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])], {"x": (1, 8)}, {"y": (1, 8)})
     low, high = ranges(path, [{"x": np.full((1, 8), -1, np.float32)}] * 2, method)["y"]
     assert np.isfinite([low, high]).all()
@@ -141,7 +139,7 @@ def test_a_tensor_that_never_changes_has_a_range(tmp_path: Path, method: onnx_ra
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_an_activation_that_is_not_finite_is_an_error(tmp_path: Path, value: float, method: onnx_ranges.CalibrationMethod) -> None:
+def test_an_activation_that_is_not_finite_is_an_error(tmp_path: Path, value: float, method: ranges.CalibrationMethod) -> None:
     nodes = [helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Mul", ["r", "by"], ["y"])]
     path = save(tmp_path / "m.onnx", nodes, {"x": (1, 8)}, {"y": (1, 8)}, {"by": np.float32(value)}, noted={"r": (1, 8)})
     found = [{"x": np.ones((1, 8), np.float32)}] * 2

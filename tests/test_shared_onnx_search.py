@@ -6,7 +6,7 @@ import pytest
 
 from shared.formats.onnx_graph import OnnxOp
 from shared.metrics.fidelity import Fidelity
-from shared.onnx_search import find_kept
+from tools.quantize_onnx.search import find_kept
 
 LIMIT = 0.1
 

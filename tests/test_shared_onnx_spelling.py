@@ -9,9 +9,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from shared.formats.onnx_file import read_model
-from shared.onnx_repair import repair
-from shared.onnx_spelling import matrix_products, write_spelled
 from tests.small_onnx import Array, Shape, answer, kinds_of, save, save_picture_model, seeded, with_external_weights
+from tools.quantize_onnx.repair import repair
+from tools.quantize_onnx.rewrite import matrix_products, write_spelled
 
 
 def spelled(source: Path) -> tuple[bool, list[str], Path]:

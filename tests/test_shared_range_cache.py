@@ -6,7 +6,7 @@ import pytest
 
 from shared.calibration.dataset import CalibrationSet
 from shared.command.errors import ToolError
-from shared.range_cache import RangeCache, key_of
+from tools.quantize_onnx.range_cache import RangeCache, key_of
 
 
 def test_what_is_kept_is_found_again_and_nothing_else(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from shared.calibration.dataset import CalibrationSet, Sample
 from shared.command.errors import ToolError, first_line
 from shared.formats.onnx_file import MAX_PROTOBUF_BYTES, external_files, read_model
 from shared.formats.tensors import TensorSpec
-from shared.onnx_repair import NARROW, repair, write
-from shared.onnx_settings import Settings
-from shared.onnx_spelling import AS_FLOAT, matrix_products, shield_floats, write_spelled
 from shared.runtime.processes import Arrays, Message
+from tools.quantize_onnx.repair import NARROW, repair, write
+from tools.quantize_onnx.rewrite import AS_FLOAT, matrix_products, shield_floats, write_spelled
+from tools.quantize_onnx.settings import Settings
 
 
 def repair_model(source: str, target: str) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def repair_model(source: str, target: str) -> dict[str, Any]:
 
 
 def spell(model: str, target: str) -> dict[str, Any]:
-    """Write the model in the form that static quantization makes most of; see `shared.onnx_spelling`."""
+    """Write the model in the form that static quantization makes most of; see `tools.quantize_onnx.rewrite`."""
     changed, kept = write_spelled(Path(model), Path(target))
     return {"changed": changed, "kept": kept}
 
@@ -38,11 +38,11 @@ def find_ranges(model: str, target: str, settings: dict[str, Any], samples: dict
     """Write the ranges of a model's activations, in onnxruntime.quantization's form; return how many there are."""
     from onnxruntime.quantization.calibrate import save_tensors_data
 
-    from shared import onnx_ranges
+    from tools.quantize_onnx import ranges
 
     wanted, augmented = _settings(settings), Path(model).with_name("augmented.onnx")
     op_types = (*wanted.op_types, *(("Gemm",) if "MatMul" in wanted.op_types else ()))
-    found = onnx_ranges.find_ranges(Path(model), augmented, op_types, _Samples(samples, inputs), wanted.method)
+    found = ranges.find_ranges(Path(model), augmented, op_types, _Samples(samples, inputs), wanted.method)
     save_tensors_data(found, target)
     augmented.unlink(missing_ok=True)
     return {"tensors": len(found.data)}
@@ -50,7 +50,7 @@ def find_ranges(model: str, target: str, settings: dict[str, Any], samples: dict
 
 def find_means(model: str, target: str, samples: dict[str, Any], inputs: list[Any]) -> dict[str, Any]:
     """Write the mean inputs of a model's layers; return how many there are."""
-    from shared.onnx_bias import mean_inputs
+    from tools.quantize_onnx.bias import mean_inputs
 
     augmented = Path(model).with_name("augmented.onnx")
     found = mean_inputs(Path(model), augmented, _Samples(samples, inputs))
@@ -83,7 +83,7 @@ def quantize(  # noqa: PLR0917 - called by name
     product = onnx.load(str(Path(target).absolute()))
     corrected = 0
     if means is not None and wanted.mode != "fp16":
-        from shared.onnx_bias import correct
+        from tools.quantize_onnx.bias import correct
 
         with np.load(means) as held:
             names = json.loads(str(held["names"]))
@@ -141,7 +141,7 @@ def _static(model: Path, target: Path, wanted: Settings, ranges: str | None, pro
         target,
         None,  # the ranges are there already
         calibration_cache_path=ranges,
-        calibrate_method=CalibrationMethod.MinMax,  # as `shared.onnx_ranges` has them noted
+        calibrate_method=CalibrationMethod.MinMax,  # as `tools.quantize_onnx.ranges` has them noted
         quant_format=QuantFormat.QDQ if wanted.form == "qdq" else QuantFormat.QOperator,
         op_types_to_quantize=kinds,
         per_channel=wanted.per_channel,

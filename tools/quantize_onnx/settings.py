@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from shared.onnx_ranges import CalibrationMethod
+from tools.quantize_onnx.ranges import CalibrationMethod
 
 Mode = Literal["dynamic", "static", "fp16"]
 IntegerType = Literal["int8", "uint8", "int16", "uint16"]

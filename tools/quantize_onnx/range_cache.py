@@ -13,7 +13,7 @@ from shared.files.atomic import draft_beside
 from shared.formats.model_file import model_files
 
 KIND = "edgepress ranges"
-VERSION = 1  # of how ranges are found and named; to be raised with `shared.onnx_ranges` and `shared.onnx_spelling`
+VERSION = 1  # of how ranges are found and named; to be raised with `tools.quantize_onnx.ranges` and `tools.quantize_onnx.rewrite`
 
 
 class RangeCache:

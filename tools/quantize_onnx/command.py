@@ -19,7 +19,7 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 
 from shared.calibration.dataset import CalibrationSet, InputRange
-from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, Threads, run
+from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, Threads
 from shared.command.errors import ToolError
 from shared.command.resources import cpu_count, cpu_name, require_disk, saturates, size_text
 from shared.files import artifacts
@@ -30,12 +30,12 @@ from shared.formats.model_file import format_of, model_files
 from shared.formats.onnx_file import check_is_onnx, external_files, name_weights, read_model, require_finite
 from shared.formats.onnx_graph import read_ops
 from shared.metrics.gates import GateKept
-from shared.onnx_pressed import SLOWER, PressedOnnx
-from shared.onnx_pressing import needs_of, press
-from shared.onnx_ranges import CalibrationMethod
-from shared.onnx_settings import LAYERS, PASSING, RECURRENT, Form, IntegerType, Settings
-from shared.onnx_wish import OnnxWish
-from shared.range_cache import RangeCache
+from tools.quantize_onnx.pipeline import needs_of, press
+from tools.quantize_onnx.range_cache import RangeCache
+from tools.quantize_onnx.ranges import CalibrationMethod
+from tools.quantize_onnx.request import OnnxWish
+from tools.quantize_onnx.result import SLOWER, PressedOnnx
+from tools.quantize_onnx.settings import LAYERS, PASSING, RECURRENT, Form, IntegerType, Settings
 
 PACKAGES = ("onnx", "onnxruntime", "numpy", "pillow")
 ModeName = Literal["dynamic", "static", "fp16", "auto"]
@@ -310,7 +310,3 @@ def quantize_onnx(
         except _LimitBrokenError as error:
             return QuantizedOnnx(model, None, error.found, f"FAILED: {error.found.broken()}; nothing was written")
     return QuantizedOnnx(model, product, found, _message(found, product, reduces_range=reduce_range))
-
-
-if __name__ == "__main__":
-    run(quantize_onnx)

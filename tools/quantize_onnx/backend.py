@@ -6,15 +6,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from shared import onnx_quantizer
 from shared.calibration.dataset import CalibrationSet
 from shared.command.cli import step
 from shared.command.errors import ToolError
-from shared.onnx_evaluation import Samples
-from shared.onnx_repair import Repairs
-from shared.onnx_settings import Settings
-from shared.range_cache import RangeCache, key_of
 from shared.runtime.processes import Child, ChildError
+from tools.quantize_onnx import worker
+from tools.quantize_onnx.evaluation import Samples
+from tools.quantize_onnx.range_cache import RangeCache, key_of
+from tools.quantize_onnx.repair import Repairs
+from tools.quantize_onnx.settings import Settings
 
 TIMEOUT_S = 3600.0
 DOING = {
@@ -46,7 +46,7 @@ class Quantized:
 
 
 class Workshop:
-    """Does `shared.onnx_quantizer`'s work; use with `with`.
+    """Does `tools.quantize_onnx.worker`'s work; use with `with`.
 
     Args:
         source: The model as it came.
@@ -57,7 +57,7 @@ class Workshop:
         self.float_model = folder / "float.onnx"
         self.peak_rss_bytes = 0
         self._source, self._folder = source, folder
-        self._child = Child(onnx_quantizer, TIMEOUT_S)
+        self._child = Child(worker, TIMEOUT_S)
         self._static_form: tuple[Path, tuple[str, ...]] | None = None
 
     def __enter__(self) -> Self:

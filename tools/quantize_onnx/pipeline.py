@@ -11,14 +11,14 @@ from shared.formats.model_file import model_files, size_bytes
 from shared.formats.onnx_file import read_model, tensor_bytes, tensors
 from shared.formats.onnx_graph import OnnxOp, read_ops
 from shared.metrics.fidelity import Fidelity
-from shared.onnx_coverage import measure_coverage
-from shared.onnx_evaluation import LARGE_BYTES, Evaluation, Samples, settle_samples
-from shared.onnx_pressed import FLOAT, ORIGINAL, PressedOnnx, Timed
-from shared.onnx_repair import DATA, OPSET
-from shared.onnx_search import find_kept
-from shared.onnx_settings import LAYERS, Settings
-from shared.onnx_wish import OnnxWish
-from shared.onnx_workshop import Quantized, Workshop
+from tools.quantize_onnx.backend import Quantized, Workshop
+from tools.quantize_onnx.coverage import measure_coverage
+from tools.quantize_onnx.evaluation import LARGE_BYTES, Evaluation, Samples, settle_samples
+from tools.quantize_onnx.repair import DATA, OPSET
+from tools.quantize_onnx.request import OnnxWish
+from tools.quantize_onnx.result import FLOAT, ORIGINAL, PressedOnnx, Timed
+from tools.quantize_onnx.search import find_kept
+from tools.quantize_onnx.settings import LAYERS, Settings
 
 BASE_MEMORY = int(0.5 * GIB)
 MEMORY_PER_BYTE = 3.2  # the quantizer holds the model, its quantized weights, and what it writes; measured at 773.7 M parameters

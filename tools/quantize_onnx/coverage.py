@@ -6,8 +6,8 @@ from typing import Any
 
 from shared.formats.onnx_file import Model
 from shared.formats.onnx_graph import OnnxOp
-from shared.onnx_settings import Settings
 from shared.quantize.coverage import OpLeft, OpTypeCoverage
+from tools.quantize_onnx.settings import Settings
 
 
 def measure_coverage(

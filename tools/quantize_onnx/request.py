@@ -5,7 +5,7 @@ from pathlib import Path
 
 from shared.calibration.dataset import CalibrationSet, InputRange
 from shared.metrics.fidelity import Fidelity
-from shared.onnx_settings import Settings
+from tools.quantize_onnx.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from shared.formats.onnx_graph import declared_range
 from shared.formats.tensors import TensorSpec, image_input
 from shared.media.images import image_form
 from shared.metrics.fidelity import Fidelity, measure_fidelity
-from shared.onnx_pressed import FLOAT, Timed
-from shared.onnx_wish import OnnxWish
 from shared.runtime.benchmark import Inputs, Protocol, Shown, run_trials
 from shared.runtime.model import ModelSource, memory_need_bytes, open_model
 from shared.runtime.processes import ChildError
 from shared.runtime.samples import sample_inputs
+from tools.quantize_onnx.request import OnnxWish
+from tools.quantize_onnx.result import FLOAT, Timed
 
 COMPARED, LARGE_COMPARED = 16, 2  # samples that answers are compared on, unless there are fewer
 SEEDED, LARGE_SEEDED = 4, 1  # samples where there is no calibration set

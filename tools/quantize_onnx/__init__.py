@@ -1,0 +1,3 @@
+from tools.quantize_onnx.command import quantize_onnx
+
+__all__ = ["quantize_onnx"]
