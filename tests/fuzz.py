@@ -38,9 +38,9 @@ from shared.media.images import read_pixels
 from shared.networks.card import load_card
 from shared.networks.checkpoint import open_checkpoint, require_sound
 from shared.networks.pth_check import check_pth
-from shared.sources import Columns, find_sources
 from tests import mutations, small_files
 from tests.mutations import Mutate, scramble
+from tools.prepare_calibration.sources import Columns, find_sources
 from tools.quantize_tflite.repair import needed_repairs
 
 ROOT = Path(__file__).resolve().parent.parent

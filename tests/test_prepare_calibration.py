@@ -22,11 +22,11 @@ from shared.files.provenance import provenance_path
 from shared.formats.tensors import TensorSpec
 from shared.media.images import read_pixels, seeded_image, stretch
 from shared.media.video import frames_at
-from shared.sampling import MOST_OVERLAP, look_at
 from tests.conftest import REALDATA, ROOT, Run
 from tests.test_shared_video import write_video
 from tools import prepare_calibration as module
 from tools.prepare_calibration import CalibrationSamples, prepare_calibration
+from tools.prepare_calibration.sampling import MOST_OVERLAP, look_at
 
 TILE = 32
 SMALL: dict[str, Any] = {"tile_size": TILE, "max_samples": 12}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shared.media.images import Pixels
-from shared.sampling import CANDIDATES, MOST_OVERLAP, Box, Candidate, Look, choose, draw_boxes, look_at
+from tools.prepare_calibration.sampling import CANDIDATES, MOST_OVERLAP, Box, Candidate, Look, choose, draw_boxes, look_at
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from shared.sheets import (
+from tools.prepare_calibration.contact_sheet import (
     CANDIDATE,
     CELL,
     COLUMNS,

@@ -8,8 +8,8 @@ import pytest
 
 from shared.command.errors import ToolError
 from shared.media.images import read_pixels
-from shared.sources import PATTERNS, Columns, Picture, Source, find_sources, read_pictures, synthetic_sources
 from tests.test_shared_video import write_video
+from tools.prepare_calibration.sources import PATTERNS, Columns, Picture, Source, find_sources, read_pictures, synthetic_sources
 
 FRAMES = 20
 RATE = 10  # frames a second, as `write_video` has it

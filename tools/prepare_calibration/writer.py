@@ -17,7 +17,7 @@ from shared.calibration.dataset import RANGES, InputRange
 from shared.files.atomic import abandoned_marks, begun, draft_beside, identity, is_abandoned, kept_aside
 from shared.files.provenance import provenance_path, read_provenance, record
 from shared.media.images import ImageForm, Pixels, read_pixels, to_form
-from shared.sheets import write_contact_sheet
+from tools.prepare_calibration.contact_sheet import write_contact_sheet
 
 SAMPLE = re.compile(r"[sh]\d{4,}_[0-9a-f]{8}\.png")
 UNDATED = (1980, 1, 1, 0, 0, 0)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared.calibration_writer import ArrayForm
 from shared.command.cli import step_progress
 from shared.command.errors import ToolError
 from shared.media.images import Pixels, stretch
-from shared.sampling import Box, Candidate, choose, draw_boxes, look_at
-from shared.sources import Picture, Source, read_pictures
+from tools.prepare_calibration.sampling import Box, Candidate, choose, draw_boxes, look_at
+from tools.prepare_calibration.sources import Picture, Source, read_pictures
+from tools.prepare_calibration.writer import ArrayForm
 
 FEW_SOURCES = 4  # below this many, pictures are held out instead of whole sources
 

@@ -21,8 +21,7 @@ from rich.console import RenderableType
 from rich.table import Column, Table
 
 from shared.calibration.dataset import MANIFEST_NAME, InputRange, choose_range
-from shared.calibration_writer import ArrayForm, Set, write_arrays, write_sample, write_sheet
-from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, Seed, run, step_progress
+from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, Seed, step_progress
 from shared.command.errors import ToolError
 from shared.command.resources import MIB, Needs
 from shared.files import artifacts
@@ -35,10 +34,11 @@ from shared.formats.tensors import describe, image_input
 from shared.media.images import ImageForm
 from shared.runtime.model import ModelSource, open_model
 from shared.runtime.processes import ChildError
-from shared.sampling import Candidate, Look
-from shared.selection import SamplesWish, Skipped, choose_parts, look_at_all
-from shared.sheets import Point, write_coverage_plot
-from shared.sources import Columns, Source, find_sources, synthetic_sources
+from tools.prepare_calibration.contact_sheet import Point, write_coverage_plot
+from tools.prepare_calibration.sampling import Candidate, Look
+from tools.prepare_calibration.selection import SamplesWish, Skipped, choose_parts, look_at_all
+from tools.prepare_calibration.sources import Columns, Source, find_sources, synthetic_sources
+from tools.prepare_calibration.writer import ArrayForm, Set, write_arrays, write_sample, write_sheet
 
 PACKAGES = ("numpy", "pillow", "opencv-python-headless")
 TILE_SIZE = 224  # pixels
@@ -351,7 +351,3 @@ def _message(output: Path, chosen: Chosen, product: Product, wanted: int, held_w
     if chosen.samples < wanted:
         text += f"; fewer than the {wanted} asked for"
     return f"{text}; see {output / SHEET}"
-
-
-if __name__ == "__main__":
-    run(prepare_calibration)

@@ -1,0 +1,3 @@
+from tools.prepare_calibration.command import prepare_calibration
+
+__all__ = ["prepare_calibration"]
