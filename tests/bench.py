@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from shared.command.resources import GIB, MIB, cpu_count
-from shared.comparison import Candidate
 from shared.files.code_version import ROOT
 from shared.networks.card import load_card
 from shared.runtime.benchmark import Measured
 from tools.compare import compare
+from tools.compare.comparison import Candidate
 
 RESULTS = ROOT / "tests" / "bench.json"
 README = ROOT / "README.md"

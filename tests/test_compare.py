@@ -19,9 +19,6 @@ from shared.command.resources import saturates
 from shared.files import artifacts
 from shared.files.artifacts import Plan
 from shared.formats.tensors import TensorSpec
-from shared.image_quality import bicubic_scores
-from shared.report import Page
-from shared.robustness import image_input
 from shared.runtime import benchmark
 from shared.runtime.benchmark import Measured, Shown
 from shared.runtime.model import Model, ModelSource, open_model
@@ -31,6 +28,9 @@ from tests.small_onnx import save, save_picture_model
 from tests.test_shared_report import parse
 from tools import compare as module
 from tools.compare import compare
+from tools.compare.accuracy import image_input
+from tools.compare.image_quality import bicubic_scores
+from tools.compare.page import Page
 from tools.convert_detector import convert_detector
 from tools.prepare_calibration import prepare_calibration
 from tools.quantize_onnx import quantize_onnx

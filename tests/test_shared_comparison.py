@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from shared.comparison import Candidate, Findings, Gate
-from shared.robustness import Accuracy, Condition, Reading
 from shared.runtime.benchmark import Measured
+from tools.compare.accuracy import Accuracy, Condition, Reading
+from tools.compare.comparison import Candidate, Findings, Gate
 
 
 def measured(name: str, size: int, ms: float) -> Measured:

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 
 from shared.command.errors import ToolError
-from shared.comparison import ImageFindings, ImageTask
-from shared.gates import Limits, limits_under_attack
-from shared.image_quality import TruthScores
 from shared.media.attacks import Attack
 from tests.test_shared_comparison import accuracy, candidate
+from tools.compare.comparison import ImageFindings, ImageTask
+from tools.compare.gates import Limits, limits_under_attack
+from tools.compare.image_quality import TruthScores
 
 FOUND = candidate("a.tflite", 2**20, 4)  # 1 MiB, 4 ms, cosine 0.5, speed-up 2, 75 % of the bits right, 37.5 % under jpeg-50
 

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from shared.command.errors import ToolError
-from shared.image_quality import SSIM_WINDOW, as_image, bicubic_scores, find_truths, score, score_against_truth
 from shared.media.images import Pixels, to_image
 from shared.metrics.fidelity import MOST_DB
 from tests.conftest import REALDATA
+from tools.compare.image_quality import SSIM_WINDOW, as_image, bicubic_scores, find_truths, score, score_against_truth
 
 
 def noise(height: int, width: int, seed: int = 0) -> Pixels:

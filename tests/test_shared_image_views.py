@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared import image_views
-from shared.comparison import Candidate, Findings, ImageFindings, ImageTask
 from shared.formats.tensors import TensorSpec
-from shared.image_views import AMPLIFICATIONS, BRIGHT, SIDE, worst_views
 from shared.media.images import Pixels, read_pixels
-from shared.report import WORST, write_page
 from shared.runtime.model import ModelSource
 from tests.test_shared_comparison import FINDINGS, candidate, measured
 from tests.test_shared_report import parse
+from tools.compare import image_views
+from tools.compare.comparison import Candidate, Findings, ImageFindings, ImageTask
+from tools.compare.image_views import AMPLIFICATIONS, BRIGHT, SIDE, worst_views
+from tools.compare.page import WORST, write_page
 
 Maker = Callable[[np.ndarray], np.ndarray]  # type: ignore[type-arg]
 HEIGHT, WIDTH = 150, 200  # pixels of the images; models make them twice as large

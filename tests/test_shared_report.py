@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from shared.command.errors import ToolError
-from shared.comparison import Candidate, Findings
 from shared.html.plots import MAX_POINTS, SERIES, line_plot, scatter_plot
-from shared.report import WORST, write_page
-from shared.robustness import Reading
 from tests.test_shared_comparison import FINDINGS, accuracy
+from tools.compare.accuracy import Reading
+from tools.compare.comparison import Candidate, Findings
+from tools.compare.page import WORST, write_page
 
 VOID = {"meta", "img", "line", "circle", "polyline", "br"}
 

@@ -9,9 +9,9 @@ from PIL import Image
 
 from shared.formats.tensors import TensorSpec
 from shared.media.attacks import Attack
-from shared.robustness import Accuracy, Condition, image_input, labelled_inputs, largest_drop, read_accuracy
 from shared.runtime.processes import ChildError
 from shared.watermark.message import Labelled
+from tools.compare.accuracy import Accuracy, Condition, image_input, labelled_inputs, largest_drop, read_accuracy
 
 MESSAGE = np.array([1, 0, 1, 1], bool)
 IMAGES = [Labelled(Path("a.png"), MESSAGE, Path("o.png")), Labelled(Path("b.png"), ~MESSAGE), Labelled(Path("c.png"), None)]

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.comparison import Findings, ImageTask
-from shared.image_quality import as_image
 from shared.media.images import Pixels, read_pixels
 from shared.runtime.model import Model, ModelSource, open_model
 from shared.runtime.samples import image_sample
+from tools.compare.comparison import Findings, ImageTask
+from tools.compare.image_quality import as_image
 
 SIDE = 160  # pixels of a cut-out, in the models' output
 WINDOW = 16  # pixels over which a difference is added up to find its place

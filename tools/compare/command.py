@@ -24,10 +24,9 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 
 from shared.calibration.dataset import MANIFEST_NAME, RANGES, CalibrationSet, InputRange
-from shared.command.cli import Overwrite, Refresh, Seed, Threads, run, to_json
+from shared.command.cli import Overwrite, Refresh, Seed, Threads, to_json
 from shared.command.errors import DamagedError, ToolError
 from shared.command.resources import MIB, available_memory_bytes, cpu_count, cpu_name, require_disk
-from shared.comparison import Candidate, Findings, ImageFindings, ImageTask
 from shared.files import artifacts
 from shared.files.artifacts import Plan, Product
 from shared.files.provenance import provenance_path, require_vouched
@@ -35,19 +34,20 @@ from shared.formats.model_file import declared_range, format_of, model_files
 from shared.formats.onnx_graph import why_slower
 from shared.formats.tensors import TensorSpec
 from shared.formats.tflite import read_dequantized_types
-from shared.gates import Limits, limits_under_attack
-from shared.image_quality import TruthScores, as_image, bicubic_scores, find_truths, score, score_against_truth
 from shared.media.attacks import Attack, parse_attacks
 from shared.media.images import images_at, read_pixels
 from shared.metrics import metrics
 from shared.metrics.fidelity import measure_fidelity
 from shared.networks.card import load_card
-from shared.robustness import Accuracy, labelled_inputs, read_accuracy
 from shared.runtime.benchmark import Inputs, Protocol, Shown, run_trials
 from shared.runtime.model import ModelSource, memory_need_bytes
 from shared.runtime.processes import ChildError
 from shared.runtime.samples import image_sample, sample_inputs
 from shared.watermark.message import Labelled, read_messages
+from tools.compare.accuracy import Accuracy, labelled_inputs, read_accuracy
+from tools.compare.comparison import Candidate, Findings, ImageFindings, ImageTask
+from tools.compare.gates import Limits, limits_under_attack
+from tools.compare.image_quality import TruthScores, as_image, bicubic_scores, find_truths, score, score_against_truth
 
 PACKAGES = ("ai-edge-litert", "onnxruntime", "torch", "numpy", "pillow", "scikit-image")
 LARGE_BYTES = 512 * MIB  # models above this take seconds a run
@@ -477,7 +477,7 @@ def _build(plan: Plan | None, find: Callable[[], Findings]) -> tuple[Findings, P
 def _write_page(path: Path, findings: Findings, pictures: list[Path], *, overwrite: bool, refresh: bool) -> Product:
     """Write the findings as one HTML page."""
     from shared.html.page import STYLE
-    from shared.report import TEMPLATE, Page, write_page
+    from tools.compare.page import TEMPLATE, Page, write_page
 
     arguments = {"findings": hashlib.sha256(to_json(findings).encode()).hexdigest()}
     packages = ("jinja2", "pillow")
@@ -490,7 +490,3 @@ def _message(findings: Findings, report: Product | None, page: Product | None) -
     head = f"up to date, see {report.path}: " if report is not None and report.up_to_date else ""
     see = f"; see {page.path}" if page is not None else ""
     return f"{head}{findings.verdict()} ({findings.how()}){see}"
-
-
-if __name__ == "__main__":
-    run(compare)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from shared.command.errors import ToolError
 from shared.command.resources import MIB
-from shared.comparison import Candidate, Gate, ImageTask
 from shared.media.attacks import Attack
-from shared.robustness import Accuracy, largest_drop
+from tools.compare.accuracy import Accuracy, largest_drop
+from tools.compare.comparison import Candidate, Gate, ImageTask
 
 
 @dataclass(frozen=True)

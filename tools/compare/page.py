@@ -13,13 +13,13 @@ from markupsafe import Markup
 
 from shared.command.errors import ToolError
 from shared.command.resources import size_text
-from shared.comparison import Findings, rows
 from shared.html.page import TEMPLATES, Bar, write_template
 from shared.html.plots import line_plot, scatter_plot
-from shared.image_views import worst_views
 from shared.media.images import Pixels, read_pixels
-from shared.robustness import CLEAN, Accuracy, Reading
 from shared.runtime.benchmark import Measured
+from tools.compare.accuracy import CLEAN, Accuracy, Reading
+from tools.compare.comparison import Findings, rows
+from tools.compare.image_views import worst_views
 
 TEMPLATE = TEMPLATES / "report.html.jinja"
 WORST = 4  # images shown

@@ -8,9 +8,9 @@ from rich.console import RenderableType
 from rich.table import Column, Table
 
 from shared.command.resources import size_text
-from shared.image_quality import TruthScores
-from shared.robustness import Accuracy
 from shared.runtime.benchmark import Measured
+from tools.compare.accuracy import Accuracy
+from tools.compare.image_quality import TruthScores
 
 UNDER = "bits read right under"
 CHANCE_NOTE = " (chance)"  # the reference reads no better than a coin

@@ -1,0 +1,3 @@
+from tools.compare.command import compare
+
+__all__ = ["compare"]
