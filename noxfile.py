@@ -41,7 +41,7 @@ FACE_LANDMARKER_LIMITS = (
     "face_blendshapes.tflite=0.05",
 )
 FAULTS = tuple(
-    f"tests/test_{name}.py" for name in ("strangers", "interruptions", "full_disk", "bit_flips", "interrupted_downloads")
+    f"tests/faults/test_{name}.py" for name in ("bad_inputs", "interruptions", "full_disk", "bit_flips", "interrupted_downloads")
 )
 WORKERS = ("--numprocesses", "logical", "--maxprocesses", "4", "--dist", "worksteal")  # a worker may hold gigabytes
 TOOLS = {
@@ -358,7 +358,7 @@ def faults(session: nox.Session) -> None:
 def fuzz(session: nox.Session) -> None:
     """Try the readers of strangers' files on files changed at random: each format for a minute, or as you say."""
     install(session, "fuzz")
-    session.run("python", "-m", "tests.fuzz", *(session.posargs or ["--all"]))
+    session.run("python", "-m", "tests.support.fuzz", *(session.posargs or ["--all"]))
 
 
 @nox.session(default=False)
@@ -393,31 +393,31 @@ def train_minisr(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def bench_demo(session: nox.Session) -> None:
-    """Run the demo and keep its figures; rewrites tests/demo.json and the README's section."""
+    """Run the demo and keep its figures; rewrites tests/bench/demo.json and the README's section."""
     demo(session)
-    session.run("python", "-m", "tests.demo")
+    session.run("python", "-m", "tests.bench.demo")
 
 
 @nox.session(default=False)
 def bench_face_landmarker(session: nox.Session) -> None:
-    """Run the face landmarker's recipe and keep its figures; rewrites tests/face_landmarker.json and the README's table."""
+    """Run the face landmarker's recipe and keep its figures; rewrites tests/bench/face_landmarker.json and the README's table."""
     face_landmarker_int8(session)
     install(session, "tests")
-    session.run("python", "-m", "tests.face_landmarker")
+    session.run("python", "-m", "tests.bench.face_landmarker")
 
 
 @nox.session(default=False)
 def bench_onnx(session: nox.Session) -> None:
-    """Measure each mode of quantize_onnx on several models; rewrites tests/onnx_modes.json and the README's table."""
+    """Measure each mode of quantize_onnx on several models; rewrites tests/bench/onnx_modes.json and the README's table."""
     install(session, "tests")
-    session.run("python", "-m", "tests.onnx_modes", *session.posargs)
+    session.run("python", "-m", "tests.bench.onnx_modes", *session.posargs)
 
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
-    """Measure the guide's way and ours side by side; rewrites tests/bench.json and the README's table."""
+    """Measure the guide's way and ours side by side; rewrites tests/bench/guide.json and the README's table."""
     install(session, "tests")
-    session.run("python", "-m", "tests.bench", *session.posargs)
+    session.run("python", "-m", "tests.bench.guide", *session.posargs)
 
 
 if __name__ == "__main__":

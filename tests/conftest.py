@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.zygote import Zygote
+from tests.support.fork_server import Zygote
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -103,7 +103,8 @@ class Miniseal:
 @pytest.fixture(scope="session")
 def miniseal(tmp_path_factory: pytest.TempPathFactory) -> Miniseal:
     """Convert and quantize the trained miniature."""
-    from tools.convert_detector import Precision, convert_detector
+    from tools.convert_detector import convert_detector
+    from tools.convert_detector.command import Precision
 
     folder = ROOT / "models" / "miniseal"
     checkpoint, int8 = folder / "checkpoint.safetensors", tmp_path_factory.mktemp("miniseal") / "int8.tflite"

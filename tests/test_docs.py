@@ -16,7 +16,7 @@ import pytest
 import noxfile
 from models.face_landmarker.check import check
 from shared.networks.card import load_card
-from tests import bench, demo, face_landmarker, onnx_modes
+from tests.bench import demo, face_landmarker, guide, onnx_modes
 from tests.conftest import ROOT, Miniseal, Run
 from tests.test_recipes import SESSIONS
 
@@ -51,7 +51,8 @@ runpy.run_module("tools.{tool}", run_name="__main__")
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_the_example_of_a_tool_uses_its_real_options(tool: str) -> None:
-    module = importlib.import_module(f"tools.{tool}")
+    module = inspect.getmodule(getattr(importlib.import_module(f"tools.{tool}"), tool))
+    assert module is not None
     example = re.search(r"Example:\n +python -m tools\.(\w+) (.+)", module.__doc__ or "")
     assert example is not None
     assert example[1] == tool
@@ -74,16 +75,16 @@ def test_every_session_the_readme_names_exists() -> None:
 
 
 def test_the_readmes_tables_are_the_measured_ones() -> None:
-    results = json.loads(bench.RESULTS.read_text())
-    assert bench.fill(README, results) == README
-    assert all(table in README for table in bench.tables(results).values())
+    results = json.loads(guide.RESULTS.read_text())
+    assert guide.fill(README, results) == README
+    assert all(table in README for table in guide.tables(results).values())
     assert {row["recipe"] for row in results["products"]} == {
-        f"{size}_{recipe}" for size in bench.SIZES for recipe in bench.RECIPES
+        f"{size}_{recipe}" for size in guide.SIZES for recipe in guide.RECIPES
     }
 
 
 def test_the_measured_products_keep_the_gates_of_their_cards() -> None:
-    for row in json.loads(bench.RESULTS.read_text())["products"]:
+    for row in json.loads(guide.RESULTS.read_text())["products"]:
         model, _, precision = row["recipe"].rpartition("_")
         gates = load_card(model).gates[precision]
         assert gates.max_size_mb is not None
@@ -106,7 +107,7 @@ def test_the_demos_figures_are_the_measured_ones() -> None:
     assert demo.fill(README, results) == README
     assert demo.render(results) in README
     section = README[README.index("## The demo") : README.index("## The main job")]
-    prose = re.sub(r"<!-- bench: demo -->.*?<!-- end -->|```.*?```", "", section, flags=re.DOTALL)
+    prose = re.sub(r"<!-- guide: demo -->.*?<!-- end -->|```.*?```", "", section, flags=re.DOTALL)
     assert not re.findall(r"\d+(?:\.\d+)? ?(?:%|MiB|GiB|ms|s\b|dB|seconds|minutes|times)", prose)
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from shared.html.plots import SERIES
 
-TEMPLATES = Path(__file__).parent
-STYLE = TEMPLATES / "page.css.jinja"
+STYLE = Path(__file__).with_name("page.css.jinja")
 
 
 @dataclass(frozen=True)
@@ -21,17 +20,17 @@ class Bar:
     title: str = ""
 
 
-def write_template(path: Path, template: str, **content: object) -> None:
+def write_template(path: Path, template: Path, **content: object) -> None:
     """Write a page; everything it shows is inside it.
 
     Args:
         path: The file to write.
-        template: Name of a template beside this module.
+        template: The template's file; it may include the style sheet.
         content: What the template shows; its text is escaped.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    loader = FileSystemLoader(TEMPLATES)
+    loader = FileSystemLoader([template.parent, STYLE.parent])
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.get_template(template).render(series=SERIES, **content)
+    page = environment.get_template(template.name).render(series=SERIES, **content)
     path.write_text(page, encoding="utf-8", errors="backslashreplace")  # a file name may be no text

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, Validati
 from shared.command.errors import ToolError, first_line
 from shared.files.file_type import is_regular, read_head
 
-CARDS = Path(__file__).resolve().parent.parent / "models"
+CARDS = Path(__file__).resolve().parent.parent.parent / "models"
 PRODUCTS = Path("models")  # where products go by default, seen from where the command runs: the project's root
 USER_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 CHECKPOINT_FOLDERS = (PRODUCTS / "checkpoints", USER_CACHE / "edgepress", Path.home() / ".cache" / "videoseal")

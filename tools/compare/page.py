@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from shared.command.errors import ToolError
 from shared.command.resources import size_text
-from shared.html.page import TEMPLATES, Bar, write_template
+from shared.html.page import Bar, write_template
 from shared.html.plots import line_plot, scatter_plot
 from shared.media.images import Pixels, read_pixels
 from shared.runtime.benchmark import Measured
@@ -21,7 +21,7 @@ from tools.compare.accuracy import CLEAN, Accuracy, Reading
 from tools.compare.comparison import Findings, rows
 from tools.compare.image_views import worst_views
 
-TEMPLATE = TEMPLATES / "report.html.jinja"
+TEMPLATE = Path(__file__).with_name("page.html.jinja")
 WORST = 4  # images shown
 AMPLIFY = 10  # times, the watermark's residual
 HIGHEST_AXIS = 0.9  # where the axis of bits read right starts at most, so that small losses look small
@@ -56,7 +56,7 @@ def write_page(path: Path, findings: Findings) -> Page:
     pictures = list(_pictures(answered[0][1], answered[0][2])) if answered else list(_images(findings))
     write_template(
         path,
-        TEMPLATE.name,
+        TEMPLATE,
         findings=findings,
         names=findings.labels(),
         rows=[(name, [reference, *map(of, findings.candidates)]) for name, reference, of in rows(findings)],

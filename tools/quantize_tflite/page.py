@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.command.resources import size_text
-from shared.html.page import TEMPLATES, Bar, write_template
+from shared.html.page import Bar, write_template
 from shared.quantize.coverage import number_text, short_name
 from tools.quantize_tflite.result import Pressed, PressedModel, layer_cells, sentences
 from tools.quantize_tflite.sensitivity import LayerDamage
 
-TEMPLATE = TEMPLATES / "quantization.html.jinja"
+TEMPLATE = Path(__file__).with_name("page.html.jinja")
 LAYERS_DRAWN = 40
 
 
@@ -37,7 +37,7 @@ def write_page(path: Path, source: Path, found: Pressed, message: str) -> Quanti
         }
         for model in found.models
     ]
-    write_template(path, TEMPLATE.name, source=source.name, found=found, message=message, models=models)
+    write_template(path, TEMPLATE, source=source.name, found=found, message=message, models=models)
     return QuantizationPage(len(found.models), sum(len(model.damage) for model in found.models))
 
 
