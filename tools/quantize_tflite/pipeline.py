@@ -43,7 +43,7 @@ REPAIR_MEMORY_PER_BYTE = 2.0  # folded weights take twice their bytes
 STATIC_MEMORY_PER_BYTE = 4.5  # the calibrator holds the model twice beside XNNPACK's copy; measured at 134 M parameters
 COMPARED = 16  # samples, unless the user says how many, for bias correction, searches, layers' damage and the product's answers
 
-ROOM_BYTES = 2**16  # for what the worker adds beside scales
+ROOM_BYTES = 2**16  # for what the quantizer adds beside scales
 
 STATISTICS = "calibration.json"  # in the workspace, where samples were calibrated with
 
@@ -170,7 +170,7 @@ class Quantizer:
             raise ToolError(f"AI Edge Quantizer failed with recipe {self._wish.recipe}", where=self._name, got=error) from None
 
     def _repaired(self, needed: Repairs, *, is_static: bool) -> Path:
-        """Return the model the worker can read: itself, or a repaired copy."""
+        """Return the model the quantizer can read: itself, or a repaired copy."""
         if not str(needed) and not is_static:
             return self._source
         target = self._workspace / "float.tflite"
@@ -355,7 +355,7 @@ class Quantizer:
 
 def _identity(subject: Subject, samples: CalibrationSet, target: Target) -> dict[str, str]:
     """Return what the measurements of a search depend on."""
-    versions = {name: metadata.version(name) for name in ("ai-edge-litert", "ai-edge-worker", "numpy")}
+    versions = {name: metadata.version(name) for name in ("ai-edge-litert", "ai-edge-quantizer", "numpy")}
     return {
         "model": subject.sha256,
         "samples": samples.sha256(),

@@ -272,7 +272,7 @@ def test_files_beside_the_product_are_not_replaced(model: Path) -> None:
     assert other.read_text() == "precious"
 
 
-# Static pipeline.
+# Static quantization.
 
 
 @pytest.fixture
@@ -364,12 +364,12 @@ def _answers(path: Path, tiles: list[np.ndarray]) -> np.ndarray:
     for tile in tiles:
         values = tile[np.newaxis].astype(np.float32)
         if given["dtype"] == np.int8:
-            scale, zero = given["pipeline"]
+            scale, zero = given["quantization"]
             values = np.clip(np.round(values / scale + zero), -128, 127).astype(np.int8)
         interpreter.set_tensor(given["index"], values)
         interpreter.invoke()
         answer = interpreter.get_tensor(made["index"]).astype(np.float32).ravel()
-        scale, zero = made["pipeline"] if made["dtype"] == np.int8 else (1, 0)
+        scale, zero = made["quantization"] if made["dtype"] == np.int8 else (1, 0)
         answers.append((answer - zero) * scale)
     return np.array(answers)
 
