@@ -41,9 +41,9 @@ PACKAGES = ("torch", "litert-torch", "ai-edge-quantizer", "ai-edge-litert")
 GUIDE_CONVERT = """
 import sys, torch, litert_torch
 from safetensors.torch import load_file
-from shared.cards import load_card
-from shared.comparison import Candidate
-from shared.detector import Detector
+from shared.networks.card import load_card
+from tools.compare.comparison import Candidate
+from shared.networks.detector import Detector
 name, weights, output = sys.argv[1:]
 card = load_card(name)
 network = Detector(card).eval()

@@ -20,8 +20,8 @@ PRETENDED_TOOL = """
     from pathlib import Path
     from typing import Annotated
     import typer
-    from shared.cli import run, step, warn
-    from shared.errors import ToolError
+    from shared.command.cli import run, step, warn
+    from shared.command.errors import ToolError
 
     @dataclass(frozen=True)
     class Result:

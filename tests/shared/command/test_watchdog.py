@@ -15,9 +15,9 @@ from tests.conftest import ROOT
 TOOL = """
     import atexit, contextlib, mmap, os, signal, time
     from pathlib import Path
-    from shared.cli import run
-    from shared.drafts import draft_beside
-    from shared.supervision import reading
+    from shared.command.cli import run
+    from shared.files.atomic import draft_beside
+    from shared.command.watchdog import reading
 
     def pretend(kind: str, file: Path, *, out: Path = Path("out.bin")) -> str:
         '''Pretend to read a file.'''

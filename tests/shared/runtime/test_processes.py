@@ -16,7 +16,7 @@ from shared.runtime.processes import Child, ChildError
 HANDLER = """
     import os, time
     import numpy as np
-    from shared.errors import ToolError
+    from shared.command.errors import ToolError
 
     def handle(message, arrays):
         match message.get("do"):

@@ -316,7 +316,7 @@ def test_workers_do_not_outlive_a_killed_tool(tmp_path: Path) -> None:
     script.write_text(
         textwrap.dedent("""
         import os, signal
-        from shared.executors import local_processes
+        from shared.runtime.executors import local_processes
         if __name__ == "__main__":
             with local_processes() as executor:
                 print(executor.submit(os.getpid).result(), flush=True)
@@ -364,8 +364,8 @@ def test_nobody_at_the_address_is_one_line(address: str, monkeypatch: pytest.Mon
 
 def test_nothing_else_is_printed_where_nobody_answers() -> None:
     script = """
-        from shared import executors
-        from shared.errors import ToolError
+        from shared.runtime import executors
+        from shared.command.errors import ToolError
         executors.CONNECT_TIMEOUT_S = 1
         try:
             with executors.dask_cluster("tcp://127.0.0.1:1"):
