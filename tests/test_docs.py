@@ -107,7 +107,7 @@ def test_the_demos_figures_are_the_measured_ones() -> None:
     assert demo.fill(README, results) == README
     assert demo.render(results) in README
     section = README[README.index("## The demo") : README.index("## The main job")]
-    prose = re.sub(r"<!-- bench: demo -->.*?<!-- end -->|```.*?```", "", section, flags=re.DOTALL)
+    prose = re.sub(r"<!-- guide: demo -->.*?<!-- end -->|```.*?```", "", section, flags=re.DOTALL)
     assert not re.findall(r"\d+(?:\.\d+)? ?(?:%|MiB|GiB|ms|s\b|dB|seconds|minutes|times)", prose)
 
 

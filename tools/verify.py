@@ -19,16 +19,17 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Table
 
-from shared.command.cli import Overwrite, Refresh, Seed, Threads, run, step, to_json
+from shared.command.cli import run, step, to_json
 from shared.command.errors import DamagedError
+from shared.command.options import Overwrite, Refresh, Seed, Threads
 from shared.command.resources import cpu_count, size_text
 from shared.files import artifacts
-from shared.files.artifacts import Plan, Product
+from shared.files.plan import Plan, Product
 from shared.files.provenance import require_vouched
-from shared.formats.model_file import format_of, model_files
+from shared.formats.model_file import ModelFile
 from shared.formats.tensors import describe
 from shared.metrics.metrics import message_bits
-from shared.runtime.model import Model, ModelSource, open_model
+from shared.runtime.model import Model, open_model
 from shared.runtime.processes import ChildError
 from shared.runtime.samples import sample_inputs
 
@@ -131,10 +132,10 @@ def _check_detector(output: NDArray[Any], nbits: int) -> Iterator[Check]:
         yield Check("bits that are one", f"{ones} of {nbits}", f"1 to {nbits - 1}", 0 < ones < nbits)
 
 
-def _verify(source: ModelSource, threads: int, seed: int, nbits: int | None) -> Findings:
+def _verify(source: ModelFile, threads: int, seed: int, nbits: int | None) -> Findings:
     """Go through the checks in order; stop at the first that makes the next ones pointless."""
     checks: list[Check] = []
-    is_onnx = format_of(source.path) == "onnx"
+    is_onnx = source.kind == "onnx"
     load_ms = run_ms = 0.0
     peak = 0
     stage = "loads"
@@ -170,6 +171,20 @@ def _verify(source: ModelSource, threads: int, seed: int, nbits: int | None) -> 
     return Findings(checks, load_ms, run_ms, peak)
 
 
+def _files(source: ModelFile) -> list[Path]:
+    try:
+        return source.files
+    except DamagedError:  # a failed check, once it is to be loaded
+        return [source.path]
+
+
+def _nbits(source: ModelFile) -> int | None:
+    try:
+        return source.nbits
+    except DamagedError:
+        return None
+
+
 def verify(
     model: Annotated[Path, typer.Argument(help="The .tflite or .onnx model.")],
     *,
@@ -187,12 +202,12 @@ def verify(
     Raises:
         ToolError: The file is missing or no model.
     """
-    source = ModelSource(model)
+    source = ModelFile(model)
     with contextlib.suppress(DamagedError):  # a failed check, once it is to be loaded
         source.check()
-    require_vouched(model_files(model))
+    require_vouched(_files(source))
     count = threads or cpu_count()
-    nbits = bits or source.nbits()
+    nbits = bits or _nbits(source)
     if output is None:
         findings, report = _verify(source, count, seed, nbits), None
     else:
@@ -203,7 +218,7 @@ def verify(
             return found
 
         arguments = {"threads": count, "seed": seed, "bits": nbits}
-        plan = Plan(output, "verify", arguments, model_files(model), PACKAGES, overwrite=overwrite, refresh=refresh)
+        plan = Plan(output, "verify", arguments, _files(source), PACKAGES, overwrite=overwrite, refresh=refresh, is_report=True)
         report, findings = artifacts.build(plan, Findings, make)
     failed = [check.name for check in findings.checks if not check.ok]
     verdict = f"FAILED: {', '.join(failed)}" if failed else f"all {len(findings.checks)} checks passed"

@@ -18,10 +18,11 @@ from rich.table import Table
 
 from models.face_landmarker.mediapipe_runtime import Face, open_landmarker
 from models.face_landmarker.photos import read_photos
-from shared.command.cli import Overwrite, Refresh, run, step, to_json
+from shared.command.cli import run, step, to_json
+from shared.command.options import Overwrite, Refresh
 from shared.command.resources import size_text
 from shared.files import artifacts
-from shared.files.artifacts import Plan
+from shared.files.plan import Plan
 from shared.media.images import image_files
 
 RUNS = 30  # timed, in turns, over the photos with a face

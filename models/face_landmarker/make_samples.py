@@ -26,8 +26,9 @@ from models.face_landmarker.mediapipe_runtime import (
     open_landmarker,
 )
 from models.face_landmarker.photos import read_photos
-from shared.command.cli import Overwrite, Seed, run, step
+from shared.command.cli import run, step
 from shared.command.errors import ToolError
+from shared.command.options import Overwrite, Seed
 from shared.files.atomic import draft_beside
 from shared.media.images import Pixels
 

@@ -31,7 +31,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from shared.command.dry_run import Foreseen
+from shared.command.dry_run import DryRun
 from shared.command.errors import ToolError, of_disk, one_line
 from shared.command.limits import DEFAULTS, raise_limits
 from shared.command.resources import GIB, peak_rss_bytes
@@ -45,20 +45,6 @@ INTERRUPTED = 130
 LIMIT_HELP = f"Raise a limit on what is read: {', '.join(f'{name}={value:g}' for name, value in DEFAULTS.items())}; repeatable."
 INTERRUPTION = "interrupted; what was finished is kept, and nothing half-written"
 PLAIN_WIDTH = 140  # columns when the output is no terminal
-
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output file, whatever it is.")]
-Refresh = Annotated[bool, typer.Option("--refresh", help="Replace the output file if edgepress wrote it and it is out of date.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check what can be checked, say what would be written and what it takes; write nothing.")
-]
-Reproducible = Annotated[
-    bool, typer.Option("--reproducible", help="Make the product twice, and write it only if both have the same bytes.")
-]
-Threads = Annotated[int | None, typer.Option(min=1, max=256, help="Threads of the runtime; default: all CPUs.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the generated samples.")]
-ModelName = Annotated[
-    str, typer.Option("--model", help="Model card: videoseal, pixelseal, chunkyseal, or a path to your own .toml.")
-]
 
 progress_console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
@@ -133,7 +119,7 @@ def _with_common_options(tool: Callable[..., Any]) -> Callable[..., None]:
         raise_limits(raised or [])
         try:
             result = tool(**arguments)
-        except Foreseen as dry:
+        except DryRun as dry:
             result = dry.result
         if json_output:
             sys.stdout.write(to_json(result) + "\n")

@@ -7,7 +7,7 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Column, Table
 
-from shared.command.resources import Needs, size_text
+from shared.command.resources import ResourceEstimate, size_text
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Forecast:
 
     output: Path
     state: str
-    needs: Needs
+    needs: ResourceEstimate
     free_disk_bytes: int
     free_memory_bytes: int | None
 
@@ -65,7 +65,7 @@ class Forecasts:
         return Lines(table, "a dry run: nothing was written")
 
 
-class Foreseen(Exception):  # noqa: N818 - no error: it ends a dry run
+class DryRun(Exception):  # noqa: N818 - no error: it ends a dry run
     """A dry run came to where it would begin to write; `result` tells what it would do."""
 
     def __init__(self, *forecasts: Forecast) -> None:

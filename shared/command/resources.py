@@ -122,7 +122,7 @@ def require_disk(need_bytes: int, folder: Path, purpose: str) -> None:
 
 
 @dataclass(frozen=True)
-class Needs:
+class ResourceEstimate:
     """What making a product takes, at most.
 
     Args:

@@ -4,78 +4,24 @@ A product is up to date when its tool, arguments, inputs, versions and its own b
 """
 
 import contextlib
-import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from shared.command.dry_run import Forecast, Foreseen
+from shared.command.dry_run import DryRun, Forecast
 from shared.command.errors import CheckError, ToolError
-from shared.command.resources import Needs, available_memory_bytes, peak_rss_bytes
+from shared.command.resources import ResourceEstimate, available_memory_bytes, peak_rss_bytes
 from shared.files.atomic import abandoned_drafts, alone_in, draft_beside, identity, sync, write_json
-from shared.files.provenance import FileRecord, Provenance, as_json, provenance_path, read_provenance, record, versions, vouched
+from shared.files.plan import Plan, Product, require_place, require_replaceable
+from shared.files.provenance import FileRecord, Provenance, as_json, provenance_path, record, versions, vouched
+from shared.files.reports import embed, report_sha256
 
 Found = TypeVar("Found")
-
-
-@dataclass(frozen=True)
-class Product:
-    """A file a tool wrote, or found up to date; the size is that of all files it consists of."""
-
-    path: Path
-    size_bytes: int
-    sha256: str
-    seconds: float
-    peak_rss_bytes: int
-    up_to_date: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a tool is about to write, and everything that decides its bytes.
-
-    Args:
-        output: The file to write.
-        tool: Name of the tool.
-        arguments: What the user chose, JSON values only.
-        inputs: Files that are read.
-        packages: Distributions whose version matters.
-        overwrite: Replace whatever is at `output`.
-        refresh: Replace it if this project wrote it.
-        reproducible: Make it twice, and fail where the bytes differ.
-        dry_run: Check what can be checked, and raise `Foreseen`.
-        needs: Tells what making it takes; asked only when it is about to be made.
-        companions: Returns the files in the output's folder that a product refers to, such as the weights of a large ONNX model.
-        reopen: Reads a draft as its consumer will, and raises where that fails.
-        makes_folder: Whether the output's folder is made with it.
-        is_whole: Tells from what was found whether the files that fall beside a product are there.
-    """
-
-    output: Path
-    tool: str
-    arguments: Mapping[str, object]
-    inputs: Sequence[Path] = ()
-    packages: Sequence[str] = ()
-    overwrite: bool = False
-    refresh: bool = False
-    reproducible: bool = False
-    dry_run: bool = False
-    needs: Callable[[], Needs] = Needs
-    companions: Callable[[Path], Sequence[Path]] = field(default=lambda _: ())
-    reopen: Callable[[Path], object] = field(default=lambda _: None)
-    makes_folder: bool = False
-    is_whole: Callable[[Any], bool] = field(default=lambda _: True)
-
-    @property
-    def folder(self) -> Path:
-        """The output's folder; the nearest that is there, where that is yet to be made."""
-        folders = (self.output.parent, *self.output.absolute().parent.parents) if self.makes_folder else (self.output.parent,)
-        return next((folder for folder in folders if folder.exists()), self.output.parent)
 
 
 def build(plan: Plan, found_type: type[Found], make: Callable[[Path], Found]) -> tuple[Product, Found]:
@@ -89,18 +35,18 @@ def build(plan: Plan, found_type: type[Found], make: Callable[[Path], Found]) ->
         ToolError: The output exists and may not be replaced, is an input, a link, or cannot be written; memory or disk are short;
             an input changed meanwhile, or is not what its checksum says.
         CheckError: It was to be reproducible, and is not.
-        Foreseen: In a dry run, where all that can be checked before the work is fine.
+        DryRun: In a dry run, where all that can be checked before the work is fine.
     """
-    old = _require_place(plan)
+    old = require_place(plan)
     inputs = _input_records(plan, old)
     current = _current(plan, old, inputs, found_type)
     if plan.dry_run:
-        raise Foreseen(_foresee(plan, old, is_current=current is not None))
+        raise DryRun(_foresee(plan, old, is_current=current is not None))
     for stale in abandoned_drafts(plan.output):  # of its provenance too
         stale.unlink(missing_ok=True)
     if current is not None:
         return current
-    replaces = _require_replaceable(plan, old)
+    replaces = require_replaceable(plan, old)
     found_there = identity(plan.output)
     plan.needs().require(plan.output.parent)
     start = time.monotonic()
@@ -108,24 +54,10 @@ def build(plan: Plan, found_type: type[Found], make: Callable[[Path], Found]) ->
         found = make(draft)
         try:
             seconds = round(time.monotonic() - start, 3)
-            provenance = _settled(
-                plan,
-                draft,
-                Provenance(
-                    tool=plan.tool,
-                    arguments=as_json(plan.arguments),
-                    versions=versions(plan.tool, plan.packages),
-                    inputs=inputs,
-                    output=record(draft, name=plan.output),
-                    replaces_sha256=replaces,
-                    seconds=seconds,
-                    peak_rss_bytes=max(peak_rss_bytes(), getattr(found, "peak_rss_bytes", 0)),
-                    found=as_json(found),
-                    companions=[record(path) for path in plan.companions(draft)],
-                    made_twice=plan.reproducible,
-                ),
-                make,
-            )
+            peak = max(peak_rss_bytes(), getattr(found, "peak_rss_bytes", 0))
+            provenance = _settled(plan, draft, inputs, replaces, as_json(found), seconds, peak)
+            if plan.reproducible:
+                _require_same_again(plan, provenance, make)
             with alone_in(plan.output.parent):
                 _require_as_it_was(plan.output, found_there)
                 final = _publish(plan, draft, provenance)
@@ -134,7 +66,7 @@ def build(plan: Plan, found_type: type[Found], make: Callable[[Path], Found]) ->
             raise
     with contextlib.suppress(OSError, ToolError):  # the product is there, whatever becomes of the former one's files
         _remove_former(old, final, plan.output.parent)
-    return Product(plan.output, _size(final), final.output.sha256, final.seconds, final.peak_rss_bytes), found
+    return Product(plan.output, _size(plan, final), final.output.sha256, final.seconds, final.peak_rss_bytes), found
 
 
 def _require_as_it_was(output: Path, before: tuple[int, int] | None) -> None:
@@ -142,20 +74,39 @@ def _require_as_it_was(output: Path, before: tuple[int, int] | None) -> None:
         raise ToolError("another run wrote the output meanwhile; it was kept", where=output, remedy="run again")
 
 
-def _settled(plan: Plan, draft: Path, provenance: Provenance, make: Callable[[Path], object]) -> Provenance:
+def _settled(  # noqa: PLR0917 - what a provenance is made of
+    plan: Plan, draft: Path, inputs: list[FileRecord], replaces: str | None, found: dict[str, Any], seconds: float, peak: int
+) -> Provenance:
     """Return the provenance of a draft that is fit to get its name; raise ToolError where it is not."""
-    _require_unchanged(plan.inputs, provenance.inputs)
+    _require_unchanged(plan.inputs, inputs)
     sync(draft)
-    plan.reopen(draft)
-    if plan.reproducible:
-        _require_same_again(plan, provenance, make)
-    return provenance
+    companions = plan.reopen(draft)
+    output = FileRecord(str(plan.output), 0, 0, 0, 0, report_sha256(draft)) if plan.is_report else record(draft, name=plan.output)
+    return Provenance(
+        tool=plan.tool,
+        arguments=as_json(plan.arguments),
+        versions=versions(plan.tool, plan.packages),
+        inputs=inputs,
+        output=output,
+        replaces_sha256=replaces,
+        seconds=seconds,
+        peak_rss_bytes=peak,
+        found=found,
+        companions=[record(path) for path in companions],
+        made_twice=plan.reproducible,
+    )
 
 
 def _publish(plan: Plan, draft: Path, provenance: Provenance) -> Provenance:
-    """Give a draft its name, files it refers to first; return its provenance, which lies beside it at every moment."""
-    for companion in plan.companions(draft):
-        sync(companion)
+    """Give a draft its name, files it refers to first; return its provenance, which lies next to it at every moment, or inside."""
+    for companion in provenance.companions:
+        sync(Path(companion.path))
+    if plan.is_report:
+        embed(draft, as_json(asdict(provenance)))
+        sync(draft)
+        draft.replace(plan.output)
+        sync(plan.output.parent)
+        return provenance
     write_json(provenance_path(plan.output), as_json(asdict(provenance)))
     draft.replace(plan.output)  # atomic: same folder
     sync(plan.output.parent)
@@ -169,13 +120,13 @@ def _discard(plan: Plan, draft: Path, old: Provenance | None) -> None:
     """Remove the files that only a draft refers to, which will not get its name."""
     kept = {Path(item.path).name for item in old.companions} if old else set()
     with contextlib.suppress(ToolError, OSError, ValueError, LookupError):
-        for companion in plan.companions(draft):
+        for companion in plan.reopen(draft):
             if companion.name not in kept:
                 companion.unlink()
 
 
 def foresee(*plans: Plan) -> NoReturn:
-    """Raise Foreseen for all of several plans, as `build` does for one in a dry run."""
+    """Raise DryRun for all of several plans, as `build` does for one in a dry run."""
 
     def never(_: Path) -> NoReturn:
         raise AssertionError("a dry run makes nothing")
@@ -184,37 +135,17 @@ def foresee(*plans: Plan) -> NoReturn:
     for plan in plans:
         try:
             build(replace(plan, dry_run=True), object, never)
-        except Foreseen as one:
+        except DryRun as one:
             forecasts += one.result.forecasts
-    raise Foreseen(*forecasts)
+    raise DryRun(*forecasts)
 
 
 def _foresee(plan: Plan, old: Provenance | None, *, is_current: bool) -> Forecast:
     if not is_current:
-        _require_replaceable(plan, old)
+        require_replaceable(plan, old)
     state = "is up to date" if is_current else "would be replaced" if plan.output.exists() else "would be written"
     free = shutil.disk_usage(plan.folder).free
-    return Forecast(plan.output, state, Needs() if is_current else plan.needs(), free, available_memory_bytes())
-
-
-def _require_place(plan: Plan) -> Provenance | None:
-    """Raise ToolError where the output can't be written whatever the work brings; return the provenance that is there."""
-    output = plan.output
-    _require_file_name(output)
-    if output.is_symlink():
-        remedy = "name the file it leads to, or another with -o"
-        raise ToolError("the output is a symbolic link, which is never followed or replaced", where=output, remedy=remedy)
-    for source in plan.inputs:
-        for written in (output, provenance_path(output)):
-            if written.exists() and source.exists() and written.samefile(source):
-                raise ToolError("the output is the input", where=written, remedy="choose another file with -o")
-    if not plan.folder.is_dir() or not os.access(plan.folder, os.W_OK | os.X_OK):
-        what = "cannot write here: no permission" if plan.folder.is_dir() else "cannot write here: no such folder"
-        raise ToolError(what, where=plan.folder, remedy="create the folder or choose another with -o")
-    old = read_provenance(output)
-    if old is None:
-        _require_replaceable(plan, old)
-    return old
+    return Forecast(plan.output, state, ResourceEstimate() if is_current else plan.needs(), free, available_memory_bytes())
 
 
 def _input_records(plan: Plan, old: Provenance | None) -> list[FileRecord]:
@@ -231,7 +162,7 @@ def _current(plan: Plan, old: Provenance | None, inputs: list[FileRecord], found
         return None
     if not getattr(found, "ok", True) or not plan.is_whole(found):
         return None
-    return Product(plan.output, _size(old), old.output.sha256, old.seconds, old.peak_rss_bytes, up_to_date=True), found
+    return Product(plan.output, _size(plan, old), old.output.sha256, old.seconds, old.peak_rss_bytes, up_to_date=True), found
 
 
 def _describes(old: Provenance, plan: Plan, inputs: Sequence[FileRecord]) -> bool:
@@ -264,7 +195,7 @@ def _require_same_again(plan: Plan, first: Provenance, make: Callable[[Path], ob
     """Make the product once more, and raise CheckError unless all its files have the same bytes."""
     with draft_beside(plan.output.with_name(f"{plan.output.stem}.again{plan.output.suffix}")) as again:
         make(again)
-        companions = plan.companions(again)
+        companions = plan.reopen(again)
         hashes = [record(path).sha256 for path in (again, *companions)]
         known = {item.path for item in first.companions}
         for path in companions:
@@ -277,8 +208,10 @@ def _require_same_again(plan: Plan, first: Provenance, make: Callable[[Path], ob
         )
 
 
-def _size(provenance: Provenance) -> int:
+def _size(plan: Plan, provenance: Provenance) -> int:
     """Return the size of a product with the files it refers to."""
+    if plan.is_report:
+        return plan.output.stat().st_size
     return sum(item.size_bytes for item in (provenance.output, *provenance.companions))
 
 
@@ -289,33 +222,3 @@ def _remove_former(old: Provenance | None, new: Provenance, folder: Path) -> Non
         path = folder / Path(item.path).name
         if path.name not in kept and path.is_file() and not path.is_symlink() and record(path).sha256 == item.sha256:
             path.unlink()
-
-
-def require_not_anothers(output: Path, *, overwrite: bool) -> None:
-    """Raise ToolError where a tool is bound to refuse an output later: for what it would do before that."""
-    plan = Plan(output, "", {}, overwrite=overwrite, refresh=True)
-    _require_replaceable(plan, _require_place(plan))
-
-
-def _require_replaceable(plan: Plan, old: Provenance | None) -> str | None:
-    """Return the sha256 of the file to be replaced, None where there is none, or raise ToolError."""
-    output, side = plan.output, provenance_path(plan.output)
-    if side.exists() and old is None and not plan.overwrite:
-        raise ToolError("the provenance would replace this file", where=side, remedy="use --overwrite, or another name with -o")
-    if not output.exists():
-        return None
-    if output.exists() and not output.is_file():
-        raise ToolError("the output is no regular file", where=output, remedy="choose a file with -o")
-    ours = False
-    if old is not None:
-        current = record(output).sha256
-        ours = current in (old.output.sha256, old.replaces_sha256)
-    if plan.overwrite or (plan.refresh and ours):
-        return record(output).sha256
-    what = "the output exists and is out of date" if ours else "the output exists"
-    raise ToolError(what, where=output, remedy="use --overwrite to replace it, or choose another file with -o")
-
-
-def _require_file_name(output: Path) -> None:
-    if output.is_dir() or not output.name:
-        raise ToolError("the output is a folder", where=output, expected="a file name", remedy="choose a file with -o")

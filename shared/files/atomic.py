@@ -153,6 +153,14 @@ def identity(path: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_ctime_ns
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, unless it holds that content already."""
+    if not path.is_file() or path.read_bytes() != content:
+        with draft_beside(path) as draft:
+            draft.write_bytes(content)
+            draft.replace(path)
+
+
 def write_json(path: Path, content: object) -> None:
     """Write JSON values as a file, whole or not at all; NaN is an error."""
     with draft_beside(path) as draft:

@@ -3,6 +3,7 @@
 Noted in our own provenance (`<file>.json`), in `<file>.sha256` or in SHA256SUMS, both as sha256sum writes them.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,12 @@ class Voucher:
 
     sha256: str
     noted_in: Path
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file's content as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_voucher(path: Path) -> Voucher | None:

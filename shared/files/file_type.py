@@ -1,8 +1,11 @@
 """The one way to a stranger's file: a regular file, not empty, not too large, and what its first bytes say it is."""
 
+import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from shared.command.errors import ToolError
 from shared.command.limits import require_size
@@ -29,8 +32,11 @@ MAGIC: tuple[tuple[int, bytes, str], ...] = (  # byte, what stands there, what t
 )
 
 
-def read_head(path: Path, kind: str, *, limit: str = "model-gb", again: str = "get the file again") -> bytes:
-    """Return the first 512 bytes of a file that is about to be parsed.
+@contextlib.contextmanager
+def open_checked(
+    path: Path, kind: str, *, limit: str = "model-gb", again: str = "get the file again"
+) -> Iterator[tuple[IO[bytes], bytes]]:
+    """Yield a file that is about to be parsed, at its start, and its first 512 bytes.
 
     Args:
         path: The file.
@@ -47,9 +53,16 @@ def read_head(path: Path, kind: str, *, limit: str = "model-gb", again: str = "g
     require_size(path, size, limit)
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
-    if head.startswith(b"version https://git-lfs"):
-        raise ToolError(f"this is a Git LFS pointer, not the {kind}", where=path, remedy="run 'git lfs pull'")
-    return head
+        if head.startswith(b"version https://git-lfs"):
+            raise ToolError(f"this is a Git LFS pointer, not the {kind}", where=path, remedy="run 'git lfs pull'")
+        file.seek(0)
+        yield file, head
+
+
+def read_head(path: Path, kind: str, *, limit: str = "model-gb", again: str = "get the file again") -> bytes:
+    """Return the first 512 bytes of a file that is about to be parsed; arguments and errors as of `open_checked`."""
+    with open_checked(path, kind, limit=limit, again=again) as (_, head):
+        return head
 
 
 def regular_size(path: Path, kind: str) -> int:

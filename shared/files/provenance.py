@@ -3,7 +3,6 @@
 A file whose size, times and inode are as recorded is not hashed again: content can't change without one of them changing.
 """
 
-import hashlib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,9 +13,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from shared.command.errors import ToolError
-from shared.files.checksums import Voucher, find_voucher, require_same
+from shared.files.checksums import Voucher, find_voucher, require_same, sha256_of
 from shared.files.code_version import code_version
 from shared.files.file_type import regular_size
+from shared.files.reports import split_report
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,13 @@ def provenance_path(product: Path) -> Path:
 
 
 def read_provenance(product: Path) -> Provenance | None:
-    """Return the provenance beside a product, or None where there is none of ours."""
+    """Return the provenance next to a product, or inside a report; None where there is none of ours."""
     path = provenance_path(product)
     try:
-        return TypeAdapter(Provenance).validate_json(path.read_bytes()) if path.is_file() else None
+        if path.is_file():
+            return TypeAdapter(Provenance).validate_json(path.read_bytes())
+        report = split_report(product)
+        return None if report is None else TypeAdapter(Provenance).validate_python(report[0])
     except (OSError, ValidationError):
         return None
 
@@ -87,8 +90,8 @@ def record(path: Path, *, known: Iterable[FileRecord] = (), name: Path | None = 
         for earlier in (*known, *([own.output] if own else [])):
             if replace(earlier, path=unhashed.path, sha256="") == unhashed:
                 return replace(unhashed, sha256=earlier.sha256)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        report = split_report(path) if own is not None and not provenance_path(path).is_file() else None
+        digest = sha256_of(path) if report is None else report[1]
         after = path.stat()
         if (after.st_mtime_ns, after.st_size, after.st_ino) != (before.st_mtime_ns, before.st_size, before.st_ino):
             raise ToolError("the file changed while it was read", where=path, remedy="wait until it is complete, then try again")

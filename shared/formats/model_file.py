@@ -1,44 +1,100 @@
-"""What every model file tells, whatever its format: its kind, its files, its size, its metadata."""
+"""A model file, parsed once: its kind, files, size, ops and metadata, whatever its format."""
 
 import re
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
-from shared.formats import onnx_file, onnx_graph, tflite
+from shared.formats.onnx_graph import OnnxContent, OnnxOp, read_onnx
+from shared.formats.tflite import Op, TfliteContent, read_tflite
 
-Format = Literal["tflite", "onnx"]
+Kind = Literal["tflite", "onnx"]
 ONNX_SUFFIX = ".onnx"
-DRAFT = re.compile(r"\.[0-9a-f]{8}-\d+\.partial$")  # see `shared.draft_beside`
+DRAFT = re.compile(r"\.[0-9a-f]{8}-\d+\.partial$")  # see `shared.files.atomic.draft_beside`
+SLOW_DYNAMIC = "ONNX Runtime finds the range of every activation at each run and has no fast convolution for the result"
+SLOW_HALF = "this CPU converts float16 to float32 to compute; float16 saves size, and time only on GPUs and NPUs"
+DYNAMIC_OPS = {"DynamicQuantizeLinear", "ConvInteger", "MatMulInteger", "DynamicQuantizeLSTM"}
 
 
-def format_of(path: Path) -> Format:
-    """Return a model file's format by its name; a draft's is the name of what it will be, with more behind it."""
+class ModelFile:
+    """A .tflite or .onnx file. The name tells the format; a draft's is the name of the product, with more behind it.
+
+    The file is parsed when its content is asked for the first time, and the content is kept.
+
+    Args:
+        path: The file.
+        content: What it holds, where that is known already.
+    """
+
+    def __init__(self, path: Path, content: TfliteContent | OnnxContent | None = None) -> None:
+        self.path = path
+        self.kind: Kind = kind_of(path)
+        if content is not None:
+            self.content = content
+
+    def __repr__(self) -> str:
+        return f"ModelFile({str(self.path)!r})"
+
+    @cached_property
+    def content(self) -> TfliteContent | OnnxContent:
+        """What the file holds.
+
+        Raises:
+            ToolError: No model of its format, or a damaged one.
+        """
+        return read_onnx(self.path) if self.kind == "onnx" else read_tflite(self.path)
+
+    def check(self) -> None:
+        """Raise ToolError unless the file is a sound model of its format."""
+        _ = self.content
+
+    @property
+    def files(self) -> list[Path]:
+        """The model's file and those beside it that hold its weights."""
+        return [self.path, *(self.content.files if isinstance(self.content, OnnxContent) else ())]
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all its files."""
+        files = self.files if self.kind == "onnx" else [self.path]
+        return sum(file.stat().st_size for file in files)
+
+    @property
+    def ops(self) -> list[Op] | list[OnnxOp]:
+        """Its ops, in the order of the graph."""
+        return self.content.ops
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Metadata of one of our models; empty for others."""
+        return self.content.metadata
+
+    @property
+    def input_range(self) -> tuple[float, float] | None:
+        """Range of its image input for pixels from 0 to 255, as its own metadata gives it, or None."""
+        return self.content.input_range
+
+    @property
+    def nbits(self) -> int | None:
+        """Message length of one of our detectors, or None."""
+        nbits = self.metadata.get("nbits")
+        return nbits if isinstance(nbits, int) and nbits > 0 else None
+
+    def why_slow(self) -> str:
+        """Return what in the model makes it slow on a CPU, and what to take instead; empty where nothing known does."""
+        match self.content:
+            case TfliteContent(restored_types=[_, *_] as types):
+                return f"its {', '.join(types)} weights are unpacked to float32, which saves size, not time; for speed take int8"
+            case TfliteContent():
+                return ""
+            case OnnxContent() as content:
+                if {op.op_type for op in content.ops} & DYNAMIC_OPS:
+                    return f"{SLOW_DYNAMIC}; quantize it statically, with samples"
+                return SLOW_HALF if any(dtype == "FLOAT16" for dtype, _ in content.constants.values()) else ""
+            case _ as never:
+                assert_never(never)
+
+
+def kind_of(path: Path) -> Kind:
+    """Return a model file's format by its name."""
     return "onnx" if DRAFT.sub("", path.name).endswith(ONNX_SUFFIX) else "tflite"
-
-
-def check_is_model(path: Path) -> None:
-    """Raise ToolError unless the file exists and starts like a model of its format."""
-    if format_of(path) == "onnx":
-        onnx_file.check_is_onnx(path)
-    else:
-        tflite.check_is_tflite(path)
-
-
-def model_files(path: Path) -> list[Path]:
-    """Return the model's file and those beside it that hold its weights."""
-    return [path, *(onnx_file.external_files(path) if format_of(path) == "onnx" else ())]
-
-
-def size_bytes(path: Path) -> int:
-    """Return the size of a model with all its files."""
-    return sum(file.stat().st_size for file in model_files(path))
-
-
-def declared_range(path: Path) -> tuple[float, float] | None:
-    """Return the range of a model's image input as its own metadata tells it, or None."""
-    return onnx_graph.declared_range(path) if format_of(path) == "onnx" else tflite.declared_range(path)
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """Return the metadata of one of our models, empty where the file has none."""
-    return onnx_graph.read_metadata(path) if format_of(path) == "onnx" else tflite.read_metadata(path)

@@ -20,12 +20,22 @@ AGAIN = "export or download it again"
 Model = Any  # onnx.ModelProto; the package has no stubs that mypy would follow
 
 
-def check_is_onnx(path: Path) -> None:
-    """Raise ToolError unless the file exists, holds an ONNX model, and what it refers to is there."""
+def read_checked(path: Path) -> tuple[Model, list[Path]]:
+    """Return the model as onnx.ModelProto, weights of external files not loaded, and these files, sorted.
+
+    Raises:
+        ToolError: No ONNX model, one without a graph, or one whose external files are not there.
+    """
     kind = name_kind(read_head(path, "model", again=AGAIN))
     if kind.startswith(("a ", "an HTML", "XML")):  # protobuf has no magic number
         raise ToolError("not an ONNX model", where=path, got=kind, expected="an .onnx file", remedy=AGAIN)
-    external_files(path)
+    model = read_model(path)
+    return model, files_of(model, path)
+
+
+def check_is_onnx(path: Path) -> list[Path]:
+    """Return the files beside a model that hold its weights; errors as of `read_checked`."""
+    return read_checked(path)[1]
 
 
 def read_model(path: Path) -> Model:
@@ -106,7 +116,12 @@ def _node_tensors(nodes: Iterable[Any]) -> Iterator[Any]:
 
 
 def external_files(path: Path) -> list[Path]:
-    """Return the files beside a model that hold its weights, sorted.
+    """Return the files beside a model that hold its weights, sorted; errors as of `files_of`."""
+    return files_of(read_model(path), path)
+
+
+def files_of(model: Model, path: Path) -> list[Path]:
+    """Return the files that a model, read from `path`, refers to for its weights, sorted.
 
     Raises:
         ToolError: One is missing, too short, or lies outside the model's folder.
@@ -114,7 +129,7 @@ def external_files(path: Path) -> list[Path]:
     from onnx import TensorProto
 
     ends: dict[str, int] = {}
-    for tensor in tensors(read_model(path)):
+    for tensor in tensors(model):
         is_known = tensor.data_type in TensorProto.DataType.values()
         if any(size < 0 for size in tensor.dims) or math.prod(tensor.dims) > MOST_ELEMENTS or not is_known:
             got = f"{tensor.name} {list(tensor.dims)} of type {tensor.data_type}"

@@ -11,14 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.formats.onnx_file import Model, read_model, tensor_bytes
+from shared.formats.onnx_file import Model, read_checked, tensor_bytes
 
 METADATA_KEY = "edgepress"  # of metadata_props
 MAX_METADATA_BYTES = 2**16
 SIZES = ("Resize", "Upsample")  # ops whose constant operands say how large, and are no weights
-SLOW_DYNAMIC = "ONNX Runtime finds the range of every activation at each run and has no fast convolution for what comes of it"
-SLOW_HALF = "this CPU computes float16 by way of float32; it saves size, and time only on GPUs and NPUs"
-FLOAT16 = 10  # of onnx.TensorProto.DataType
 FLOAT_TYPES = {"FLOAT", "FLOAT16", "DOUBLE", "BFLOAT16"}
 
 
@@ -45,6 +42,11 @@ class OnnxOp:
     is_inner: bool = False
 
     @property
+    def output(self) -> str:
+        """Name of its first output."""
+        return next(iter(self.outputs), "")
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of its largest constant operand."""
         return max(self.weights.values(), default=0)
@@ -53,6 +55,45 @@ class OnnxOp:
     def weight(self) -> str | None:
         """Name of its largest constant operand."""
         return max(self.weights, key=lambda name: self.weights[name], default=None)
+
+
+@dataclass(frozen=True)
+class OnnxContent:
+    """What an .onnx file holds, its weights left out.
+
+    Args:
+        ops: Its nodes in their order, those of graphs inside of nodes last.
+        constants: Name of each initializer -> type, such as FLOAT, and bytes.
+        files: The files beside the model that hold its weights.
+        metadata: Metadata of one of our models; empty for others.
+        input_range: Range of the image input, as that metadata gives it.
+    """
+
+    ops: list[OnnxOp]
+    constants: dict[str, tuple[str, int]] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    input_range: tuple[float, float] | None = None
+
+
+def read_onnx(path: Path) -> OnnxContent:
+    """Return what an .onnx file holds; parses the file once and loads no weights of external files.
+
+    Raises:
+        ToolError: No ONNX model, or one whose external files are not there.
+    """
+    model, files = read_checked(path)
+    return content_of(model, files)
+
+
+def content_of(model: Model, files: Sequence[Path]) -> OnnxContent:
+    """Return what a model holds that is in memory already; `files` hold its external weights."""
+    import onnx
+
+    name_of = onnx.TensorProto.DataType.Name
+    metadata = metadata_of(model)
+    constants = {tensor.name: (name_of(tensor.data_type), tensor_bytes(tensor)) for tensor in model.graph.initializer}
+    return OnnxContent(read_ops(model), constants, list(files), metadata, declared_range(metadata))
 
 
 def read_ops(model: Model) -> list[OnnxOp]:
@@ -126,9 +167,9 @@ def is_weight(tensor: Any) -> bool:
     return kind in (*FLOAT_TYPES, "INT8", "UINT8", "INT4", "UINT4") and math.prod(tensor.dims) > 1
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """Return the metadata of one of our models, empty where the file has none."""
-    text = next((entry.value for entry in read_model(path).metadata_props if entry.key == METADATA_KEY), "{}")
+def metadata_of(model: Model) -> dict[str, Any]:
+    """Return the metadata of one of our models, empty where the model has none."""
+    text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), "{}")
     try:
         content = json.loads(text[:MAX_METADATA_BYTES])
     except (ValueError, RecursionError):
@@ -136,19 +177,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def why_slower(path: Path) -> str:
-    """Return why a model is slow on a CPU, from the ops that it holds, and what to take instead; empty where that is not known."""
-    kinds = {node.op_type for node in read_model(path).graph.node}
-    if kinds & {"DynamicQuantizeLinear", "ConvInteger", "MatMulInteger", "DynamicQuantizeLSTM"}:
-        return f"{SLOW_DYNAMIC}; quantize it statically, with samples"
-    if any(tensor.data_type == FLOAT16 for tensor in read_model(path).graph.initializer):
-        return SLOW_HALF
-    return ""
-
-
-def declared_range(path: Path) -> tuple[float, float] | None:
+def declared_range(metadata: Mapping[str, Any]) -> tuple[float, float] | None:
     """Return the range of a model's image input, as the metadata of our own models gives it, or None."""
-    metadata = read_metadata(path)
     low, dots, high = str(metadata.get("input_range", "0..1" if "nbits" in metadata else "")).partition("..")
     try:
         return (float(low), float(high)) if dots else None

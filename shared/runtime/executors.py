@@ -1,15 +1,16 @@
 """Where candidates are measured: in processes of this machine, or on a Dask cluster."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, as_completed
 from typing import TypeVar
 
 from shared.command.errors import ToolError, first_line
-from shared.command.resources import cpu_count
+from shared.command.resources import available_memory_bytes, cpu_count
 from shared.command.watchdog import die_with_parent
 
 CONNECT_TIMEOUT_S = 15
@@ -31,7 +32,8 @@ def finished(jobs: Mapping["Future[Result]", Key]) -> Iterator[tuple[Key, Result
         raise ToolError("the processes that measure are gone", got=first_line(error), remedy="start again to go on") from None
     except Exception as error:
         if "deserialization of the task graph" in str(error):
-            remedy = "install it on all of them: pip install --constraint constraints.txt --editable '.[dask,quantize-tflite]'"
+            install = "pip install --constraint constraints.txt --editable '.[dask,quantize-tflite,quantize-onnx]'"
+            remedy = f"install it on all of them: {install}"
             raise ToolError("the Dask scheduler or a worker lacks this project", remedy=remedy) from None
         if not type(error).__module__.startswith("distributed"):
             raise
@@ -39,10 +41,17 @@ def finished(jobs: Mapping["Future[Result]", Key]) -> Iterator[tuple[Key, Result
 
 
 @contextlib.contextmanager
-def local_processes() -> Iterator[Executor]:
-    """Yield an executor with one process for each CPU; they end with this process, however it ends."""
+def local_processes(job_bytes: int = 0) -> Iterator[Executor]:
+    """Yield an executor with one process for each CPU, as far as memory allows; they end with this process, however it ends.
+
+    Args:
+        job_bytes: Memory that one job takes.
+    """
     context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks
-    with ProcessPoolExecutor(cpu_count(), mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)) as executor:
+    available = available_memory_bytes()
+    fitting = cpu_count() if available is None or not job_bytes else max(1, available // job_bytes)
+    workers = min(cpu_count(), fitting)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)) as executor:
         try:
             yield executor
         except BaseException:
@@ -57,8 +66,8 @@ def _start_worker(parent: int) -> None:
 
 
 @contextlib.contextmanager
-def dask_cluster(address: str) -> Iterator[Executor]:
-    """Yield an executor over the workers of a Dask scheduler, such as tcp://10.0.0.5:8786.
+def dask_cluster(address: str, _: int = 0) -> Iterator[Executor]:
+    """Yield an executor over the workers of a Dask scheduler, such as tcp://10.0.0.5:8786; it limits its own memory.
 
     Scheduler and workers need this project installed, workers the model and the samples at the same paths.
 
@@ -76,3 +85,8 @@ def dask_cluster(address: str) -> Iterator[Executor]:
         if not client.scheduler_info()["workers"]:
             raise ToolError("the Dask scheduler has no workers", where=address, remedy=f"start some with 'dask worker {address}'")
         yield client.get_executor()
+
+
+def choose_executor(dask: str | None) -> Callable[[int], contextlib.AbstractContextManager[Executor]]:
+    """Return what makes an executor: over the Dask cluster at an address, or over this machine's processes where it is None."""
+    return local_processes if dask is None else functools.partial(dask_cluster, dask)

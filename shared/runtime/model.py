@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from shared.command.errors import DamagedError
 from shared.command.resources import MIB, available_memory_bytes, cpu_count
 from shared.files.file_type import regular_size
-from shared.formats.model_file import check_is_model, format_of, read_metadata, size_bytes
+from shared.formats.model_file import ModelFile
 from shared.formats.tensors import TensorSpec
 from shared.networks.card import Card, InputForm
 from shared.runtime import worker
@@ -31,37 +31,45 @@ BASE_MEMORY = 700 * MIB  # interpreter, libraries and activations; measured with
 
 
 @dataclass(frozen=True)
-class ModelSource:
-    """A model to run.
+class DetectorCheckpoint:
+    """The detector of a checkpoint, to be run in torch.
 
     Args:
-        path: A .tflite or .onnx file, or a checkpoint (.pth, .safetensors) of the detector that `card` describes.
-        card: Needed for a checkpoint; None for other files.
-        form: How the detector of a checkpoint takes its image; default: the card's size, nchw.
+        path: A .pth or .safetensors file.
+        card: The card that describes the detector.
+        form: How the detector takes its image; default: the card's size, nchw.
     """
 
     path: Path
-    card: Card | None = None
+    card: Card
     form: InputForm | None = None
 
     def check(self) -> None:
-        """Raise ToolError unless the file is there and is of its kind."""
-        if self.card is None:
-            check_is_model(self.path)
-        else:
-            regular_size(self.path, "checkpoint")
+        """Raise ToolError unless the file is there."""
+        regular_size(self.path, "checkpoint")
+
+    @property
+    def files(self) -> list[Path]:
+        """The checkpoint."""
+        return [self.path]
 
     @property
     def size_bytes(self) -> int:
-        """Size of the model, weights in files of their own included."""
-        return size_bytes(self.path) if self.card is None else self.path.stat().st_size
+        """Size of the checkpoint."""
+        return self.path.stat().st_size
 
+    @property
     def nbits(self) -> int | None:
-        """Return the message length the model itself tells, or None: not a detector, or not one of ours."""
-        if self.card is not None:
-            return self.card.nbits
-        nbits = read_metadata(self.path).get("nbits")
-        return nbits if isinstance(nbits, int) and nbits > 0 else None
+        """Message length of the detector."""
+        return self.card.nbits
+
+    @property
+    def input_range(self) -> tuple[float, float]:
+        """Range of the image input."""
+        return 0.0, 1.0
+
+
+Source = ModelFile | DetectorCheckpoint
 
 
 class Model:
@@ -79,8 +87,10 @@ class Model:
         reply, outputs = self._child.ask({}, inputs)
         return outputs, reply["run_ms"]
 
-    def ops_outside_delegate(self) -> dict[str, int]:
+    def plain_ops(self) -> dict[str, int]:
         """Return op type -> how many ops of a TFLite model run in plain kernels although XNNPACK took others; after a run."""
+        if self.kernels != "xnnpack":
+            return {}
         reply, _ = self._child.ask({"ask": "outside"})
         return {str(name): int(count) for name, count in reply["outside"].items()}
 
@@ -92,7 +102,7 @@ class Model:
 
 @contextlib.contextmanager
 def open_model(
-    source: ModelSource, *, threads: int | None = None, kernels: Kernels | None = None, timeout_s: float = TIMEOUT_S
+    source: Source, *, threads: int | None = None, kernels: Kernels | None = None, timeout_s: float = TIMEOUT_S
 ) -> Iterator[Model]:
     """Load a model in a process of its own, and end that process afterwards.
 
@@ -112,7 +122,7 @@ def open_model(
         raise ChildError(str(error)) from None  # as if it had crashed its process, which it is spared
     kernels = kernels or choose_kernels(source)
     request: dict[str, Any] = {"path": str(source.path), "threads": threads or cpu_count(), "kernels": kernels}
-    if source.card is not None:
+    if isinstance(source, DetectorCheckpoint):
         form = source.form or InputForm(source.card.image_size)
         request |= {"card": asdict(source.card), "form": asdict(form)}
     with Child(worker, timeout_s) as child:
@@ -120,19 +130,19 @@ def open_model(
         yield Model(child, kernels, reply)
 
 
-def choose_kernels(source: ModelSource) -> Kernels:
+def choose_kernels(source: Source) -> Kernels:
     """Return XNNPACK, the fast default, or reference kernels where its packed copy of the weights would not fit in memory."""
-    if source.card is not None:
+    if isinstance(source, DetectorCheckpoint):
         return "torch"
-    if format_of(source.path) == "onnx":
+    if source.kind == "onnx":
         return "onnxruntime"
     available = available_memory_bytes()
     return "xnnpack" if available is None or memory_need_bytes(source) <= available else "reference"
 
 
-def memory_need_bytes(source: ModelSource) -> int:
+def memory_need_bytes(source: Source) -> int:
     """Return the memory one loaded model is expected to take beyond its mapped file."""
-    if source.card is not None:
+    if isinstance(source, DetectorCheckpoint):
         return BASE_MEMORY
-    per_byte = ONNX_MEMORY if format_of(source.path) == "onnx" else XNNPACK_MEMORY
+    per_byte = ONNX_MEMORY if source.kind == "onnx" else XNNPACK_MEMORY
     return int(source.size_bytes * per_byte) + BASE_MEMORY

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, Self
 
@@ -114,6 +115,64 @@ class Child:
         return (
             f"its process crashed with {signal.Signals(-code).name}{last}" if code < 0 else f"its process ended with {code}{last}"
         )
+
+
+class Workspace:
+    """A folder for the intermediate files of one model, and a process that works in it; use with `with`.
+
+    Args:
+        folder: An empty folder.
+        worker: A module whose `handle` is made by `answer_tasks`.
+        timeout_s: Limit for each task.
+    """
+
+    def __init__(self, folder: Path, worker: ModuleType, timeout_s: float) -> None:
+        self.folder = folder
+        self.peak_rss_bytes = 0
+        self._worker, self._timeout_s = worker, timeout_s
+        self._child: Child | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """End the process, which gives its memory back; the next task starts another."""
+        if self._child is not None:
+            self._child.__exit__()
+            self._child = None
+
+    def run(self, task: str, failure: str, where: Path | str, **arguments: Any) -> Message:
+        """Do one task of the worker and return its reply.
+
+        Args:
+            task: Name of the task.
+            failure: What to say where the process fails.
+            where: The model it is about.
+            arguments: The task's own, JSON values only.
+
+        Raises:
+            ToolError: Raised by the task, or its process crashed or hung.
+        """
+        if self._child is None:
+            self._child = Child(self._worker, self._timeout_s)
+        try:
+            reply, _ = self._child.ask({"task": task, **arguments})
+        except ChildError as error:
+            raise ToolError(failure, where=where, got=error) from None
+        self.peak_rss_bytes = max(self.peak_rss_bytes, self._child.peak_rss_bytes)
+        return reply
+
+
+def answer_tasks(tasks: Mapping[str, Callable[..., Message]]) -> Handler:
+    """Return a handler that does tasks by their names: {"task": name, the task's arguments}."""
+
+    def handle(message: Message, _: Arrays) -> tuple[Message, Arrays]:
+        return dict(tasks[message.pop("task")](**message)), {}
+
+    return handle
 
 
 def serve(handler: Handler) -> None:

@@ -21,11 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.command.errors import ToolError
+from shared.formats.model_file import ModelFile
 from shared.formats.tensors import TensorSpec, describe, image_spec
 from shared.media.images import as_image, read_pixels, stretch_image, to_image, to_layout
 from shared.media.video import read_frames
 from shared.networks.card import load_card
-from shared.runtime.model import ModelSource, open_model
+from shared.runtime.model import DetectorCheckpoint, Source, open_model
 from shared.watermark.message import Bits, chance_of_agreement, parse_message, to_bit_string, to_hex, to_int
 
 ImageSource = Path | str | NDArray[Any]
@@ -122,7 +123,8 @@ class WatermarkDetector:
     def __init__(
         self, model_path: Path | str, *, card: str | None = None, nbits: int | None = None, threads: int | None = None
     ) -> None:
-        source = ModelSource(Path(model_path), None if card is None else load_card(card))
+        path = Path(model_path)
+        source: Source = ModelFile(path) if card is None else DetectorCheckpoint(path, load_card(card))
         if card is not None and not source.path.is_file():
             raise ToolError("no such checkpoint file", where=source.path)
         with contextlib.ExitStack() as stack:
@@ -192,9 +194,9 @@ def _detection(output: NDArray[np.float32], expected: Bits | None, frames: tuple
     return Detection(float(output[0]), logits, agreement, frames)
 
 
-def _message_length(source: ModelSource, outputs: list[TensorSpec], given: int | None) -> int:
+def _message_length(source: Source, outputs: list[TensorSpec], given: int | None) -> int:
     """Return the message length the model's metadata tells, or the one given; it must fit the model's output."""
-    nbits = given or source.nbits()
+    nbits = given or source.nbits
     if nbits is None:
         raise ToolError("the model does not tell its message length", where=source.path, remedy="pass nbits=")
     if len(outputs) != 1 or outputs[0].shape != (1, 1 + nbits):

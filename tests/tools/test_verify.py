@@ -10,9 +10,10 @@ import onnx
 import pytest
 
 from shared.command.errors import ToolError
+from shared.formats.model_file import ModelFile
 from shared.formats.onnx_file import read_model
 from shared.formats.onnx_graph import write_metadata
-from shared.runtime.model import Model, ModelSource
+from shared.runtime.model import Model
 from shared.runtime.processes import ChildError
 from tests.conftest import REALDATA, ROOT, Run
 from tests.support.small_onnx import save, save_picture_model, save_vector_model, seeded, with_external_weights
@@ -166,7 +167,7 @@ def test_other_peoples_models_pass_or_fail_as_they_should() -> None:
 
 def test_a_source_knows_nothing_of_bits_it_was_not_told(tmp_path: Path) -> None:
     (tmp_path / "m.tflite").write_bytes(bytes(100))
-    assert ModelSource(tmp_path / "m.tflite").nbits() is None
+    assert ModelFile(tmp_path / "m.tflite").nbits() is None
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

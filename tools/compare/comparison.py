@@ -8,22 +8,14 @@ from rich.console import RenderableType
 from rich.table import Column, Table
 
 from shared.command.resources import size_text
-from shared.runtime.benchmark import Measured
+from shared.metrics.gates import GateResult
+from shared.metrics.output_error import OutputError
+from shared.runtime.benchmark import Measurement
 from tools.compare.accuracy import Accuracy
 from tools.compare.image_quality import TruthScores
 
 UNDER = "bits read right under"
 CHANCE_NOTE = " (chance)"  # the reference reads no better than a coin
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A limit, and whether the candidate kept it."""
-
-    name: str
-    value: float | None
-    limit: float
-    ok: bool
 
 
 @dataclass(frozen=True)
@@ -66,41 +58,67 @@ class ImageTask:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A candidate against the reference; errors are of the worst sample, bit agreement is over all samples.
+    """A candidate against the reference.
 
-    `error` tells why there are no measurements: it crashed, or its outputs don't compare. An alternative may break limits.
+    Args:
+        path: The model.
+        size_bytes: Its size.
+        reduction: By which share of the reference's size it is smaller.
+        is_alternative: Whether it may break gates.
+        measurement: Times and memory; None where it does not run.
+        speedup: The reference's median latency over its own.
+        errors: Error of each output against the reference's.
+        bit_agreement: Share of message bits read alike, over all samples.
+        accuracy: What it read on images whose messages are known.
+        images: How good the images are that it makes.
+        problem: Why it does not run or cannot be compared; None where it can.
+        gates: Gates, and whether they were kept.
+        verdict: In words, whether it is faster, and where not, why.
     """
 
     path: Path
     size_bytes: int
     reduction: float
     is_alternative: bool = False
-    measured: Measured | None = None
+    measurement: Measurement | None = None
     speedup: float | None = None
-    cosine: float | None = None
-    relative_error: float | None = None
-    max_abs_error: float | None = None
+    errors: list[OutputError] = field(default_factory=list)
     bit_agreement: float | None = None
     accuracy: Accuracy | None = None
     images: ImageFindings | None = None
-    error: str | None = None
-    gates: list[Gate] = field(default_factory=list)
+    problem: str | None = None
+    gates: list[GateResult] = field(default_factory=list)
     verdict: str = ""
 
     @property
     def is_inside(self) -> bool:
-        """Whether it ran and kept every limit."""
-        return self.error is None and all(gate.ok for gate in self.gates)
+        """Whether it ran and kept every gate."""
+        return self.problem is None and all(gate.ok for gate in self.gates)
+
+    @property
+    def cosine(self) -> float | None:
+        """Smallest cosine of an output, over the samples."""
+        return min((error.cosine for error in self.errors if error.cosine is not None), default=None)
+
+    @property
+    def relative_error(self) -> float | None:
+        """Largest relative error of an output, over the samples."""
+        return max((error.relative_error for error in self.errors if error.relative_error is not None), default=None)
+
+    @property
+    def max_abs_error(self) -> float | None:
+        """Largest absolute difference of a value."""
+        return max((error.max_abs_error for error in self.errors if error.max_abs_error is not None), default=None)
 
 
 @dataclass(frozen=True)
 class Findings:
     """The reference, its candidates, and how they were measured.
 
-    `smallest` and `fastest` are the best of several candidates inside all limits; None where there is just one, or none inside.
+    `smallest` and `fastest` are the best of several candidates inside all gates; None where there is just one, or none inside.
     """
 
-    reference: Measured
+    reference: Measurement
     accuracy: Accuracy | None
     candidates: list[Candidate]
     samples: int
@@ -114,11 +132,11 @@ class Findings:
     @property
     def peak_rss_bytes(self) -> int:
         """Largest resident set of any model."""
-        return max([self.reference.peak_rss_bytes, *(c.measured.peak_rss_bytes for c in self.candidates if c.measured)])
+        return max([self.reference.peak_rss_bytes, *(c.measurement.peak_rss_bytes for c in self.candidates if c.measurement)])
 
     @property
     def ok(self) -> bool:
-        """Whether every candidate that is no alternative ran and kept every limit."""
+        """Whether every candidate that is no alternative ran and kept every gate."""
         return all(candidate.is_inside or candidate.is_alternative for candidate in self.candidates)
 
     def tables(self) -> Iterator[RenderableType]:
@@ -165,7 +183,7 @@ class Findings:
             if not (candidate.is_inside or candidate.is_alternative)
         ]
         broken = [f"{label} {gate.name}" for label, candidate in failed for gate in candidate.gates if not gate.ok]
-        broken += [f"{label} {candidate.error}" for label, candidate in failed if candidate.error is not None]
+        broken += [f"{label} {candidate.problem}" for label, candidate in failed if candidate.problem is not None]
         if broken:
             return f"FAILED: {'; '.join(broken)}"
         return "every gate kept" if any(candidate.gates for candidate in self.candidates) else "no gates set"
@@ -180,12 +198,12 @@ class Findings:
         if len(self.candidates) < 2:
             return []
         if self.smallest is None or self.fastest is None:
-            return ["recommended: none, no candidate is inside the limits"]
+            return ["recommended: none, no candidate is inside the gates"]
         labels = {candidate.path: label for candidate, label in zip(self.candidates, self.labels()[1:], strict=True)}
         smallest, fastest = labels[self.smallest], labels[self.fastest]
         if smallest == fastest:
-            return [f"recommended: {smallest}, the smallest and the fastest inside the limits"]
-        return [f"recommended: {smallest}, the smallest inside the limits; {fastest} is the fastest"]
+            return [f"recommended: {smallest}, the smallest and the fastest inside the gates"]
+        return [f"recommended: {smallest}, the smallest inside the gates; {fastest} is the fastest"]
 
 
 def _accuracy_under(candidate: Candidate, attack: str) -> str:
@@ -196,8 +214,8 @@ def rows(findings: Findings) -> Iterator[tuple[str, str, Callable[[Candidate], s
     """Yield the rows of the table: name, the reference's value, and how to get a candidate's."""
     reference, accuracy = findings.reference, findings.accuracy
 
-    def measured(text: Callable[[Measured], str]) -> Callable[[Candidate], str]:
-        return lambda c: text(c.measured) if c.measured else "-"
+    def measured(text: Callable[[Measurement], str]) -> Callable[[Candidate], str]:
+        return lambda c: text(c.measurement) if c.measurement else "-"
 
     def number(pick: Callable[[Candidate], float | None], form: str) -> Callable[[Candidate], str]:
         return lambda c: "-" if (value := pick(c)) is None else format(value, form)
@@ -211,8 +229,8 @@ def rows(findings: Findings) -> Iterator[tuple[str, str, Callable[[Candidate], s
     yield "peak memory", size_text(reference.peak_rss_bytes), measured(lambda m: size_text(m.peak_rss_bytes))
     yield "kernels", reference.kernels, measured(lambda m: m.kernels)
     yield "bit agreement", "1", number(lambda c: c.bit_agreement, ".4f")
-    yield "cosine, worst", "1", number(lambda c: c.cosine, ".6f")
-    yield "relative error, worst", "0", number(lambda c: c.relative_error, ".3g")
+    yield "cosine, worst output", "1", number(lambda c: c.cosine, ".6f")
+    yield "relative error, worst output", "0", number(lambda c: c.relative_error, ".3g")
     yield "largest difference", "0", number(lambda c: c.max_abs_error, ".3g")
     if findings.images is not None:
         yield from _image_rows(findings.images)

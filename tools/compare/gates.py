@@ -1,49 +1,96 @@
-"""The limits that a candidate must keep, named as compare's options are."""
+"""The gates that compare knows, and what each is about."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from shared.command.errors import ToolError
 from shared.command.resources import MIB
 from shared.media.attacks import Attack
+from shared.metrics.gates import GateResult, check_gate, flat_gates, parse_gates
+from shared.networks.card import load_card
 from tools.compare.accuracy import Accuracy, largest_drop
-from tools.compare.comparison import Candidate, Gate, ImageTask
+from tools.compare.comparison import Candidate, ImageTask
+
+UNDER = "min_accuracy_under"  # followed by a colon and the attack
+OF_MESSAGES = ("min_bit_accuracy", UNDER, "max_accuracy_drop", "min_auc")
+OF_GROUND_TRUTH = ("max_psnr_drop", "min_psnr_gain")
+GATES = (
+    "min_bit_agreement",
+    "min_cosine",
+    "max_error",
+    "min_speedup",
+    "max_size_mb",
+    "max_latency_ms",
+    *OF_MESSAGES,
+    "min_psnr",
+    "min_ssim",
+    *OF_GROUND_TRUTH,
+)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The limits that were asked for.
+def read_gates(card: str | None, texts: Sequence[str]) -> dict[str, float]:
+    """Return gate -> limit of `--gates CARD:RECIPE` and of each `--gate NAME=VALUE`, which replaces the card's.
 
-    Args:
-        of_numbers: Name of compare's option -> limit; None is no limit.
-        under_attack: Name of the attack -> least bit accuracy.
+    Raises:
+        ToolError: No such card, recipe or gate.
     """
+    known: dict[str, float] = {}
+    if card is not None:
+        name, colon, recipe = card.rpartition(":")
+        if not colon:
+            raise ToolError("--gates names no recipe", got=card, expected="CARD:RECIPE, such as chunkyseal:int8")
+        tables = load_card(name).gates
+        if recipe not in tables:
+            raise ToolError("the card has no gates for this recipe", where=name, got=recipe, expected=", ".join(sorted(tables)))
+        known = {gate: limit for gate, limit in flat_gates(vars(tables[recipe])).items() if limit is not None}
+    return {**known, **parse_gates(texts, GATES)}
 
-    of_numbers: dict[str, float | None]
-    under_attack: dict[str, float]
 
-    def gates(self, candidate: Candidate, reference: Accuracy | None, task: ImageTask | None = None) -> list[Gate]:
-        """Return every limit with the candidate's value; a value that could not be measured breaks its limit."""
-        measured, accuracy = candidate.measured, candidate.accuracy
-        values: dict[str, float | None] = {
-            "min_bit_agreement": candidate.bit_agreement,
-            "min_cosine": candidate.cosine,
-            "min_speedup": candidate.speedup,
-            "max_size_mb": candidate.size_bytes / MIB,
-            "max_latency_ms": measured.median_ms if measured else None,
-            "min_bit_accuracy": accuracy.clean.bit_accuracy if accuracy else None,
-            "max_accuracy_drop": largest_drop(reference, accuracy) if accuracy and reference else None,
-            "min_auc": accuracy.clean.auc if accuracy else None,
-            **_image_values(candidate, task),
-        }
-        under = {attack: accuracy.under(attack).bit_accuracy if accuracy else None for attack in self.under_attack}
-        limits = [(name, values[name], limit) for name, limit in self.of_numbers.items() if limit is not None]
-        limits += [(f"min_accuracy_under {attack}", under[attack], limit) for attack, limit in self.under_attack.items()]
-        return [Gate(name, value, limit, _keeps(name, value, limit)) for name, value, limit in limits]
+def require_measurable(
+    gates: Mapping[str, float], attacks: Sequence[Attack], *, has_messages: bool, has_ground_truth: bool
+) -> None:
+    """Raise ToolError for gates on what will not be measured."""
+    for name, limit in gates.items():
+        kind, _, attack = name.partition(":")
+        if kind in OF_MESSAGES and not has_messages:
+            raise ToolError(f"--gate {kind} needs images whose messages are known", remedy="give --messages FILE")
+        if kind in OF_GROUND_TRUTH and not has_ground_truth:
+            raise ToolError(f"--gate {kind} needs the ground truth", remedy="give --images and --ground-truth")
+        if kind == UNDER:
+            names = [one.name for one in attacks]
+            if attack not in names:
+                raise ToolError(f"--gate {name}: this attack is not run", expected=f"one of {', '.join(names) or '--attacks'}")
+            if not 0 <= limit <= 1:
+                raise ToolError(f"--gate {name}={limit:g}: no share from 0 to 1", remedy="correct the limit")
+        if not math.isfinite(limit):
+            raise ToolError(f"--gate {name} is not finite", remedy="leave it out")
+
+
+def check_gates(
+    gates: Mapping[str, float], candidate: Candidate, reference: Accuracy | None, task: ImageTask | None = None
+) -> list[GateResult]:
+    """Return every gate with the candidate's value; a value that could not be measured breaks its gate."""
+    measurement, accuracy = candidate.measurement, candidate.accuracy
+    values: dict[str, float | None] = {
+        "min_bit_agreement": candidate.bit_agreement,
+        "min_cosine": candidate.cosine,
+        "max_error": candidate.relative_error,
+        "min_speedup": candidate.speedup,
+        "max_size_mb": candidate.size_bytes / MIB,
+        "max_latency_ms": measurement.median_ms if measurement else None,
+        "min_bit_accuracy": accuracy.clean.bit_accuracy if accuracy else None,
+        "max_accuracy_drop": largest_drop(reference, accuracy) if accuracy and reference else None,
+        "min_auc": accuracy.clean.auc if accuracy else None,
+        **_image_values(candidate, task),
+    }
+    for name in gates:
+        if name.startswith(f"{UNDER}:"):
+            values[name] = accuracy.under(name.partition(":")[2]).bit_accuracy if accuracy else None
+    return [check_gate(name, values[name], limit) for name, limit in gates.items()]
 
 
 def _image_values(candidate: Candidate, task: ImageTask | None) -> dict[str, float | None]:
-    """Return what the limits on images are about; None where it is not known."""
+    """Return what the gates on images are about; None where it is not known."""
     images = candidate.images
     truth, before, plain = images and images.truth, task and task.reference, task and task.bicubic
     return {
@@ -52,31 +99,3 @@ def _image_values(candidate: Candidate, task: ImageTask | None) -> dict[str, flo
         "max_psnr_drop": before.psnr_db - truth.psnr_db if truth and before else None,
         "min_psnr_gain": truth.psnr_db - plain.psnr_db if truth and plain else None,
     }
-
-
-def _keeps(name: str, value: float | None, limit: float) -> bool:
-    return value is not None and (value <= limit if name.startswith("max") else value >= limit)
-
-
-def limits_under_attack(limits: list[str], attacks: list[Attack]) -> dict[str, float]:
-    """Return attack -> least bit accuracy of options such as `jpeg-50=0.97`.
-
-    Raises:
-        ToolError: The attack is not run, has a limit already, or the share is none.
-    """
-    names = [attack.name for attack in attacks]
-    found: dict[str, float] = {}
-    for text in limits:
-        attack, _, share = text.partition("=")
-        option = f"--min-accuracy-under {text}"
-        if attack not in names:
-            raise ToolError(f"{option}: this attack is not run", expected=f"one of {', '.join(names) or '--attacks'}")
-        if attack in found:
-            raise ToolError(f"{option}: there is a limit for this attack already", remedy="give one")
-        try:
-            found[attack] = float(share)
-        except ValueError:
-            found[attack] = math.nan
-        if not 0 <= found[attack] <= 1:
-            raise ToolError(f"{option}: no limit", expected=f"{attack}=SHARE, a share from 0 to 1")
-    return found

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from shared.command.errors import ToolError
 from shared.media.images import Pixels, from_form, image_form, read_pixels
-from shared.metrics.fidelity import MOST_DB
+from shared.metrics.output_error import MOST_DB
 
 LUMA = np.array([65.481, 128.553, 24.966]) / 255  # of ITU-R BT.601, to 16..235, from RGB in 0..255
 LUMA_OFFSET = 16.0

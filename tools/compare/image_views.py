@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.formats.model_file import ModelFile
 from shared.media.images import Pixels, read_pixels
-from shared.runtime.model import Model, ModelSource, open_model
+from shared.runtime.model import Model, open_model
 from shared.runtime.samples import image_sample
 from tools.compare.comparison import Findings, ImageTask
 from tools.compare.image_quality import as_image
@@ -41,9 +42,7 @@ def worst_views(findings: Findings, count: int, skip: frozenset[Path] = frozense
     worst = sorted(range(len(decibels)), key=lambda number: decibels[number])[:count]
     names = dict(zip((candidate.path for candidate in findings.candidates), findings.labels()[1:], strict=True))
     with ExitStack() as stack:
-        models = [
-            stack.enter_context(open_model(ModelSource(path))) for path in (findings.reference.path, *(c.path for c in shown))
-        ]
+        models = [stack.enter_context(open_model(ModelFile(path))) for path in (findings.reference.path, *(c.path for c in shown))]
         for number in worst:
             made = [_made(model, task.files[number], task.pixel_range) for model in models]
             yield task.files[number], decibels[number], list(_views(task, number, made, [names[c.path] for c in shown]))

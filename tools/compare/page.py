@@ -16,7 +16,7 @@ from shared.command.resources import size_text
 from shared.html.page import Bar, write_template
 from shared.html.plots import line_plot, scatter_plot
 from shared.media.images import Pixels, read_pixels
-from shared.runtime.benchmark import Measured
+from shared.runtime.benchmark import Measurement
 from tools.compare.accuracy import CLEAN, Accuracy, Reading
 from tools.compare.comparison import Findings, rows
 from tools.compare.image_views import worst_views
@@ -78,7 +78,7 @@ def _size_bars(findings: Findings, labels: list[str]) -> Iterator[Bar]:
 
 
 def _latency_bars(findings: Findings, labels: list[str]) -> Iterator[Bar]:
-    shown: list[Measured | None] = [findings.reference, *(candidate.measured for candidate in findings.candidates)]
+    shown: list[Measurement | None] = [findings.reference, *(candidate.measurement for candidate in findings.candidates)]
     slowest = max(measured.median_ms for measured in shown if measured)
     for number, (label, measured) in enumerate(zip(labels, shown, strict=True)):
         if measured is not None:

@@ -19,22 +19,24 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Table
 
-from shared.command.cli import DryRun, ModelName, Overwrite, Refresh, Reproducible, Seed, step, warn
+from shared.command.cli import step, warn
 from shared.command.errors import ToolError
-from shared.command.resources import GIB, Needs, size_text
+from shared.command.options import DryRunOption, ModelName, Overwrite, Refresh, Reproducible, Seed
+from shared.command.resources import GIB, ResourceEstimate, size_text
 from shared.files import artifacts
-from shared.files.artifacts import Plan, Product
 from shared.files.atomic import draft_beside
-from shared.formats.onnx_file import check_is_onnx, external_files, name_weights
-from shared.formats.tflite import append_metadata
+from shared.files.plan import Plan, Product, require_output_free
+from shared.formats.model_file import ModelFile
+from shared.formats.onnx_file import name_weights
+from shared.formats.tflite_metadata import append_metadata
 from shared.metrics.metrics import cosine, max_abs_error, relative_error
 from shared.networks.card import PRODUCTS, Card, InputForm, load_card
-from shared.runtime.model import Kernels, ModelSource, open_model
+from shared.quantize.result import QuantizationResult
+from shared.runtime.model import DetectorCheckpoint, Kernels, open_model
 from shared.runtime.processes import Child, ChildError, Message
 from shared.runtime.samples import sample_inputs
 from tools.convert_detector import export
 from tools.quantize_tflite import quantize_tflite
-from tools.quantize_tflite.result import Pressed
 
 ONNX_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 PACKAGES = ("litert-torch", "litert-converter", "ai-edge-litert", "torch")
@@ -123,7 +125,7 @@ class Conversion:
     float_model: FloatModel
     float_product: Product
     quantized_product: Product | None
-    coverage: Pressed | None
+    coverage: QuantizationResult | None
     message: str
 
     def __rich__(self) -> RenderableType:
@@ -217,14 +219,14 @@ def _convert(job: _Job, draft: Path, folded: Path, output: Path) -> FloatModel:
         append_metadata(draft, job.metadata())
     seconds = round(time.monotonic() - start, 3)
     with step("check against torch"):
-        agreement = _check(ModelSource(job.weights, job.card, job.form), ModelSource(draft))
+        agreement = _check(DetectorCheckpoint(job.weights, job.card, job.form), ModelFile(draft))
     if job.model_format is ModelFormat.ONNX:
         name_weights(draft, output)
     peak = max(reply["peak_rss_bytes"], agreement.peak_rss_bytes)
     return FloatModel(reply["parameters"], seconds, agreement, reply["casts"], peak)
 
 
-def _check(torch_model: ModelSource, converted: ModelSource) -> Agreement:
+def _check(torch_model: DetectorCheckpoint, converted: ModelFile) -> Agreement:
     """Run both on one image, one after the other, and raise ToolError unless they agree."""
     start = time.monotonic()
     try:
@@ -268,7 +270,7 @@ def convert_detector(
     rehearsal: Annotated[bool, typer.Option("--rehearsal", help="Use seeded, untrained weights instead of a checkpoint.")] = False,
     seed: Seed = 0,
     reproducible: Reproducible = False,
-    dry_run: DryRun = False,
+    dry_run: DryRunOption = False,
     overwrite: Overwrite = False,
     refresh: Refresh = False,
 ) -> Conversion:
@@ -294,7 +296,7 @@ def convert_detector(
     is_new = rehearsal and not weights.exists()
     disk = (3 if is_new else 2) * weights_bytes
     largest = int(weights_bytes * (1 + SCALES_SHARE)) + GRAPH_BYTES
-    needs = Needs("convert this model", largest, disk + GRAPH_BYTES, BASE_MEMORY + int(weights_bytes * MEMORY_PER_BYTE))
+    needs = ResourceEstimate("convert this model", largest, disk + GRAPH_BYTES, BASE_MEMORY + int(weights_bytes * MEMORY_PER_BYTE))
 
     def make(draft: Path) -> FloatModel:
         if rehearsal:
@@ -315,11 +317,12 @@ def convert_detector(
         refresh=refresh,
         reproducible=reproducible,
         needs=lambda: needs,
-        companions=external_files if is_onnx else lambda _: (),
-        reopen=check_is_onnx if is_onnx else lambda _: None,
+        reopen=lambda draft: ModelFile(draft).files[1:],
     )
     if dry_run:
-        pressed = Needs("quantize this model", int(largest * SHARES[quantize]) + GRAPH_BYTES, 2 * largest, needs.memory_bytes)
+        pressed = ResourceEstimate(
+            "quantize this model", int(largest * SHARES[quantize]) + GRAPH_BYTES, 2 * largest, needs.memory_bytes
+        )
         further = Plan(output, "quantize_tflite", {}, overwrite=overwrite, refresh=refresh, needs=lambda: pressed)
         artifacts.foresee(*[plan] if wants_float else [plan, further])
     if is_new:
@@ -340,7 +343,7 @@ def convert_detector(
         refresh=refresh,
     )
     message = f"{quantized.message}\n{remarks}"
-    return Conversion(card.title, rehearsal, found, float_product, quantized.product, quantized.found, message)
+    return Conversion(card.title, rehearsal, found, float_product, quantized.product, quantized.result, message)
 
 
 def _format(asked: ModelFormat | None, output: Path | None, quantize: Precision, *, dynamic_batch: bool) -> ModelFormat:
@@ -373,7 +376,7 @@ def _require_outputs(outputs: set[Path], weights: Path, *, wants_float: bool, ov
     for output in outputs:
         if output.exists() and weights.exists() and output.samefile(weights):
             raise ToolError("the output is the checkpoint", where=output, remedy="choose another file with -o")
-        artifacts.require_not_anothers(output, overwrite=overwrite)
+        require_output_free(output, overwrite=overwrite)
 
 
 def _remarks(card: Card, form: InputForm, found: FloatModel, *, rehearsal: bool, up_to_date: bool) -> str:

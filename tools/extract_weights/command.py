@@ -21,12 +21,13 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Table
 
-from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, step
+from shared.command.cli import step
 from shared.command.errors import ToolError
-from shared.command.resources import MIB, Needs, size_text
+from shared.command.options import DryRunOption, Overwrite, Refresh, Reproducible
+from shared.command.resources import MIB, ResourceEstimate, size_text
 from shared.files import artifacts
-from shared.files.artifacts import Plan, Product
 from shared.files.file_type import regular_size
+from shared.files.plan import Plan, Product
 from shared.networks.card import PRODUCTS, Card, card_names, load_card
 from shared.networks.checkpoint import Checkpoint, open_checkpoint, require_match, require_sound, select_detector, write_safetensors
 from tools.extract_weights.download import download as download_file
@@ -178,7 +179,7 @@ def extract_weights(
     sha256: Annotated[str | None, typer.Option(help="What the downloaded file must have; default: as its card says.")] = None,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Succeed, writing nothing, if there is none.")] = False,
     reproducible: Reproducible = False,
-    dry_run: DryRun = False,
+    dry_run: DryRunOption = False,
     overwrite: Overwrite = False,
     refresh: Refresh = False,
 ) -> Extraction:
@@ -216,9 +217,9 @@ def extract_weights(
             require_match(kept, _detector_shapes(card), source)
         return opened, kept
 
-    def needs() -> Needs:
+    def needs() -> ResourceEstimate:
         size = sum(map(_size, chosen()[1].values())) + HEADER_BYTES
-        return Needs("write the weights", size, size, MEMORY_BYTES)
+        return ResourceEstimate("write the weights", size, size, MEMORY_BYTES)
 
     def make(draft: Path) -> Contents:
         opened, kept = chosen()

@@ -20,19 +20,20 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Column, Table
 
-from shared.calibration.dataset import MANIFEST_NAME, InputRange, choose_range
-from shared.command.cli import DryRun, Overwrite, Refresh, Reproducible, Seed, step_progress
+from shared.calibration.dataset import MANIFEST_NAME, choose_range
+from shared.command.cli import step_progress
 from shared.command.errors import ToolError
-from shared.command.resources import MIB, Needs
+from shared.command.options import DryRunOption, InputRange, Overwrite, Refresh, Reproducible, Seed
+from shared.command.resources import MIB, ResourceEstimate
 from shared.files import artifacts
-from shared.files.artifacts import Plan, Product
 from shared.files.atomic import draft_beside
 from shared.files.file_type import is_regular
+from shared.files.plan import Plan, Product
 from shared.files.provenance import read_provenance, record
-from shared.formats.model_file import declared_range
+from shared.formats.model_file import ModelFile
 from shared.formats.tensors import describe, image_input
 from shared.media.images import ImageForm
-from shared.runtime.model import ModelSource, open_model
+from shared.runtime.model import open_model
 from shared.runtime.processes import ChildError
 from tools.prepare_calibration.contact_sheet import Point, write_coverage_plot
 from tools.prepare_calibration.sampling import Candidate, Look
@@ -187,13 +188,13 @@ def _companions(manifest: Path) -> list[Path]:
 
 def _range(model: Path | None, asked: InputRange | None) -> InputRange:
     """Return the range of the arrays: as asked, else as the model tells, else 0..1."""
-    return (asked if model is None else choose_range(asked, declared_range(model), model)) or "0..1"
+    return (asked if model is None else choose_range(asked, ModelFile(model).input_range, model)) or "0..1"
 
 
 def _input(model: Path) -> tuple[str, ImageForm]:
     """Return name and form of a model's image input."""
     try:
-        with open_model(ModelSource(model)) as opened:
+        with open_model(ModelFile(model)) as opened:
             found = image_input(opened.inputs)
             if found is None:
                 got = describe(opened.inputs)
@@ -246,7 +247,7 @@ def prepare_calibration(
     channels: Annotated[Literal["3", "1"] | None, typer.Option(help="3 for RGB, 1 for luma; default: 3.")] = None,
     seed: Seed = 0,
     reproducible: Reproducible = False,
-    dry_run: DryRun = False,
+    dry_run: DryRunOption = False,
     overwrite: Overwrite = False,
     refresh: Refresh = False,
 ) -> CalibrationSamples:
@@ -309,8 +310,8 @@ def prepare_calibration(
         refresh=refresh,
         reproducible=reproducible,
         dry_run=dry_run,
-        needs=lambda: Needs("write the samples", most_bytes, most_bytes, MEMORY_BYTES),
-        companions=_companions,
+        needs=lambda: ResourceEstimate("write the samples", most_bytes, most_bytes, MEMORY_BYTES),
+        reopen=_companions,
         makes_folder=True,
     )
     if dry_run:

@@ -13,7 +13,8 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
-from shared.calibration.dataset import RANGES, InputRange
+from shared.calibration.dataset import RANGES
+from shared.command.options import InputRange
 from shared.files.atomic import abandoned_marks, begun, draft_beside, identity, is_abandoned, kept_aside
 from shared.files.provenance import provenance_path, read_provenance, record
 from shared.media.images import ImageForm, Pixels, read_pixels, to_form

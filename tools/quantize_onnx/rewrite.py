@@ -17,7 +17,7 @@ AS_FLOAT = ("Gemm",)  # op types whose outputs stay float
 SHIELDED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
-def write_spelled(source: Path, target: Path) -> tuple[bool, list[str]]:
+def write_rewritten(source: Path, target: Path) -> tuple[bool, list[str]]:
     """Write a model in that form to the same folder, weights in files of their own left where they are.
 
     Returns:
@@ -26,14 +26,14 @@ def write_spelled(source: Path, target: Path) -> tuple[bool, list[str]]:
     import onnx
 
     model = read_model(source)
-    names = spell_out_prelu(model, source.parent)
+    names = expand_prelu(model, source.parent)
     products = join_biases(model)
     if names or products:
         onnx.save_model(model, str(target))
     return bool(names or products), names
 
 
-def spell_out_prelu(model: Model, folder: Path) -> list[str]:
+def expand_prelu(model: Model, folder: Path) -> list[str]:
     """Replace, in place, each PRelu with constant slopes; return the names of the new nodes.
 
     y = slope x + (1 - slope) max(x, 0), which is x above 0 and slope x below, for any slope.

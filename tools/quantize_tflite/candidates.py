@@ -5,25 +5,27 @@ Runs wherever an executor puts it: everything it needs comes with the job, and t
 
 import contextlib
 import functools
-import hashlib
 import mmap
 import os
 import statistics
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.calibration.dataset import CalibrationSet, Sample
+from shared.calibration.arrays import Sample
+from shared.calibration.dataset import CalibrationSet
+from shared.calibration.samples import HeldSamples
 from shared.command.errors import ToolError, first_line
+from shared.files.checksums import sha256_of
 from shared.formats.tensors import TensorSpec
-from shared.metrics.output_error import Damage, measure_damage
-from shared.runtime.samples import sample_inputs
+from shared.metrics.output_error import measure_error, measure_errors
+from shared.quantize.ledger import Outcome, RefusedError
 from shared.runtime.workarounds import large_weights_quantized
 from shared.runtime.worker import signature_names
 from tools.quantize_tflite.bias import Patches, correct_biases, layers, mean_patches
@@ -32,7 +34,6 @@ from tools.quantize_tflite.recipes import Rules
 Array = NDArray[Any]
 Outputs = list[Array]
 TIMED_RUNS = 11
-SEEDED = 4  # made-up samples where there are no others
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,25 @@ class Subject:
 
     Args:
         path: A repaired float .tflite file, readable wherever a job runs.
-        sha256: Its hash, so that another file in its place is noticed.
-        samples: Real inputs; seeded ones when None.
-        corrects_bias: Whether candidates get their biases corrected; only with real inputs.
-        pixel_range: Of seeded pictures.
+        sha256: Its hash, so that another file in its place is noticed; empty where nobody else could have put one there.
+        outputs: Names of its outputs.
+        peaks: For each output the width of the range of its values where it is an image, else None.
+        held: What outputs are measured on.
+        calibration: Real inputs that biases are corrected with.
+        corrects_bias: Whether they are.
     """
 
     path: Path
     sha256: str
-    samples: CalibrationSet | None = None
+    outputs: tuple[str, ...] = ()
+    peaks: tuple[float | None, ...] = ()
+    held: HeldSamples = field(default_factory=lambda: HeldSamples(None, 1))
+    calibration: CalibrationSet | None = None
     corrects_bias: bool = True
-    pixel_range: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
-class Job:
+class TfliteJob:
     """One candidate to measure.
 
     Args:
@@ -70,49 +75,23 @@ class Job:
     tensor: str | None = None
     is_timed: bool = False
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a candidate showed.
-
-    Args:
-        size_bytes: Size of its file; 0 where the quantizer or the runtime refuses it.
-        outputs: Damage to each output, in the model's order.
-        tensor: Damage to the tensor asked for.
-        slowdown: Its latency over the float model's, one thread each.
-    """
-
-    size_bytes: int
-    outputs: list[Damage]
-    tensor: Damage | None = None
-    slowdown: float | None = None
-
-
-class RefusedError(ToolError):
-    """The quantizer or the runtime refuses a candidate; others may do."""
-
-
-def measure_candidate(job: Job) -> Outcome:
-    """Quantize and run one candidate.
-
-    Raises:
-        RefusedError: The quantizer or the runtime refuses the candidate.
-        ToolError: The model or the samples can't be read here, or are others.
-    """
-    reference = _reference(job.subject)
-    quantized = _quantized(job.subject, job.rules)
-    candidate = _run(quantized, job.subject, job.tensor)
-    inside = None
-    if job.tensor is not None:
-        inside = measure_damage([o.pop() for o in _run(job.subject.path, job.subject, job.tensor)], [o.pop() for o in candidate])
-    slowdown = _slowdown(quantized, job.subject) if job.is_timed else None
-    pairs = zip(zip(*reference, strict=True), zip(*candidate, strict=True), strict=True)  # by output, then by sample
-    return Outcome(len(quantized), [measure_damage(r, c) for r, c in pairs], inside, slowdown)
+    def measure(self) -> Outcome:
+        """Quantize and run the candidate; errors as of `shared.quantize.ledger.Job`."""
+        subject, tensor = self.subject, self.tensor
+        reference = _reference(subject)
+        quantized = _quantized(subject, self.rules)
+        candidate = _run(quantized, subject, tensor)
+        inside = None
+        if tensor is not None:
+            before = [outputs.pop() for outputs in _run(subject.path, subject, tensor)]
+            inside = measure_error(tensor, before, [outputs.pop() for outputs in candidate])
+        slowdown = _slowdown(quantized, subject) if self.is_timed else None
+        return Outcome(len(quantized), measure_errors(subject.outputs, reference, candidate, subject.peaks), inside, slowdown)
 
 
 def corrected(subject: Subject, quantized: bytearray | mmap.mmap) -> int:
     """Correct the biases inside a quantized model's bytes from the subject's samples; return of how many layers."""
-    if subject.samples is None or not subject.corrects_bias:
+    if subject.calibration is None or not subject.corrects_bias:
         return 0
     with _mapped(subject.path) as content:
         return correct_biases(content, quantized, _patches(subject))
@@ -129,8 +108,7 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
 def _reference(subject: Subject) -> list[Outputs]:
     """Return the float model's outputs for every sample; kept for the next job of the same process."""
     try:
-        with subject.path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = sha256_of(subject.path)
     except OSError as error:
         remedy = "all workers need the model and the samples at the same paths"
         raise ToolError("the model is not here", where=subject.path, got=error.strerror, remedy=remedy) from None
@@ -147,7 +125,8 @@ def _patches(subject: Subject) -> Patches:
         wanted = {layer.input for layer in layers(content)}
     sums: dict[int, Array] = {}
     inputs = _inputs(interpreter)
-    samples = _samples(subject, inputs)
+    assert subject.calibration is not None
+    samples = list(subject.calibration.samples(list(inputs)))
     for sample in samples:
         _feed(interpreter, sample, inputs)
         interpreter.invoke()
@@ -159,9 +138,7 @@ def _patches(subject: Subject) -> Patches:
 
 @functools.lru_cache(maxsize=1)
 def _samples(subject: Subject, inputs: tuple[TensorSpec, ...]) -> list[Sample]:
-    if subject.samples is None:
-        return [sample_inputs(list(inputs), seed, subject.pixel_range) for seed in range(SEEDED)]
-    return list(subject.samples.samples(list(inputs)))
+    return subject.held.load(inputs)
 
 
 def _quantized(subject: Subject, rules: Rules) -> bytearray:

@@ -1,95 +1,50 @@
-"""What a quantizer did to every op of a model, and why it left the rest."""
+"""What AI Edge Quantizer did to every op of a model, rule by rule, and why it skipped the rest."""
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 from shared.formats.tflite import Op
-from shared.quantize.coverage import OpLeft, OpTypeCoverage
+from shared.quantize.coverage import LayerState, RuleMatches
 from tools.quantize_tflite.recipes import NO_QUANTIZE, Rules, Selector, operation_of, supports
 
 FLOATS = ("FLOAT32", "FLOAT64")
 
 
-@dataclass(frozen=True)
-class RuleMatches:
-    """One rule of a recipe, and what came of it.
-
-    Args:
-        regex: What it matches among op scopes.
-        operation: The op type it is for, or '*'.
-        algorithm: How it quantizes, or 'no_quantize'.
-        precision: In short, such as 'int8 weights' or 'int8 weights, int8 activations'.
-        matched: Ops it matches and supports.
-        decided: Ops whose fate it decided, because no later rule did.
-    """
-
-    regex: str
-    operation: str
-    algorithm: str
-    precision: str
-    matched: int
-    decided: int
-
-
-def measure_coverage(
-    before: Sequence[Op], after: Sequence[Op], rules: Rules, stored: Mapping[str, str] | None = None
-) -> tuple[list[OpTypeCoverage], list[OpLeft]]:
-    """Compare two models op by op, matched by name: one row per op type, largest weights first, and each op that was left.
+def layer_states(before: Sequence[Op], after: Sequence[Op], given: Sequence[Op]) -> list[LayerState]:
+    """Compare a model's ops with the product's, by name.
 
     Args:
         before: Ops of the repaired model.
         after: Ops of the product.
-        rules: What was asked for.
-        stored: Scope -> type of the weights in the file that was given; the same type again is no quantization.
+        given: Ops of the model as it came; the same type of weights again is no quantization.
     """
-    now = {op.scope: op for op in after}
-    stored = stored or {}
-    rows, left = [], []
-    for op_type in dict.fromkeys(op.op_type for op in before):
-        of_type = [op for op in before if op.op_type == op_type]
-        integer = [op for op in of_type if not op.size_weights and op.scope in now and _became_integer(op, now[op.scope])]
-        ops = of_type if integer else [op for op in of_type if op.size_weights]
-        smaller = [
-            op
-            for op in ops
-            if op.scope in now
-            and now[op.scope].size_weights < op.size_weights
-            and now[op.scope].dtype != stored.get(op.scope, op.dtype)
-        ]
-        done = {op.scope for op in (*integer, *smaller)}
-        kept = [op for op in ops if op.scope not in done]
-        why = {
-            op.scope: f"weights were {now[op.scope].dtype} already"
-            if op.scope in now and now[op.scope].size_weights < op.size_weights
-            else _why_left(op, rules)
-            for op in kept
-        }
-        left += [OpLeft(op.op_type, op.name, op.size_weights, why[op.scope]) for op in kept if op.size_weights]
-        if not ops:
-            continue
-        rows.append(
-            OpTypeCoverage(
-                op_type=op_type,
-                ops=len(ops),
-                quantized=len(done),
-                weight_bytes=sum(op.size_weights for op in ops),
-                quantized_weight_bytes=sum(op.size_weights for op in smaller),
-                bytes_after=sum(now.get(op.scope, op).size_weights for op in ops),
-                dtypes=sorted({now.get(op.scope, op).dtype for op in ops} - {""}),
-                reason="; ".join(f"{count} x {reason}" for reason, count in Counter(why.values()).most_common()),
-            )
-        )
-    return sorted(rows, key=lambda row: -row.weight_bytes), sorted(left, key=lambda op: -op.weight_bytes)
+    now = {op.name: op for op in after}
+    stored = {op.name: op.dtype for op in given}
+    return [_state(op, now.get(op.name), stored.get(op.name, op.dtype)) for op in before]
+
+
+def _state(op: Op, now: Op | None, stored: str) -> LayerState:
+    if now is None:
+        return LayerState(op, op.dtype, op.weight_bytes, has_smaller_weights=False)
+    is_smaller = now.weight_bytes < op.weight_bytes and now.dtype != stored
+    is_integer = not op.weight_bytes and _became_integer(op, now)
+    return LayerState(op, now.dtype, now.weight_bytes, is_smaller, is_integer)
 
 
 def _became_integer(before: Op, after: Op) -> bool:
     return before.output_dtype in FLOATS and after.output_dtype.startswith("INT")
 
 
-def matching_rules(op: Op, rules: Rules) -> list[int]:
-    """Return the places of the rules that match an op and support it; the last one decides."""
+def deciding_rule(op: Op, rules: Rules) -> dict[str, Any] | None:
+    """Return the rule that decides an op's precision: the last that matches and supports it; None without any."""
+    places = _matching(op, rules)
+    return rules[places[-1]] if places else None
+
+
+def _matching(op: Op, rules: Rules) -> list[int]:
+    """Return the places of the rules that match an op and support it."""
     operation = operation_of(op.op_type)
     return [
         number
@@ -103,7 +58,7 @@ def matching_rules(op: Op, rules: Rules) -> list[int]:
 
 def count_matches(ops: Sequence[Op], rules: Rules) -> list[RuleMatches]:
     """Return for each rule how many ops it matches, and how many it decides."""
-    matching = [matching_rules(op, rules) for op in ops]
+    matching = [_matching(op, rules) for op in ops]
     matched = Counter(number for numbers in matching for number in numbers)
     decided = Counter(numbers[-1] for numbers in matching if numbers)
     return [
@@ -112,7 +67,7 @@ def count_matches(ops: Sequence[Op], rules: Rules) -> list[RuleMatches]:
     ]
 
 
-def unmatched(ops: Sequence[Op], selectors: Sequence[Selector]) -> list[str]:
+def unmatched_selectors(ops: Sequence[Op], selectors: Sequence[Selector]) -> list[str]:
     """Return the selectors that select no op, as the user wrote them."""
     ends = ("INPUT", "OUTPUT")
     return [
@@ -135,18 +90,20 @@ def _precision(rule: dict[str, object]) -> str:
     return ", ".join([*parts, *(["activations quantized at run time"] if dynamic else [])])
 
 
-def _why_left(op: Op, rules: Rules) -> str:
+def why_skipped(state: LayerState, rules: Rules) -> str:
     """Return why the quantizer left an op as it was."""
+    op = state.layer
+    assert isinstance(op, Op)
+    if state.weight_bytes < op.weight_bytes:
+        return f"weights were {state.dtype} already"
     if op.dtype and op.dtype not in FLOATS:
         return f"weights are {op.dtype}, quantized already"
     operation = operation_of(op.op_type)
     if operation is None:
         return "AI Edge Quantizer does not know this op"
     matching = [rule for rule in rules if rule["operation"] in ("*", operation) and re.search(rule["regex"], op.scope)]
-    if not matching:
-        return "no rule matches"
-    if matching[-1]["algorithm_key"] == NO_QUANTIZE:
-        return "excluded by a rule"
+    if not matching or matching[-1]["algorithm_key"] == NO_QUANTIZE:
+        return "excluded by a rule" if matching else "no rule matches"
     supporting = [rule for rule in matching if supports(rule, operation)]
     if not supporting:
         return "no rule supports this op type"

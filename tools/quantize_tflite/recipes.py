@@ -185,16 +185,17 @@ def parse_selector(text: str) -> Selector:
     return Selector(text, text, "*")
 
 
-def build_rules(base: Rules, only: Sequence[Selector], rules: Sequence[tuple[Selector, str]], exclude: Sequence[Selector]) -> Rules:
+def build_rules(
+    base: Rules, only: Sequence[Selector], rules: Sequence[tuple[Selector, str, Rules]], exclude: Sequence[Selector]
+) -> Rules:
     """Return one list of rules: the base (where `only` selects), then each selector's own recipe, then the exclusions.
 
     Raises:
         ToolError: A recipe does not support the op type it was chosen for.
     """
     chosen: Rules = list(base) if not only else [part for selector in only for part in _narrowed(base, selector)]
-    for selector, recipe in rules:
-        name, parts = resolve_recipe(recipe)
-        chosen += _narrowed(parts, selector) if name != NONE else [_exclusion(selector)]
+    for selector, recipe, parts in rules:
+        chosen += _narrowed(parts, selector) if recipe != NONE else [_exclusion(selector)]
     return concatenate([*chosen, *map(_exclusion, exclude)])
 
 
@@ -240,14 +241,44 @@ def needs_calibration(rules: Rules) -> bool:
 
 
 def assign(precisions: dict[str, str]) -> Rules:
-    """Return rules that give each op, by its scope, the recipe named for it.
+    """Return rules that give each op the recipe named for it.
 
     Args:
-        precisions: Scope -> alias or recipe name; ops that are not in it stay as they are.
+        precisions: Op name -> alias or recipe name; ops that are not in it stay as they are.
     """
     rules: Rules = []
     for recipe in dict.fromkeys(precisions.values()):
-        scopes = [re.escape(scope) for scope, chosen in precisions.items() if chosen == recipe]
+        scopes = [re.escape(f"{name};") for name, chosen in precisions.items() if chosen == recipe]
         if recipe != NONE:
             rules += [{**rule, "regex": f"^(?:{'|'.join(scopes)})$"} for rule in resolve_recipe(recipe)[1]]
     return concatenate(rules)
+
+
+def with_ends(rules: Rules, io_dtype: str, name: str) -> Rules:
+    """Return rules that leave a model's inputs and outputs in the type asked for.
+
+    Args:
+        rules: Of the recipe.
+        io_dtype: `float32`, or the integer type that the rules make.
+        name: The model, for messages.
+
+    Raises:
+        ToolError: The rules make another type.
+    """
+    if needs_calibration(rules) and io_dtype == "float32":
+        return concatenate([*rules, *map(_float_end, INPUT_OUTPUT)])
+    if io_dtype != "float32":
+        _require_ends(rules, io_dtype, name)
+    return rules
+
+
+def _float_end(operation: str) -> dict[str, Any]:
+    return {"regex": ".*", "operation": operation, "algorithm_key": NO_QUANTIZE, "op_config": {}}
+
+
+def _require_ends(rules: Rules, io_dtype: str, name: str) -> None:
+    """Raise ToolError unless the rules make inputs and outputs of the type asked for."""
+    bits = {config["num_bits"] for rule in rules if (config := rule.get("op_config", {}).get("activation_tensor_config"))}
+    if {f"int{number}" for number in bits} != {io_dtype}:
+        made = ", ".join(f"int{number}" for number in sorted(bits)) or "float32: the recipe is not static"
+        raise ToolError(f"--io-dtype {io_dtype} does not fit the recipe", where=name, got=made)

@@ -2,27 +2,44 @@
 
 import mmap
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from shared.calibration.dataset import CalibrationSet
 from shared.command.errors import ToolError
 from shared.formats.tensors import TensorSpec
-from shared.runtime.processes import Arrays, Message
+from shared.formats.tflite import require_finite
+from shared.formats.tflite_metadata import copy_appended_zip
+from shared.runtime.processes import Message, answer_tasks
 from shared.runtime.workarounds import large_weights_quantized
 from tools.quantize_tflite.candidates import Subject, corrected
-from tools.quantize_tflite.repair import repair, shorten_names
+from tools.quantize_tflite.repair import cut_before_custom_ops, needed_repairs, repair, shorten_names
+
+NAMED = "named.tflite"  # beside a draft with short names: the same with its own
 
 
-def repair_model(source: str, target: str, *, add_signature: bool) -> dict[str, int]:
-    """Write the repaired model; return how many things of each kind were repaired."""
-    return vars(repair(Path(source), Path(target), add_signature=add_signature))
+def repair_model(source: str, target: str, *, add_signature: bool) -> Message:
+    """Check that a model's weights are finite; write the repaired model where there is something to repair or a signature to add.
+
+    Returns:
+        Whether there is a file, and what was repaired, in words.
+    """
+    require_finite(Path(source))
+    needed = str(needed_repairs(Path(source)))
+    if not needed and not add_signature:
+        return {"written": False, "repairs": ""}
+    repair(Path(source), Path(target), add_signature=add_signature)
+    return {"written": True, "repairs": needed}
+
+
+def cut(source: str, target: str) -> Message:
+    """Write the part of a model that runs without its custom ops; return whether there is any."""
+    return {"written": cut_before_custom_ops(Path(source), Path(target))}
 
 
 def calibrate(  # noqa: PLR0917 - called by name
     source: str, statistics: str, rules: list[Any], samples: dict[str, Any], threads: int, model_sha256: str
-) -> dict[str, int]:
+) -> Message:
     """Run the model on every sample, one at a time, and write the range of each tensor, in AI Edge Quantizer's form.
 
     The ranges are the smallest and the largest value seen: the library's moving average would depend on the samples' order.
@@ -49,8 +66,30 @@ def calibrate(  # noqa: PLR0917 - called by name
     return {"samples": count}
 
 
-def quantize(source: str, draft: str, rules: list[Any], statistics: str | None, samples: dict[str, Any] | None) -> dict[str, int]:
-    """Quantize `source` by `rules` into `draft`, through a mapping, never in memory; correct biases where there are samples."""
+def quantize(  # noqa: PLR0917 - called by name
+    original: str,
+    source: str,
+    draft: str,
+    rules: list[Any],
+    statistics: str | None,
+    samples: dict[str, Any] | None,
+    *,
+    short_names: bool,
+) -> Message:
+    """Quantize `source` by `rules` into `draft`, through a mapping, never in memory; correct biases where there are samples.
+
+    Args:
+        original: The model as it came, whose appended files the product gets.
+        source: The repaired model.
+        draft: The file to write.
+        rules: Of the recipe.
+        statistics: File of calibration statistics.
+        samples: Samples to correct biases with.
+        short_names: Whether inner tensors get short names.
+
+    Returns:
+        How many biases were corrected, and how many bytes short names saved.
+    """
     from ai_edge_quantizer import quantizer
     from ai_edge_quantizer.utils.calibration_utils import load_calibration_results
 
@@ -61,31 +100,23 @@ def quantize(source: str, draft: str, rules: list[Any], statistics: str | None, 
         raise ToolError("AI Edge Quantizer rejects the recipe or the model", where=source, got=error) from None
     with large_weights_quantized():
         job.quantize(ranges, serialize_to_path=draft, enable_progress_bar=False, enable_progress_report=False)
-    if samples is None:
-        return {"corrected": 0}
-    subject = Subject(Path(source), "", _set(samples))  # our parent's own file: nobody compares its hash
-    with Path(draft).open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
-        return {"corrected": corrected(subject, content)}
+    changed = 0
+    if samples is not None:
+        subject = Subject(Path(source), "", calibration=_set(samples))
+        with Path(draft).open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+            changed = corrected(subject, content)
+    saved = 0
+    if short_names:
+        named = Path(draft).with_name(NAMED)
+        Path(draft).replace(named)
+        saved = shorten_names(named, Path(draft))
+    copy_appended_zip(Path(original), Path(draft))
+    return {"corrected": changed, "saved": saved}
 
 
 def _set(samples: dict[str, Any]) -> CalibrationSet:
-    return CalibrationSet(Path(samples["path"]), samples["input_range"], samples["most"])
+    return CalibrationSet(Path(samples["path"]), samples["input_range"], samples["most"], samples["part"])
 
 
-def shorten(source: str, target: str) -> dict[str, int]:
-    """Write the model with short names for its inner tensors."""
-    return {"saved": shorten_names(Path(source), Path(target))}
-
-
-WORK: dict[str, Callable[..., dict[str, int]]] = {
-    "repair": repair_model,
-    "calibrate": calibrate,
-    "quantize": quantize,
-    "shorten": shorten,
-}
-
-
-def handle(message: Message, _: Arrays) -> tuple[Message, Arrays]:
-    """Do one piece of work: {"do": name, its arguments}."""
-    os.environ["TQDM_DISABLE"] = "1"
-    return dict(WORK[message.pop("do")](**message)), {}
+os.environ["TQDM_DISABLE"] = "1"
+handle = answer_tasks({"repair": repair_model, "cut": cut, "calibrate": calibrate, "quantize": quantize})

@@ -12,8 +12,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from shared.calibration.dataset import RANGES, CalibrationSet, InputRange, choose_range
+from shared.calibration.dataset import RANGES, CalibrationSet, choose_range
 from shared.command.errors import ToolError
+from shared.command.options import InputRange
 from shared.formats.tensors import TensorSpec
 from tests.conftest import REALDATA
 

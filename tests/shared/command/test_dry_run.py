@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.command.dry_run import Foreseen
+from shared.command.dry_run import DryRun
 from tests.conftest import Miniseal, Small
 from tests.support.small_onnx import save_picture_model
 from tools.convert_detector import convert_detector
@@ -16,7 +16,7 @@ from tools.quantize_tflite import quantize_tflite
 
 def promised(tool: object, *arguments: object, **options: object) -> list[int]:
     assert callable(tool)
-    with pytest.raises(Foreseen) as caught:
+    with pytest.raises(DryRun) as caught:
         tool(*arguments, **options, dry_run=True)
     assert caught.value.result.ok
     assert all(one.needs.disk_bytes >= one.needs.product_bytes for one in caught.value.result.forecasts)

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from shared.command.dry_run import Foreseen
+from shared.command.dry_run import DryRun
 from shared.command.errors import CheckError, ToolError
-from shared.command.resources import Needs
+from shared.command.resources import ResourceEstimate
 from shared.files import atomic
-from shared.files.artifacts import Plan, Product, build, require_not_anothers
+from shared.files.artifacts import build, require_not_anothers
 from shared.files.atomic import draft_beside, workspace
 from shared.files.checksums import write_voucher
+from shared.files.plan import Plan, Product
 from shared.files.provenance import provenance_path, read_provenance, record, require_vouched
 
 
@@ -458,26 +459,26 @@ def test_weights_that_differ_the_second_time_are_not_kept_either(work: Work) -> 
 
 
 def test_a_dry_run_says_what_would_be_and_writes_nothing(work: Work) -> None:
-    plan = replace(work.plan, needs=lambda: Needs("shout", 10, 20, 30))
+    plan = replace(work.plan, needs=lambda: ResourceEstimate("shout", 10, 20, 30))
     before = sorted(work.plan.output.parent.iterdir())
-    with pytest.raises(Foreseen) as caught:
+    with pytest.raises(DryRun) as caught:
         build(replace(plan, dry_run=True), Found, work.make)
     (forecast,) = caught.value.result.forecasts
     assert (forecast.state, forecast.needs.disk_bytes, forecast.ok) == ("would be written", 20, True)
     assert (sorted(work.plan.output.parent.iterdir()), work.times) == (before, 0)
     build(plan, Found, work.make)
     for changes, state in (({}, "is up to date"), ({"arguments": {}, "refresh": True}, "would be replaced")):
-        with pytest.raises(Foreseen) as caught:
+        with pytest.raises(DryRun) as caught:
             build(replace(plan, dry_run=True, **changes), Found, work.make)
         assert caught.value.result.forecasts[0].state == state
 
 
 @pytest.mark.parametrize("what", ["disk", "memory"])
 def test_what_does_not_suffice_is_told_before_the_work_and_in_a_dry_run(work: Work, what: str) -> None:
-    needs = Needs("shout", **{f"{what}_bytes": 2**60})  # type: ignore[arg-type]
+    needs = ResourceEstimate("shout", **{f"{what}_bytes": 2**60})  # type: ignore[arg-type]
     with pytest.raises(ToolError, match=f"not enough free {what} to shout"):
         work.build(needs=lambda: needs)
-    with pytest.raises(Foreseen) as caught:
+    with pytest.raises(DryRun) as caught:
         work.build(needs=lambda: needs, dry_run=True)
     assert (caught.value.result.ok, work.times) == (False, 0)
 

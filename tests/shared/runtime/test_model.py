@@ -8,10 +8,11 @@ import pytest
 from onnx import TensorProto, helper, save
 
 from shared.command.errors import ToolError
+from shared.formats.model_file import ModelFile
 from shared.formats.tensors import TensorSpec, image_input
 from shared.networks.card import InputForm, load_card
 from shared.runtime import model as module
-from shared.runtime.model import ModelSource, choose_kernels, open_model
+from shared.runtime.model import DetectorCheckpoint, choose_kernels, open_model
 from shared.runtime.processes import ChildError
 from shared.runtime.samples import FREE_SIDE, sample_inputs
 from tests.conftest import REALDATA, Small
@@ -19,7 +20,7 @@ from tests.support.small_onnx import answer, save_picture_model, save_vector_mod
 
 
 def test_a_tflite_model_tells_its_signature_and_runs(float_model: Path) -> None:
-    with open_model(ModelSource(float_model), threads=1) as model:
+    with open_model(ModelFile(float_model), threads=1) as model:
         assert model.inputs == [TensorSpec("image", (1, 3, 64, 64), "float32")]
         assert model.outputs == [TensorSpec("output_0", (1, 33), "float32")]
         outputs, run_ms = model.run(sample_inputs(model.inputs, 0))
@@ -33,9 +34,9 @@ def test_torch_xnnpack_and_reference_kernels_agree(float_model: Path, videoseal_
     card = load_card(str(videoseal_small.card))
     outputs = []
     sources = [
-        (ModelSource(videoseal_small.checkpoint, card), None),
-        (ModelSource(float_model), "xnnpack"),
-        (ModelSource(float_model), "reference"),
+        (DetectorCheckpoint(videoseal_small.checkpoint, card), None),
+        (ModelFile(float_model), "xnnpack"),
+        (ModelFile(float_model), "reference"),
     ]
     for source, kernels in sources:
         with open_model(source, kernels=kernels) as model:  # type: ignore[arg-type]
@@ -45,7 +46,9 @@ def test_torch_xnnpack_and_reference_kernels_agree(float_model: Path, videoseal_
 
 
 def test_a_torch_detector_takes_the_form_of_a_product(videoseal_small: Small) -> None:
-    source = ModelSource(videoseal_small.checkpoint, load_card(str(videoseal_small.card)), InputForm(100, "nhwc", resize=True))
+    source = DetectorCheckpoint(
+        videoseal_small.checkpoint, load_card(str(videoseal_small.card)), InputForm(100, "nhwc", resize=True)
+    )
     with open_model(source) as model:
         assert model.inputs[0].shape == (1, 100, 100, 3)
         assert model.run(sample_inputs(model.inputs, 0))[0]["output_0"].shape == (1, 33)
@@ -56,27 +59,27 @@ def test_a_damaged_model_is_an_error_of_the_child(float_model: Path, tmp_path: P
     content = bytearray(float_model.read_bytes())
     content[8:4000] = bytes(3992)
     damaged.write_bytes(content)
-    with pytest.raises(ChildError), open_model(ModelSource(damaged)):
+    with pytest.raises(ChildError), open_model(ModelFile(damaged)):
         pass
 
 
 def test_a_file_of_another_kind_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.tflite").write_text("no model")
-    with pytest.raises(ToolError, match="not a TFLite model"), open_model(ModelSource(tmp_path / "a.tflite")):
+    with pytest.raises(ToolError, match="not a TFLite model"), open_model(ModelFile(tmp_path / "a.tflite")):
         pass
 
 
 def test_our_models_tell_their_message_length(float_model: Path, videoseal_small: Small, tmp_path: Path) -> None:
     renamed = tmp_path / "anything.tflite"
     shutil.copy(float_model, renamed)
-    assert ModelSource(renamed).nbits() == 32
-    assert ModelSource(videoseal_small.checkpoint, load_card(str(videoseal_small.card))).nbits() == 32
+    assert ModelFile(renamed).nbits() == 32
+    assert DetectorCheckpoint(videoseal_small.checkpoint, load_card(str(videoseal_small.card))).nbits() == 32
 
 
 def test_kernels_follow_the_free_memory(float_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_kernels(ModelSource(float_model)) == "xnnpack"
+    assert choose_kernels(ModelFile(float_model)) == "xnnpack"
     monkeypatch.setattr(module, "available_memory_bytes", lambda: 10)
-    assert choose_kernels(ModelSource(float_model)) == "reference"
+    assert choose_kernels(ModelFile(float_model)) == "reference"
 
 
 def test_samples_fit_their_inputs_and_repeat() -> None:
@@ -113,7 +116,7 @@ def test_an_onnx_model_runs_as_onnx_runtime_runs_it(tmp_path: Path, is_external:
     expected = answer(path, image=seeded(1, 3, 16, 16))[0]
     if is_external:
         with_external_weights(path)
-    with open_model(ModelSource(path), threads=1) as model:
+    with open_model(ModelFile(path), threads=1) as model:
         assert (model.inputs, model.outputs, model.kernels) == (
             [TensorSpec("image", (1, 3, 16, 16), "float32")],
             [TensorSpec("made", (1, 3, 16, 16), "float32")],
@@ -127,7 +130,7 @@ def test_an_onnx_model_runs_as_onnx_runtime_runs_it(tmp_path: Path, is_external:
 
 def test_a_free_axis_of_an_onnx_model_is_minus_one_and_takes_any_length(tmp_path: Path) -> None:
     path = save_picture_model(tmp_path / "m.onnx", shape=("n", 3, "h", "w"))
-    with open_model(ModelSource(path), threads=1) as model:
+    with open_model(ModelFile(path), threads=1) as model:
         assert model.inputs[0].shape == (-1, 3, -1, -1)
         for shape in ((1, 3, 8, 12), (2, 3, 20, 16)):
             assert model.run({"image": seeded(*shape)})[0]["made"].shape == shape
@@ -142,7 +145,7 @@ def test_other_types_than_float_go_in_and_out(tmp_path: Path) -> None:
     made = [helper.make_tensor_value_info("h", TensorProto.FLOAT16, [3]), helper.make_tensor_value_info("b", TensorProto.BOOL, [3])]
     graph = helper.make_graph(nodes, "casts", given, made)
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(tmp_path / "m.onnx"))
-    with open_model(ModelSource(tmp_path / "m.onnx"), threads=1) as model:
+    with open_model(ModelFile(tmp_path / "m.onnx"), threads=1) as model:
         assert [spec.dtype for spec in (*model.inputs, *model.outputs)] == ["int64", "float16", "bool"]
         outputs, _ = model.run({"x": np.array([0, 1, 2])})
     np.testing.assert_array_equal(outputs["h"], np.array([0, 1, 2], np.float16), strict=True)
@@ -155,7 +158,7 @@ def test_an_onnx_model_of_text_is_a_tool_error(tmp_path: Path) -> None:
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(tmp_path / "m.onnx"))
     with (
         pytest.raises(ToolError, match=r"tensor 'x' of the model holds tensor\(string\), not numbers"),
-        open_model(ModelSource(tmp_path / "m.onnx")),
+        open_model(ModelFile(tmp_path / "m.onnx")),
     ):
         pass
 
@@ -163,18 +166,18 @@ def test_an_onnx_model_of_text_is_a_tool_error(tmp_path: Path) -> None:
 def test_an_onnx_model_of_unknown_ops_is_an_error_of_the_child(tmp_path: Path) -> None:
     path = save_picture_model(tmp_path / "m.onnx")
     path.write_bytes(path.read_bytes().replace(b"Relu", b"Rely"))
-    with pytest.raises(ChildError, match="Rely"), open_model(ModelSource(path)):
+    with pytest.raises(ChildError, match="Rely"), open_model(ModelFile(path)):
         pass
 
 
 def test_an_onnx_models_size_and_message_length_are_its_own(tmp_path: Path) -> None:
     path = save_picture_model(tmp_path / "m.onnx", metadata={"edgepress": '{"nbits": 32}'})
-    source, size = ModelSource(path), path.stat().st_size
+    source, size = ModelFile(path), path.stat().st_size
     assert (source.size_bytes, source.nbits(), choose_kernels(source)) == (size, 32, "onnxruntime")
     with_external_weights(path)
     assert source.size_bytes > 0.9 * size > path.stat().st_size
     assert source.nbits() == 32
-    assert ModelSource(save_vector_model(tmp_path / "v.onnx")).nbits() is None
+    assert ModelFile(save_vector_model(tmp_path / "v.onnx")).nbits() is None
 
 
 @pytest.mark.parametrize(
@@ -227,7 +230,7 @@ def test_made_up_pictures_span_the_range_that_the_model_takes(span: tuple[float,
     ],
 )
 def test_other_peoples_onnx_models_run(name: str, shape: tuple[int, ...], made: tuple[int, ...]) -> None:
-    with open_model(ModelSource(REALDATA / "onnx" / f"{name}.onnx")) as model:
+    with open_model(ModelFile(REALDATA / "onnx" / f"{name}.onnx")) as model:
         assert model.inputs[0].shape == shape
         outputs, _ = model.run(sample_inputs(model.inputs, 0))
     assert [values.shape for values in outputs.values()] == [made]
@@ -236,7 +239,7 @@ def test_other_peoples_onnx_models_run(name: str, shape: tuple[int, ...], made: 
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", ["external_data_missing.onnx", "mangled.onnx"])
 def test_other_peoples_broken_onnx_models_are_errors(name: str) -> None:
-    with pytest.raises(ToolError), open_model(ModelSource(REALDATA / "corrupt" / name)):
+    with pytest.raises(ToolError), open_model(ModelFile(REALDATA / "corrupt" / name)):
         pass
 
 
@@ -245,7 +248,7 @@ def test_other_peoples_broken_onnx_models_are_errors(name: str) -> None:
     "name", ["mediapipe/pose_detection.tflite", "mediapipe/selfie_segmenter.tflite", "tflite/mlperf_tiny_resnet_int8.tflite"]
 )
 def test_other_peoples_models_run(name: str) -> None:
-    with open_model(ModelSource(REALDATA / name)) as model:
+    with open_model(ModelFile(REALDATA / name)) as model:
         outputs, _ = model.run(sample_inputs(model.inputs, 0))
         assert [outputs[spec.name].shape for spec in model.outputs] == [spec.shape for spec in model.outputs]
 
@@ -253,5 +256,5 @@ def test_other_peoples_models_run(name: str) -> None:
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", ["mangled_a.tflite", "mangled_b.tflite"])
 def test_other_peoples_mangled_models_are_errors(name: str) -> None:
-    with pytest.raises(ChildError), open_model(ModelSource(REALDATA / "corrupt" / name)):
+    with pytest.raises(ChildError), open_model(ModelFile(REALDATA / "corrupt" / name)):
         pass

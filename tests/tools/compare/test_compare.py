@@ -17,11 +17,12 @@ import noxfile
 from shared.command.errors import ToolError
 from shared.command.resources import saturates
 from shared.files import artifacts
-from shared.files.artifacts import Plan
+from shared.files.plan import Plan
+from shared.formats.model_file import ModelFile
 from shared.formats.tensors import TensorSpec
 from shared.runtime import benchmark
 from shared.runtime.benchmark import Measured, Shown
-from shared.runtime.model import Model, ModelSource, open_model
+from shared.runtime.model import Model, open_model
 from shared.runtime.processes import ChildError
 from shared.runtime.samples import image_sample
 from tests.conftest import REALDATA, ROOT, Miniseal, Run, Small
@@ -146,11 +147,11 @@ def test_images_of_a_folder_are_the_inputs(products: dict[str, Path], tmp_path: 
 
 
 def test_a_slower_candidate_is_told_in_words_with_the_reason(products: dict[str, Path]) -> None:
-    assert module._verdict(ModelSource(products["int8"]), 2.0) == "2.00 times faster than its reference"
-    slow = module._verdict(ModelSource(products["fp16"]), 0.5)
+    assert module._verdict(ModelFile(products["int8"]), 2.0) == "2.00 times faster than its reference"
+    slow = module._verdict(ModelFile(products["fp16"]), 0.5)
     assert slow.startswith("slower than its reference (0.50 times as fast): its float16 weights are unpacked to float32")
-    assert "no faster kernels" in module._verdict(ModelSource(products["int8"]), 0.5)
-    assert module._verdict(ModelSource(products["int8"]), 1.0).startswith("as fast as its reference")
+    assert "no faster kernels" in module._verdict(ModelFile(products["int8"]), 0.5)
+    assert module._verdict(ModelFile(products["int8"]), 1.0).startswith("as fast as its reference")
 
 
 def test_a_candidate_that_crashes_is_a_failed_check_not_a_crash(products: dict[str, Path], tmp_path: Path) -> None:
@@ -173,7 +174,7 @@ def shown(value: float, takes: str = "float32 image of 64 pixels") -> Shown:
 
 
 def task_of(products: dict[str, Path], files: list[Path] | None = None) -> module._Task:
-    sources = [ModelSource(products["none"]), ModelSource(products["int8"])]
+    sources = [ModelFile(products["none"]), ModelFile(products["int8"])]
     return module._Task(sources, 0, 32, [], 1, 1, files or [], [], [], [None])
 
 
@@ -676,20 +677,20 @@ def test_a_slow_onnx_model_is_told_the_reason_by_what_it_holds(tmp_path: Path) -
     dynamic = save(tmp_path / "dynamic.onnx", [node("DynamicQuantizeLinear", ["x"], ["y", "scale", "zero"])], shape, {"y": None})
     half = save(tmp_path / "half.onnx", [node("Cast", ["w"], ["y"], to=1)], shape, {"y": None}, weight)
     plain = save(tmp_path / "plain.onnx", [node("Relu", ["x"], ["y"])], shape, {"y": (1, 3, 8, 8)})
-    slow = {path.stem: module._verdict(ModelSource(path), 0.5) for path in (dynamic, half, plain)}
+    slow = {path.stem: module._verdict(ModelFile(path), 0.5) for path in (dynamic, half, plain)}
     assert all(text.startswith("slower than its reference (0.50 times as fast): ") for text in slow.values())
     assert "finds the range of every activation at each run" in slow["dynamic"]
     assert "quantize it statically" in slow["dynamic"]
     assert "computes float16 by way of float32" in slow["half"]
     assert "no faster kernels" in slow["plain"]
-    assert module._verdict(ModelSource(dynamic), 2.0) == "2.00 times faster than its reference"
+    assert module._verdict(ModelFile(dynamic), 2.0) == "2.00 times faster than its reference"
 
 
 def test_a_dynamically_quantized_model_holds_what_the_reason_names(tmp_path: Path) -> None:
     model = save_picture_model(tmp_path / "model.onnx", widths=(16,))
     product = quantize_onnx(model, mode="dynamic").product
     assert product is not None
-    assert "quantize it statically" in module._verdict(ModelSource(product.path), 0.5)
+    assert "quantize it statically" in module._verdict(ModelFile(product.path), 0.5)
 
 
 def test_an_image_is_stretched_to_a_model_of_one_size_only() -> None:

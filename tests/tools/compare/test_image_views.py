@@ -13,7 +13,7 @@ from PIL import Image
 
 from shared.formats.tensors import TensorSpec
 from shared.media.images import Pixels, read_pixels
-from shared.runtime.model import ModelSource
+from shared.runtime.model import Source
 from tests.tools.compare.test_comparison import FINDINGS, candidate, measured
 from tests.tools.compare.test_page import parse
 from tools.compare import image_views
@@ -49,7 +49,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         specs = [TensorSpec("x", (1, channels, -1, -1), "float32")]
 
         @contextlib.contextmanager
-        def open_model(source: ModelSource) -> Iterator[Any]:
+        def open_model(source: Source) -> Iterator[Any]:
             maker = makers[source.path.stem]
             yield SimpleNamespace(inputs=specs, outputs=specs, run=lambda inputs: ({"x": maker(inputs["x"])}, 1.0))
 

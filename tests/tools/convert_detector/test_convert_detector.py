@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from shared.command.errors import ToolError
 from shared.files.provenance import read_provenance
+from shared.formats.model_file import ModelFile
 from shared.formats.onnx_file import external_files
 from shared.formats.onnx_graph import read_metadata as read_onnx_metadata
 from shared.formats.tflite import read_metadata
 from shared.networks.card import InputForm, load_card
-from shared.runtime.model import ModelSource, open_model
+from shared.runtime.model import DetectorCheckpoint, open_model
 from tests.conftest import ROOT, Run, Small
 from tests.support.small_onnx import with_external_weights
 from tools.convert_detector import command as module
@@ -35,7 +36,7 @@ TFLITE_TOLERANCE = 1e-4
 @pytest.mark.parametrize("kind", ["videoseal_small", "chunkyseal_small"])
 def test_tflite_output_is_the_published_codes(kind: str, float_models: dict[str, Path], request: pytest.FixtureRequest) -> None:
     tensors = load_file(request.getfixturevalue(kind).checkpoint)
-    with open_model(ModelSource(float_models[kind])) as model:
+    with open_model(ModelFile(float_models[kind])) as model:
         for image, published in zip(tensors["_parity.input"], tensors["_parity.output"], strict=True):
             output = model.run({"image": image[None].numpy()})[0]["output_0"]
             np.testing.assert_allclose(output[0], published.numpy(), atol=TFLITE_TOLERANCE)
@@ -70,7 +71,7 @@ def test_every_form_gives_a_model_that_verify_passes(
     result = convert_detector(model=str(videoseal_small.card), checkpoint=videoseal_small.checkpoint, output=output, **form)  # type: ignore[arg-type]
     assert verify(output).ok
     assert ("the accuracy is unknown" in result.message) == (simple and size != 64)
-    with open_model(ModelSource(output)) as model:
+    with open_model(ModelFile(output)) as model:
         assert model.inputs[0].shape == shape
     for recipe in ("int8", "int4", "fp16", "int8-weight-only"):
         assert verify(quantize_tflite(output, recipe=recipe).product.path).ok
@@ -144,7 +145,7 @@ def test_a_model_that_disagrees_with_torch_never_gets_its_name(
     save_file(state, other)
     check = module._check
     monkeypatch.setattr(
-        module, "_check", lambda torch_model, model: check(ModelSource(other, torch_model.card, torch_model.form), model)
+        module, "_check", lambda torch_model, model: check(DetectorCheckpoint(other, torch_model.card, torch_model.form), model)
     )
     with pytest.raises(ToolError, match="disagrees with torch; nothing was kept; got relative error"):
         convert_detector(model=str(videoseal_small.card), checkpoint=videoseal_small.checkpoint, output=tmp_path / "m.tflite")
@@ -289,7 +290,7 @@ def onnx_model(videoseal_small: Small, tmp_path_factory: pytest.TempPathFactory)
 
 def test_onnx_output_is_the_published_codes(onnx_model: Path, videoseal_small: Small) -> None:
     tensors = load_file(videoseal_small.checkpoint)
-    with open_model(ModelSource(onnx_model)) as model:
+    with open_model(ModelFile(onnx_model)) as model:
         assert (model.kernels, model.inputs[0].shape) == ("onnxruntime", (1, 3, 64, 64))
         for image, published in zip(tensors["_parity.input"], tensors["_parity.output"], strict=True):
             output = model.run({"image": image[None].numpy()})[0]["output_0"]
@@ -300,7 +301,7 @@ def test_an_onnx_detector_tells_what_it_is_and_nothing_of_where_it_was_made(onnx
     metadata = read_onnx_metadata(onnx_model)
     assert (metadata["nbits"], metadata["image_size"], metadata["input_layout"]) == (32, 64, "nchw")
     assert (metadata["resize"], metadata["rehearsal"]) == (False, False)
-    assert ModelSource(onnx_model).nbits() == 32
+    assert ModelFile(onnx_model).nbits() == 32
     assert external_files(onnx_model) == []
     for place in (str(ROOT), "site-packages", 'File "'):
         assert place.encode() not in onnx_model.read_bytes()
@@ -313,7 +314,7 @@ def test_a_dynamic_batch_of_three_answers_as_one_after_the_other(videoseal_small
     output = tmp_path / "m.onnx"
     convert_detector(model=str(videoseal_small.card), checkpoint=videoseal_small.checkpoint, output=output, dynamic_batch=True)
     images = np.random.default_rng(0).random((3, 3, 64, 64), np.float32)
-    with open_model(ModelSource(output)) as model:
+    with open_model(ModelFile(output)) as model:
         assert model.inputs[0].shape == (-1, 3, 64, 64)
         together = model.run({"image": images})[0]["output_0"]
         alone = [model.run({"image": image[None]})[0]["output_0"][0] for image in images]

@@ -11,14 +11,16 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 from PIL import Image
+from shared.metrics.fidelity import measure_fidelity
+from tools.quantize_onnx.result import PressedOnnx
 
 from shared.command.errors import ToolError
 from shared.command.resources import saturates
+from shared.formats.model_file import ModelFile
 from shared.formats.onnx_graph import read_metadata
 from shared.formats.tensors import TensorSpec
 from shared.media.images import image_files, read_pixels, seeded_image
-from shared.metrics.fidelity import measure_fidelity
-from shared.runtime.model import ModelSource, open_model
+from shared.runtime.model import open_model
 from shared.runtime.processes import ChildError
 from shared.runtime.samples import sample_inputs
 from tests.conftest import REALDATA, Run
@@ -34,7 +36,6 @@ from tests.support.small_onnx import (
     with_external_weights,
 )
 from tools.quantize_onnx import quantize_onnx
-from tools.quantize_onnx.result import PressedOnnx
 
 COUNT = 6  # samples of the small sets
 
@@ -128,7 +129,7 @@ def test_every_layer_is_quantized_told_and_measured(
     assert found.product.fidelity is not None
     assert found.product.fidelity.psnr_db > psnr_db  # type: ignore[operator]
     assert [made.label for made in found.models] == ["float32", options["mode"]]
-    with open_model(ModelSource(product.path)) as opened:
+    with open_model(ModelFile(product.path)) as opened:
         assert (opened.inputs, opened.outputs) == (
             [TensorSpec("image", PICTURE, "float32")],
             [TensorSpec("made", PICTURE, "float32")],
@@ -690,7 +691,7 @@ def test_other_peoples_models_become_static_and_small(name: str, tile: int, smal
     assert result.ok
     assert result.product.size_bytes < (1 - smaller) * source.stat().st_size  # type: ignore[union-attr]
     assert result.found.product.fidelity.psnr_db > psnr_db  # type: ignore[union-attr, operator]
-    with open_model(ModelSource(tmp_path / "m.onnx")) as opened:
+    with open_model(ModelFile(tmp_path / "m.onnx")) as opened:
         outputs, _ = opened.run(sample_inputs(opened.inputs, 0))
     assert all(np.isfinite(values).all() for values in outputs.values())
 
@@ -726,7 +727,7 @@ def test_corrupt_files_are_one_line_exit_2_and_nothing_written(name: str, tmp_pa
 def test_a_product_that_was_cut_off_does_not_run(model: Path, tiles: Path) -> None:
     product = quantize_onnx(model, calibration=tiles).product.path  # type: ignore[union-attr]
     product.write_bytes(product.read_bytes()[:-200])
-    with pytest.raises((ToolError, ChildError)), open_model(ModelSource(product)):
+    with pytest.raises((ToolError, ChildError)), open_model(ModelFile(product)):
         pass
 
 

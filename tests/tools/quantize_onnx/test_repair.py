@@ -9,7 +9,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from shared.command.errors import ToolError
-from shared.runtime.model import ModelSource, open_model
+from shared.formats.model_file import ModelFile
+from shared.runtime.model import open_model
 from tests.conftest import REALDATA
 from tests.support.small_onnx import Array, answer, kinds_of, save, save_picture_model, seeded, weights_of, with_external_weights
 from tools.quantize_onnx.repair import OPSET, Repairs, repair
@@ -279,7 +280,7 @@ def test_other_peoples_models_give_the_same_answers(name: str, shape: tuple[int,
     source, target = REALDATA / "onnx" / f"{name}.onnx", tmp_path / "repaired.onnx"
     done = repair(source, target)
     assert (done.opset, done.listed_weights > 0) == (expected.opset, expected.listed_weights > 0)
-    with open_model(ModelSource(source), threads=1) as model:
+    with open_model(ModelFile(source), threads=1) as model:
         (given,) = model.inputs
     assert difference(source, target, **{given.name: np.random.default_rng(0).random(shape, np.float32)}) < ROUNDING
     names = [node.name for node in onnx.load(str(target)).graph.node]

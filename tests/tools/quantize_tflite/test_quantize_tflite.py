@@ -9,17 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ai_edge_litert.interpreter import Interpreter
+from tools.quantize_tflite.pair import Measured
 
-from shared.command.dry_run import Foreseen
+from shared.command.dry_run import DryRun
 from shared.command.errors import ToolError
+from shared.formats.model_file import ModelFile
 from shared.formats.tensors import TensorSpec
 from shared.formats.tflite import declared_range, read_metadata, read_ops
 from shared.media.images import image_files, read_pixels, stretch
-from shared.runtime.model import ModelSource, open_model
+from shared.runtime.model import open_model
 from shared.runtime.samples import sample_inputs
 from tests.conftest import REALDATA, Miniseal, Run
 from tools.quantize_tflite import pipeline, quantize_tflite
-from tools.quantize_tflite.pair import Measured
 from tools.quantize_tflite.recipes import resolve_recipe
 
 LAYERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
@@ -312,7 +313,7 @@ def test_a_product_whose_statistics_are_lost_or_changed_is_made_again(model: Pat
 
 def test_static_int8_ends_are_integers_where_asked_for(model: Path, tiles: Path) -> None:
     quantize_tflite(model, output=model.with_name("q.tflite"), recipe="int8-static", calibration=tiles, io_dtype="int8")
-    with open_model(ModelSource(model.with_name("q.tflite"))) as opened:
+    with open_model(ModelFile(model.with_name("q.tflite"))) as opened:
         assert {spec.dtype for spec in (*opened.inputs, *opened.outputs)} == {"int8"}
 
 
@@ -564,7 +565,7 @@ def test_custom_ops_that_the_runtime_has_are_run(tmp_path: Path) -> None:
 def test_static_recipes_ask_for_the_memory_that_calibration_takes(model: Path, tiles: Path) -> None:
     needs = []
     for options in ({}, {"recipe": "int8-static", "calibration": tiles}):
-        with pytest.raises(Foreseen) as caught:
+        with pytest.raises(DryRun) as caught:
             quantize_tflite(model, **options, dry_run=True)  # type: ignore[arg-type]
         needs.append(caught.value.result.forecasts[0].needs.memory_bytes - pipeline.BASE_MEMORY)
     assert needs == [int(model.stat().st_size * factor) for factor in (0.3, 4.5)]

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from shared.command.errors import ToolError
 from shared.formats.bundle import models_of, unpack_bundle
+from shared.formats.model_file import ModelFile
 from shared.formats.tflite import custom_ops, enum_names, read_dequantized_types, read_ops
-from shared.runtime.model import Kernels, ModelSource, open_model
+from shared.runtime.model import Kernels, open_model
 from shared.runtime.samples import sample_inputs
 from tests.conftest import REALDATA
 from tools.quantize_tflite.recipes import resolve_recipe
@@ -38,7 +39,7 @@ def half_model(float_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def answers(path: Path, kernels: Kernels, seeds: int = 2) -> list[dict[str, NDArray[Any]]]:
     """Return outputs of seeded samples; on one thread, for plain kernels add in another order on several if weights are stored."""
-    with open_model(ModelSource(path), threads=1, kernels=kernels) as model:
+    with open_model(ModelFile(path), threads=1, kernels=kernels) as model:
         return [model.run(sample_inputs(model.inputs, seed))[0] for seed in range(seeds)]
 
 
@@ -316,7 +317,7 @@ def test_the_part_before_custom_ops_runs_and_agrees_with_the_whole(float_model: 
     read_by = make_custom(float_model, tmp_path / "custom.tflite", last)
     assert custom_ops(tmp_path / "custom.tflite") == ["Nobody"]
     assert cut_before_custom_ops(tmp_path / "custom.tflite", tmp_path / "part.tflite")
-    with open_model(ModelSource(tmp_path / "part.tflite"), kernels="reference") as model:
+    with open_model(ModelFile(tmp_path / "part.tflite"), kernels="reference") as model:
         assert [spec.name.encode() for spec in model.outputs] == read_by
         sample = sample_inputs(model.inputs, 0)
         answer = model.run(sample)[0][read_by[0].decode()]

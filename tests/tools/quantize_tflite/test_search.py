@@ -364,7 +364,7 @@ def test_nobody_at_the_address_is_one_line(address: str, monkeypatch: pytest.Mon
 
 def test_nothing_else_is_printed_where_nobody_answers() -> None:
     script = """
-        from shared.runtime import executors
+        from shared import executors
         from shared.command.errors import ToolError
         executors.CONNECT_TIMEOUT_S = 1
         try:

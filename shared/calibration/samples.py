@@ -1,0 +1,141 @@
+"""The samples of one quantization: real inputs to calibrate with, and real or seeded inputs to measure answers on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from shared.calibration.arrays import Sample
+from shared.calibration.dataset import RANGES, CalibrationSet, choose_range
+from shared.command.cli import step
+from shared.command.options import InputRange
+from shared.formats.tensors import TensorSpec, image_input
+from shared.media.images import image_form
+from shared.runtime.benchmark import sample_count
+from shared.runtime.samples import sample_inputs
+
+SLACK = 0.05  # that values may lie outside a range: interpolation overshoots
+
+
+@dataclass(frozen=True)
+class HeldSamples:
+    """What answers are measured on; small enough to be sent to other processes.
+
+    Args:
+        dataset: Real inputs; None for seeded ones.
+        count: How many there are at most.
+        pixel_range: Range of seeded pictures.
+    """
+
+    dataset: CalibrationSet | None
+    count: int
+    pixel_range: tuple[float, float] = (0.0, 1.0)
+
+    def load(self, inputs: Sequence[TensorSpec]) -> list[Sample]:
+        """Return the samples, each input in its spec's shape and dtype."""
+        if self.dataset is None:
+            return [sample_inputs(list(inputs), seed, self.pixel_range) for seed in range(self.count)]
+        return list(self.dataset.samples(list(inputs)))
+
+    def sha256(self) -> str:
+        """Return a hash of everything that decides the samples."""
+        return f"{self.count} seeded in {self.pixel_range}" if self.dataset is None else self.dataset.sha256()
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of one quantization, their range settled.
+
+    Args:
+        calibration: What to calibrate with; None without real inputs.
+        count: How many samples that is.
+        held: What to measure answers on.
+        note: The same in words.
+        peaks: For each output of the model the width of the range of the images it makes, else None.
+    """
+
+    calibration: CalibrationSet | None
+    count: int
+    held: HeldSamples
+    note: str
+    peaks: list[float | None]
+
+
+def settle_samples(
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    *,
+    size_bytes: int,
+    where: Path,
+    calibration: CalibrationSet | None,
+    holdout: CalibrationSet | None,
+    input_range: InputRange | None,
+    declared: tuple[float, float] | None,
+    assumed: InputRange | None,
+) -> Samples:
+    """Check what is calibrated with, and settle what is measured on.
+
+    Args:
+        inputs: The model's inputs.
+        outputs: Its outputs.
+        size_bytes: Its size: large models are measured on fewer samples.
+        where: The model, for messages.
+        calibration: Real inputs to calibrate with, their range still open.
+        holdout: Real inputs to measure on; None: what the calibration set itself holds out, else its own samples.
+        input_range: Range of the image input, as the user says.
+        declared: The same, as the model's metadata says.
+        assumed: Range to take where neither does, with a note; None raises.
+
+    Raises:
+        ToolError: Samples don't fit the model, or their range is not known.
+    """
+    takes_image = image_input(list(inputs)) is not None
+    makes_image = takes_image and bool(outputs) and image_form(outputs[0].shape) is not None
+    real = calibration or holdout
+    known = choose_range(input_range, declared, real.path if real else where)
+    assumes = assumed is not None and known is None and takes_image and real is not None and real.path.suffix != ".npz"
+    chosen = assumed if assumes else known
+    low, high = RANGES[chosen] if chosen else declared or (0.0, 1.0)
+    settled, count = None, 0
+    if calibration is not None:
+        settled = replace(calibration, input_range=chosen)
+        with step("check the samples"):
+            count = settled.check(list(inputs), RANGES[chosen] if chosen else declared)
+    most = sample_count(size_bytes, is_seeded=False)
+    dataset = _held_set(holdout, settled, chosen, most)
+    if dataset is None:
+        seeded = sample_count(size_bytes, is_seeded=True)
+        held, note = HeldSamples(None, seeded, (low, high)), f"{seeded} seeded samples"
+    else:
+        samples = list(dataset.samples(list(inputs)))
+        held = HeldSamples(dataset, len(samples), (low, high))
+        is_apart = dataset.part == "holdout" or calibration is None or dataset.path != calibration.path
+        note = f"{len(samples)} samples that were {'not calibrated with' if is_apart else 'calibrated with, too'}"
+        if makes_image and chosen is None:
+            low, high = _seen_range(samples)
+            note += f"; PSNR of values from {low:g} to {high:g}, as the samples have them, say --input-range if that is wrong"
+    if assumes:
+        note += f"; pixels taken as {chosen}, say --input-range if the model wants another range"
+    peaks = [high - low if makes_image and image_form(spec.shape) is not None else None for spec in outputs]
+    return Samples(settled, count, held, note, peaks)
+
+
+def _seen_range(samples: Sequence[Sample]) -> tuple[float, float]:
+    """Return the narrowest usual range that all values of arrays lie in, nearly; arrays do not tell theirs."""
+    lowest = min(float(values.min()) for sample in samples for values in sample.values())
+    highest = max(float(values.max()) for sample in samples for values in sample.values())
+    fitting = (limits for limits in RANGES.values() if limits[0] - SLACK <= lowest and highest <= limits[1] + SLACK)
+    return next(fitting, RANGES["0..255"])
+
+
+def _held_set(
+    holdout: CalibrationSet | None, calibration: CalibrationSet | None, chosen: InputRange | None, most: int
+) -> CalibrationSet | None:
+    """Return what to measure on: what the user gave for it, what the set holds out, or else the set itself."""
+    if holdout is not None:
+        part = "holdout" if holdout.has_holdout() else holdout.part
+        return replace(holdout, input_range=chosen, most=most, part=part)
+    if calibration is None:
+        return None
+    if calibration.has_holdout():
+        return replace(calibration, most=most, part="holdout")
+    return replace(calibration, most=min(calibration.most or most, most))

@@ -1,0 +1,58 @@
+"""Reports hold their provenance inside themselves: a JSON object under a key of its own, a page in a script element.
+
+The hash of a report is that of its content without the provenance.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+KEY = "provenance"
+ELEMENT = re.compile(r'<script type="application/json" id="edgepress-provenance">(.*?)</script>\n', re.DOTALL)
+SUFFIXES = (".json", ".html")
+MOST_BYTES = 2**27  # of a report; a page holds pictures
+
+
+def embed(path: Path, provenance: dict[str, Any]) -> None:
+    """Put provenance, JSON values, into a report that has none; a page gets it before the end of its body."""
+    text = path.read_text(encoding="utf-8")
+    if _is_page(text):
+        content = json.dumps(provenance).replace("<", "\\u003c")
+        element = f'<script type="application/json" id="edgepress-provenance">{content}</script>\n'
+        head, end, tail = text.rpartition("</body>")
+        path.write_text(f"{head}{element}{end}{tail}" if end else text + element, encoding="utf-8")
+    else:
+        path.write_text(json.dumps({**json.loads(text), KEY: provenance}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def split_report(path: Path) -> tuple[dict[str, Any], str] | None:
+    """Return the provenance inside a report and the sha256 of the rest; None where the file is no such report."""
+    if path.suffix not in SUFFIXES or not path.is_file() or path.stat().st_size > MOST_BYTES:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        if _is_page(text):
+            element = ELEMENT.search(text)
+            return None if element is None else (json.loads(element[1]), hash_of(text[: element.start()] + text[element.end() :]))
+        content = json.loads(text)
+        provenance = content.pop(KEY)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return (provenance, hash_of(json.dumps(content))) if isinstance(provenance, dict) else None
+
+
+def report_sha256(path: Path) -> str:
+    """Return the sha256 of a report that holds no provenance yet."""
+    text = path.read_text(encoding="utf-8")
+    return hash_of(text if _is_page(text) else json.dumps(json.loads(text)))
+
+
+def hash_of(text: str) -> str:
+    """Return the sha256 of a text."""
+    return hashlib.sha256(text.encode("utf-8", errors="surrogateescape")).hexdigest()
+
+
+def _is_page(text: str) -> bool:
+    return text.lstrip()[:1] == "<"

@@ -1,0 +1,314 @@
+"""The product of a quantizer and the files written next to it: recipe, calibration statistics, sensitivity, an HTML page."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group as Lines
+from rich.console import RenderableType
+
+from shared.command.cli import to_json
+from shared.command.errors import ToolError
+from shared.command.resources import ResourceEstimate, size_text
+from shared.files import artifacts
+from shared.files.atomic import write_whole
+from shared.files.plan import Plan, Product, is_same, require_report_free
+from shared.files.provenance import read_provenance, record
+from shared.html.page import STYLE, Bar, write_template
+from shared.metrics.gates import check_gate
+from shared.quantize.coverage import number_text, short_name
+from shared.quantize.request import Request
+from shared.quantize.result import ModelResult, QuantizationResult, errors_text, layer_cells, sentences, size_change
+from shared.quantize.sensitivity import LayerSensitivity, node_data
+
+TEMPLATE = Path(__file__).with_name("page.html.jinja")
+LAYERS_DRAWN = 40
+STATISTICS = "calibration.json"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Result of a quantizer; without a product where a gate was broken."""
+
+    source: Path
+    product: Product | None
+    result: QuantizationResult
+    message: str
+    page: Product | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether every gate was kept."""
+        return self.result.ok
+
+    def __rich__(self) -> RenderableType:
+        return Lines(*self.result.tables(), self.message)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What the user says about the files to write; fields are named as the options."""
+
+    output: Path | None = None
+    html: Path | None = None
+    reproducible: bool = False
+    dry_run: bool = False
+    overwrite: bool = False
+    refresh: bool = False
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a quantizer is about to write.
+
+    Args:
+        tool: Name of the tool.
+        source: The model or bundle.
+        output: The product.
+        requests: Name of each model -> what is asked for it.
+        arguments: What else decides the product, JSON values only.
+        read: Files that are read.
+        packages: Distributions whose version matters.
+        gates: Gate -> limit.
+        needs: Tells what making the product takes.
+        make: Writes the product to a draft, with a folder for intermediate files.
+        reopen: Reads a draft as its consumer will, and returns the files it refers to.
+        note: A warning behind the message.
+    """
+
+    tool: str
+    source: Path
+    output: Path
+    requests: Mapping[str, Request]
+    arguments: Mapping[str, object]
+    read: Sequence[Path]
+    packages: Sequence[str]
+    gates: Mapping[str, float]
+    needs: Callable[[], ResourceEstimate]
+    make: Callable[[Path, Path], QuantizationResult]
+    reopen: Callable[[Path], Sequence[Path]]
+    note: str = ""
+    names: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", list(self.requests))
+
+
+@dataclass(frozen=True)
+class QuantizationPage:
+    """How much a page shows."""
+
+    models: int
+    layers: int
+
+
+class _GateBrokenError(Exception):
+    """A product broke a gate; the result comes along."""
+
+    def __init__(self, result: QuantizationResult) -> None:
+        super().__init__()
+        self.result = result
+
+
+def write_quantized(order: Order, writing: Writing, folder: Path) -> Quantized:
+    """Make the product, or find it up to date, with the files that belong to it.
+
+    Args:
+        order: What to write.
+        writing: How to treat files that are there.
+        folder: A folder for intermediate files.
+
+    Raises:
+        ToolError: A file may not be written, or what `order.make` raises.
+    """
+    output = order.output
+    beside = list(_planned_files(order))
+    _require_free(output, beside, order.read, overwrite=writing.overwrite)
+    if writing.html is not None:
+        require_report_free(writing.html, [output, *beside, *order.read], overwrite=writing.overwrite)
+
+    def make(draft: Path) -> QuantizationResult:
+        result = _gated(order.make(draft, folder), order.gates)
+        if not result.ok:
+            raise _GateBrokenError(result)
+        return result
+
+    plan = Plan(
+        output,
+        order.tool,
+        {
+            "models": {name: request.as_arguments() for name, request in order.requests.items()},
+            "gates": dict(order.gates),
+            **order.arguments,
+        },
+        order.read,
+        order.packages,
+        overwrite=writing.overwrite,
+        refresh=writing.refresh,
+        reproducible=writing.reproducible,
+        dry_run=writing.dry_run,
+        needs=order.needs,
+        reopen=order.reopen,
+        is_whole=lambda result: _has_statistics(order, result),
+    )
+    try:
+        product, result = artifacts.build(plan, QuantizationResult, make)
+    except _GateBrokenError as error:
+        return Quantized(order.source, None, error.result, f"FAILED: {error.result.verdict()}; nothing was written")
+    for path, content in _files_beside(order, result, folder).items():
+        write_whole(path, content)
+    message = _message(order, result, product)
+    page = _write_page(order.tool, writing, order.source, result, message) if writing.html is not None else None
+    return Quantized(order.source, product, result, f"{message}{f'; see {page.path}' if page else ''}", page)
+
+
+def model_folder(folder: Path, name: str, names: Sequence[str]) -> Path:
+    """Return the folder for the intermediate files of one model."""
+    return folder / f"model_{list(names).index(name)}"
+
+
+def file_beside(output: Path, name: str, names: Sequence[str], what: str) -> Path:
+    """Return the path of a file about one model that is written next to the product."""
+    inner = f"_{file_stem(name, names)}" if len(names) > 1 else ""
+    return output.with_name(f"{output.stem}{inner}_{what}")
+
+
+def file_stem(name: str, names: Sequence[str]) -> str:
+    """Return the stem of files about one model: its own name without suffix, with the bundle's where another has the same."""
+    stems = [Path(other).stem for other in names]
+    stem = Path(name).stem
+    return stem if stems.count(stem) < 2 else name.removesuffix(Path(name).suffix).replace("/", "_")
+
+
+def _gated(result: QuantizationResult, limits: Mapping[str, float]) -> QuantizationResult:
+    """Return the result with every gate checked; in a model that the recipe does not change, nothing is covered."""
+    several = len(result.models) + len(result.resisting) > 1
+    gates = [check_gate("min_coverage", 0.0, limits["min_coverage"], name) for name in result.resisting if "min_coverage" in limits]
+    for model in result.models:
+        values = model.gate_values()
+        gates += [check_gate(name, values[name], limit, model.name if several else "") for name, limit in limits.items()]
+    return replace(result, gates=gates)
+
+
+def _planned_files(order: Order) -> Iterator[Path]:
+    """Yield the files that may be written next to the product; see `_files_beside`."""
+    for name, request in order.requests.items():
+        if request.settings.is_static():
+            yield file_beside(order.output, name, order.names, STATISTICS)
+        if request.sensitivity:
+            yield file_beside(order.output, name, order.names, "node_data.json")
+    yield order.output.with_name(f"{order.output.stem}_recipe.json")
+
+
+def _files_beside(order: Order, result: QuantizationResult, folder: Path) -> dict[Path, bytes]:
+    """Return path -> content of the files next to the product: recipe, calibration statistics, sensitivity for Model Explorer."""
+    output, names = order.output, order.names
+    files = {}
+    by_model = {model.name: model.rules for model in result.models}
+    if any(by_model.values()):
+        recipe: Any = by_model if len(names) > 1 or names[0] not in by_model else by_model[names[0]]
+        files[output.with_name(f"{output.stem}_recipe.json")] = (json.dumps(recipe, indent=1) + "\n").encode()
+    for model in result.models:
+        if model.sensitivity:
+            path = file_beside(output, model.name, names, "node_data.json")
+            files[path] = (node_data(model.name, model.sensitivity) + "\n").encode()
+        statistics = model_folder(folder, model.name, names) / STATISTICS
+        if model.calibration_sha256 and statistics.is_file():
+            files[file_beside(output, model.name, names, STATISTICS)] = statistics.read_bytes()
+    return files
+
+
+def _has_statistics(order: Order, result: QuantizationResult) -> bool:
+    """Return whether the calibration statistics are there; a run that was killed after writing the product leaves none."""
+    expected = {file_beside(order.output, model.name, order.names, STATISTICS): model.calibration_sha256 for model in result.models}
+    return all(path.is_file() and record(path).sha256 == sha256 for path, sha256 in expected.items() if sha256)
+
+
+def _message(order: Order, result: QuantizationResult, product: Product) -> str:
+    head = "up to date: " if product.up_to_date else ""
+    before = sum(file.stat().st_size for file in [order.source, *order.reopen(order.source)])
+    slow = [model.name for model in result.models if model.is_slower]
+    warning = f"; SLOWER than before: {', '.join(slow)}" if slow else ""
+    note = f"\n{order.note}" if order.note else ""
+    return f"{head}{product.path}: {size_change(before, product.size_bytes)}; {product.seconds:.1f} s{warning}{note}"
+
+
+def _require_free(output: Path, beside: Sequence[Path], read: Sequence[Path], *, overwrite: bool) -> None:
+    """Raise ToolError where a file next to the product would replace one that is not ours, or one that is read."""
+    taken = next((path for path in beside if path.exists()), None)
+    if any(is_same(path, other) for path in beside for other in read):
+        what = "a file next to the output would replace one that is read"
+        raise ToolError(what, where=output, remedy="use another name with -o")
+    if taken is not None and not overwrite and read_provenance(output) is None:
+        what = "a file next to the output would be replaced"
+        raise ToolError(what, where=taken, remedy="use --overwrite, or another name with -o")
+
+
+def _write_page(tool: str, writing: Writing, source: Path, result: QuantizationResult, message: str) -> Product:
+    """Write the result as one HTML page; everything it shows is inside it."""
+    assert writing.html is not None
+    arguments = {"result": hashlib.sha256(f"{source.name} {to_json(result)}".encode()).hexdigest()}
+    plan = Plan(
+        writing.html,
+        tool,
+        arguments,
+        [TEMPLATE, STYLE],
+        ("jinja2",),
+        overwrite=writing.overwrite,
+        refresh=writing.refresh,
+        is_report=True,
+    )
+    product, _ = artifacts.build(plan, QuantizationPage, lambda draft: write_page(draft, source, result, message))
+    return product
+
+
+def write_page(path: Path, source: Path, result: QuantizationResult, message: str) -> QuantizationPage:
+    """Write the page to a file."""
+    models = [
+        {
+            "name": model.name,
+            "lines": list(sentences(model)),
+            "candidates": list(_candidate_rows(model)),
+            "weights": list(_weight_bars(model)),
+            "sensitivity": list(_sensitivity_bars(model.sensitivity)),
+            "sensitivity_note": _sensitivity_note(model.sensitivity),
+            "layers": [list(layer_cells(layer)) for layer in model.sensitivity],
+            "rules": model.matches,
+            "skipped": [(op.name, op.op_type, size_text(op.weight_bytes), op.reason) for op in model.skipped],
+        }
+        for model in result.models
+    ]
+    write_template(path, TEMPLATE, source=source.name, result=result, message=message, models=models)
+    return QuantizationPage(len(result.models), sum(len(model.sensitivity) for model in result.models))
+
+
+def _candidate_rows(model: ModelResult) -> Iterator[list[str]]:
+    for number, candidate in enumerate(model.candidates):
+        measured = candidate.measurement
+        size = size_text(measured.size_bytes) if measured else "-"
+        times = [f"{ms:.2f} ms" for ms in (measured.median_ms, measured.p90_ms)] if measured else ["-", "-"]
+        yield [candidate.label, size, *times, errors_text(candidate, number), "product" if candidate.is_product else ""]
+
+
+def _weight_bars(model: ModelResult) -> Iterator[Bar]:
+    largest = max((row.weight_bytes for row in model.op_types), default=1) or 1
+    for row in model.op_types:
+        text = f"{size_text(row.weight_bytes)} -> {size_text(row.bytes_after)}"
+        note = f"{row.quantized} of {row.ops} quantized" + (f"; {row.reason}" if row.reason else "")
+        yield Bar(1 if row.quantized == row.ops else 2, row.op_type, text, 100 * row.weight_bytes / largest, note)
+
+
+def _sensitivity_bars(layers: list[LayerSensitivity]) -> Iterator[Bar]:
+    worst = max((layer.at_output.relative_error or 0.0 for layer in layers), default=0.0) or 1.0
+    for layer in layers[:LAYERS_DRAWN]:
+        error = layer.at_output.relative_error
+        percent = 100.0 if error is None else 100 * error / worst
+        yield Bar(1, short_name(layer.name), number_text(error, ".3%"), percent, title=layer.name)
+
+
+def _sensitivity_note(layers: list[LayerSensitivity]) -> str:
+    more = f"the worst {LAYERS_DRAWN} of {len(layers)} layers; " if len(layers) > LAYERS_DRAWN else ""
+    return f"{more}bars relative to the worst layer"

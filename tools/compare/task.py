@@ -1,0 +1,233 @@
+"""What is compared, on which samples, and how: from models and files to findings."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.calibration.dataset import MANIFEST_NAME, holdout_of
+from shared.command.errors import ToolError
+from shared.command.resources import cpu_name
+from shared.formats.tensors import TensorSpec
+from shared.media.attacks import Attack
+from shared.media.images import images_at, read_pixels
+from shared.metrics import metrics
+from shared.metrics.output_error import OutputError, measure_errors
+from shared.runtime.benchmark import Inputs, ModelRun, Protocol, run_benchmark
+from shared.runtime.model import Source
+from shared.runtime.processes import ChildError
+from shared.runtime.samples import image_sample, sample_inputs
+from shared.runtime.speed import describe_speed, speedup
+from shared.watermark.message import Labelled, read_messages
+from tools.compare.accuracy import Accuracy, labelled_inputs, read_accuracy
+from tools.compare.comparison import Candidate, Findings, ImageFindings, ImageTask
+from tools.compare.gates import check_gates
+from tools.compare.image_quality import TruthScores, as_image, bicubic_scores, score, score_against_truth
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class CompareTask:
+    """What is compared, on which samples.
+
+    Args:
+        sources: The reference, then all candidates.
+        alternatives: How many of the candidates, the last ones, may break gates.
+        nbits: Message length of detectors; None for other models.
+        samples: Inputs of the timed runs.
+        runs: Timed runs per model; None for as many as fit in the benchmark's time.
+        threads: Threads of the runtime.
+        files: The images the samples come from; empty for seeded samples.
+        truths: What each of them should become; empty where that is not known.
+        labelled: The images whose messages are known.
+        attacks: None, then what these meet too.
+        pixel_range: What 0 and 255 become in the models' images.
+    """
+
+    sources: list[Source]
+    alternatives: int
+    nbits: int | None
+    samples: list[Inputs]
+    runs: int | None
+    threads: int
+    files: list[Path]
+    truths: list[Path]
+    labelled: list[Labelled]
+    attacks: list[Attack | None]
+    pixel_range: tuple[float, float] = (0.0, 1.0)
+
+    def pictures(self) -> list[Path]:
+        """Return every image that is read or shown, once."""
+        originals = [image.original for image in self.labelled if image.original is not None]
+        return list(dict.fromkeys([*self.files, *self.truths, *(image.file for image in self.labelled), *originals]))
+
+    def find(self, gates: Mapping[str, float]) -> Findings:
+        """Run all models and compare them."""
+        further = labelled_inputs(self.labelled, self.attacks) if self.labelled else []
+        done = run_benchmark(self.sources, Protocol(self.samples, self.threads, self.runs, further))
+        first, *others = done.runs
+        reference = self.sources[0].path
+        if isinstance(first, ChildError):
+            raise ToolError("the reference does not run", where=reference, got=first, remedy="see what verify says of it")
+        if self.nbits is not None and (shape := first.outputs[0][0].shape) != (1, 1 + self.nbits):
+            raise ToolError(f"the reference's output holds no message of {self.nbits} bits", where=reference, got=shape)
+        try:
+            accuracy, images = self._accuracy(first), self._image_task(first)
+        except ValueError as error:
+            raise ToolError("the reference's answers can't be read", where=reference, got=error) from None
+        compared = [self._against(first, number, run) for number, run in enumerate(others, start=1)]
+        compared = [replace(one, gates=check_gates(gates, one, accuracy, images)) for one in compared]
+        if self.truths and images is None:
+            raise ToolError("--ground-truth is for models that make images", where=reference, remedy="leave it out")
+        count = len(self.samples)
+        found = Findings(first.measurement, accuracy, compared, count, self.threads, done.interleaved, cpu_name(), images=images)
+        return _recommend(found)
+
+    def _against(self, reference: ModelRun, number: int, run: ModelRun | ChildError) -> Candidate:
+        """Compare the candidate of that number, counted from 1, with the reference, without gates."""
+        source = self.sources[number]
+        size = source.size_bytes
+        is_alternative = number > len(self.sources) - 1 - self.alternatives
+        candidate = Candidate(source.path, size, 1 - size / reference.measurement.size_bytes, is_alternative)
+        if isinstance(run, ChildError):
+            return replace(candidate, problem=str(run), verdict=f"does not run: {run}")
+        measurement, takes = run.measurement, reference.measurement.inputs
+        candidate = replace(candidate, measurement=measurement)
+        if not self.files and measurement.inputs != takes:  # image files are the same inputs at any size
+            problem = f"it takes {', '.join(measurement.inputs)}, its reference {', '.join(takes)}"
+            return replace(candidate, problem=problem, verdict=f"cannot be compared: {problem}")
+        candidate = replace(candidate, speedup=speedup(reference.measurement, measurement))
+        try:
+            errors = self._errors(reference, run)
+            if problem := "; ".join(f"{error.output}: {error.problem}" for error in errors if error.problem):
+                raise ValueError(problem)  # noqa: TRY301 - as what reading answers raises
+            return replace(
+                candidate,
+                errors=errors,
+                bit_agreement=None if self.nbits is None else _bit_agreement(reference.outputs, run.outputs, self.nbits),
+                accuracy=self._accuracy(run),
+                images=self._images(reference, run, errors),
+                verdict=describe_speed(reference.measurement, measurement, source),
+            )
+        except ValueError as error:
+            return replace(candidate, problem=str(error), verdict=f"cannot be compared: {error}")
+
+    def _errors(self, reference: ModelRun, run: ModelRun) -> list[OutputError]:
+        """Compare all outputs; an image is the same in either layout."""
+        if len(run.output_names) != len(reference.output_names):
+            raise ValueError(f"it has {len(run.output_names)} outputs, its reference {len(reference.output_names)}")
+        if not self._are_images(reference, run):
+            return measure_errors(reference.output_names, reference.outputs, run.outputs)
+        before, after = ([[as_image(first), *rest] for first, *rest in one.outputs] for one in (reference, run))
+        peaks = [self.pixel_range[1] - self.pixel_range[0], *[None] * (len(run.output_names) - 1)]
+        return measure_errors(reference.output_names, before, after, peaks)
+
+    def _are_images(self, reference: ModelRun, run: ModelRun) -> bool:
+        return reference.makes_images and run.makes_images and self.nbits is None
+
+    def _accuracy(self, run: ModelRun) -> Accuracy | None:
+        """Return what a model read on the labelled images."""
+        if not self.labelled:
+            return None
+        return read_accuracy(self.labelled, self.attacks, [outputs[0] for outputs in run.further_outputs])
+
+    def _images(self, reference: ModelRun, run: ModelRun, errors: Sequence[OutputError]) -> ImageFindings | None:
+        """Return how good a model's images are, where it makes any and its reference does."""
+        if not self._are_images(reference, run):
+            return None
+        peak = self.pixel_range[1] - self.pixel_range[0]
+        pairs = zip(reference.outputs, run.outputs, strict=True)
+        scores = [score(as_image(one[0]), as_image(other[0]), peak) for one, other in pairs]
+        similarities = [one.ssim for one in scores if one.ssim is not None]
+        whole, worst = errors[0].psnr_db, errors[0].worst_psnr_db
+        assert whole is not None and worst is not None
+        return ImageFindings(
+            psnr_db=whole,
+            worst_psnr_db=worst,
+            ssim=float(np.mean(similarities)) if len(similarities) == len(scores) else None,
+            truth=self._truth(run),
+            samples=[one.psnr_db for one in scores],
+        )
+
+    def _truth(self, run: ModelRun) -> TruthScores | None:
+        """Return how near a model's images are to the ground truth."""
+        if not self.truths:
+            return None
+        low, high = self.pixel_range
+        return score_against_truth([(outputs[0] - low) / (high - low) for outputs in run.outputs], self.files, self.truths)
+
+    def _image_task(self, reference: ModelRun) -> ImageTask | None:
+        """Return what went in and how good the reference's images are, where it makes any."""
+        if not reference.makes_images or self.nbits is not None:
+            return None
+        channels = as_image(reference.outputs[0][0]).shape[2]
+        plain = bicubic_scores(self.files, self.truths, channels) if self.truths else None
+        return ImageTask(self.files, self.truths, self._truth(reference), plain, self.pixel_range)
+
+
+def _bit_agreement(reference: list[list[Array]], candidate: list[list[Array]], nbits: int) -> float:
+    """Return the share of bits read alike over all samples; the message is the first output, (1, 1 + nbits)."""
+    one, other = (np.concatenate([outputs[0] for outputs in samples]) for samples in (reference, candidate))
+    if one.shape[1:] != (1 + nbits,):
+        raise ValueError(f"the output {one.shape[1:]} holds no message of {nbits} bits")
+    return metrics.bit_agreement(one, other)
+
+
+def _recommend(findings: Findings) -> Findings:
+    """Name the best of several candidates inside all gates."""
+    inside = [(c.size_bytes, c.measurement.median_ms, c.path) for c in findings.candidates if c.is_inside and c.measurement]
+    if len(findings.candidates) < 2 or not inside:
+        return findings
+    return replace(findings, smallest=min(inside)[2], fastest=min(inside, key=lambda found: found[1])[2])
+
+
+def choose_samples(
+    images: Path | None, labelled: Sequence[Labelled], *, seed: int, count: int, pixel_range: tuple[float, float]
+) -> tuple[list[Inputs], list[Path]]:
+    """Return the inputs of the timed runs, and the files they come from.
+
+    Of labelled images these are the marked ones: the logits of an unmarked image are noise around 0, whose direction means nothing.
+    """
+    if labelled:
+        marked = [image for image in labelled if image.message is not None]
+        return labelled_inputs(marked, [None]), [image.file for image in marked]
+    if images is None:
+        return [partial(sample_inputs, seed=seed + number, pixel_range=pixel_range) for number in range(count)], []
+    files = _listed(images)[:count]
+    return [partial(_from_file, file=file, pixel_range=pixel_range) for file in files], files
+
+
+def _listed(images: Path) -> list[Path]:
+    """Return image files; of a calibration set those that were held out, or else its samples."""
+    if images.suffix == ".npz":
+        raise ToolError("arrays can't be compared on", where=images, remedy="give images, a folder, a pattern or a manifest")
+    is_set = (images / MANIFEST_NAME).is_file() or (images.suffix == ".json" and images.is_file())
+    return holdout_of(images).images() if is_set else images_at(images)
+
+
+def _from_file(specs: list[TensorSpec], file: Path, pixel_range: tuple[float, float]) -> dict[str, Array]:
+    return image_sample(specs, read_pixels(file), pixel_range)
+
+
+def choose_labelled(messages: Path | None, samples: int | None) -> list[Labelled]:
+    """Return the labelled images, the first `samples` of the marked and of the unmarked where there is a limit."""
+    if messages is None:
+        return []
+    images = read_messages(messages.absolute())
+    marked = [image for image in images if image.message is not None][:samples]
+    if not marked:
+        raise ToolError("no image carries a message", where=messages)
+    return marked + [image for image in images if image.message is None][:samples]
+
+
+def message_length(bits: int | None, labelled: Sequence[Labelled], sources: Sequence[Source]) -> int | None:
+    """Return the message length that was given, else of the labelled images, else the first that a model tells."""
+    known = next((image.message.size for image in labelled if image.message is not None), None)
+    if bits is not None and known is not None and bits != known:
+        raise ToolError("--bits contradicts --messages", got=bits, expected=known, remedy="leave out --bits")
+    return bits or known or next((found for source in sources if (found := source.nbits)), None)
