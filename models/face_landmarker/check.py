@@ -160,6 +160,7 @@ def check(
         PACKAGES,
         overwrite=overwrite,
         refresh=refresh,
+        is_report=True,
     )
     return artifacts.build(plan, FaceLandmarkerChecked, make)[1]
 

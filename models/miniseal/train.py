@@ -9,7 +9,6 @@ Whatever is random comes from the seed and the number of the step, so an interru
 Source: Video Seal, Fernandez et al. 2024, arXiv:2412.09492 (detector, joint training, attacks as identity for the gradient).
 """
 
-import hashlib
 import json
 import math
 import platform
@@ -26,7 +25,7 @@ from rich.text import Text
 from shared.command.cli import run, step_progress
 from shared.command.errors import ToolError, first_line
 from shared.files.atomic import draft_beside
-from shared.files.code_version import ROOT
+from shared.files.code_version import code_version
 from shared.media.attacks import Attack
 from shared.media.images import Pixels, stretch
 from shared.networks.card import CARDS, PRODUCTS, Card, load_card
@@ -231,13 +230,6 @@ def _require_absent(output: Path, *, overwrite: bool) -> None:
         raise ToolError("the output exists", where=output, remedy="use --overwrite to replace it, or choose another file with -o")
 
 
-def _code_hash() -> str:
-    """Return a hash of the code that decides what a step does."""
-    own = [FOLDER / f"{name}.py" for name in ("train", "embedder", "pictures")]
-    used = [ROOT / "shared" / f"{name}.py" for name in ("attacks", "detector")]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in (*own, *used))).hexdigest()[:16]
-
-
 def _means(recent: list[tuple[float, float, float]]) -> tuple[float, float, float]:
     bit_loss, bit_accuracy, confidence_loss = np.mean(recent, axis=0)
     return float(bit_loss), float(bit_accuracy), float(confidence_loss)
@@ -268,7 +260,7 @@ def train(
     torch.set_num_threads(threads)
     settings: dict[str, object] = {"steps": steps, "seed": seed, "threads": threads, "depths": card.depths, "dims": card.dims}
     # What an interrupted run must share with the one that goes on.
-    guard: dict[str, object] = {**settings, "torch": str(torch.__version__), "code": _code_hash()}
+    guard: dict[str, object] = {**settings, "torch": str(torch.__version__), "code": code_version("models.miniseal.train")}
     learner = _Learner.untrained(card, seed)
     state_path = output.with_name(f"{output.stem}_interrupted.pth")
     recent: list[tuple[float, float, float]] = []

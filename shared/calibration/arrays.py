@@ -114,7 +114,7 @@ def _next_sample(path: Path, spec: TensorSpec, stream: IO[bytes], shape: tuple[i
     if len(data) < size:
         raise EOFError("an array ends early")
     values = np.frombuffer(data, dtype)
-    with np.errstate(invalid="ignore", over="ignore"):  # what that leaves is told below
+    with np.errstate(invalid="ignore", over="ignore"):  # values that do not fit are reported below
         sample = values.astype(spec.dtype)
         is_same = sample.dtype.kind == "f" or bool(np.array_equal(sample, values))
     if not is_same:

@@ -10,7 +10,7 @@ from shared.command.cli import step
 from shared.command.options import InputRange
 from shared.formats.tensors import TensorSpec, image_input
 from shared.media.images import image_form
-from shared.runtime.benchmark import sample_count
+from shared.runtime.benchmark import Inputs, sample_count
 from shared.runtime.samples import sample_inputs
 
 SLACK = 0.05  # that values may lie outside a range: interpolation overshoots
@@ -139,3 +139,14 @@ def _held_set(
     if calibration.has_holdout():
         return replace(calibration, most=most, part="holdout")
     return replace(calibration, most=min(calibration.most or most, most))
+
+
+def sample_for(sample: Sample, of: Sequence[TensorSpec]) -> Inputs:
+    """Return a sample of one model as input of any other made from it: names may differ, types too; then it is a seeded one."""
+
+    def inputs(specs: list[TensorSpec]) -> Sample:
+        if [spec.dtype for spec in specs] != [spec.dtype for spec in of]:
+            return sample_inputs(specs, 0)
+        return {to.name: sample[known.name] for known, to in zip(of, specs, strict=True)}
+
+    return inputs

@@ -28,6 +28,7 @@ ModelName = Annotated[
 Group = TypeVar("Group")
 
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: <model>_<recipe>.")]
+OutputDir = Annotated[Path | None, typer.Option("--output-dir", help="Folder for the product, under its default name.")]
 Calibration = Annotated[
     Path | None, typer.Option(help="Real inputs: folder of images, manifest or .npz; prepare_calibration makes one.")
 ]
@@ -67,6 +68,28 @@ def collect(group: type[Group], given: Mapping[str, Any]) -> Group:
     """Return a dataclass of options from a command's parameters, by name; a parameter that was not given keeps the default."""
     names = [entry.name for entry in fields(group)]  # type: ignore[arg-type]
     return group(**{name: given[name] for name in names if given.get(name) is not None})
+
+
+def output_path(output: Path | None, output_dir: Path | None, default: Path, *, makes_folder: bool = True) -> Path:
+    """Return the path of a product: the named file, or the default name in a folder.
+
+    Args:
+        output: The file that the user named.
+        output_dir: The folder that the user named; the default's own folder when None.
+        default: The default path.
+        makes_folder: Whether to make the folder now; False where a dry run or an error may follow.
+
+    Raises:
+        ToolError: Both are given.
+    """
+    if output is not None and output_dir is not None:
+        raise ToolError("--output and --output-dir both say where to write", remedy="leave out one of them")
+    if output is not None:
+        return output
+    folder = output_dir or default.parent
+    if makes_folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder / default.name
 
 
 def require_useful(*options: tuple[str, bool, str, bool]) -> None:

@@ -18,7 +18,16 @@ from shared.command.errors import CheckError, ToolError
 from shared.command.resources import ResourceEstimate, available_memory_bytes, peak_rss_bytes
 from shared.files.atomic import abandoned_drafts, alone_in, draft_beside, identity, sync, write_json
 from shared.files.plan import Plan, Product, require_place, require_replaceable
-from shared.files.provenance import FileRecord, Provenance, as_json, provenance_path, record, versions, vouched
+from shared.files.provenance import (
+    FileRecord,
+    Provenance,
+    as_json,
+    provenance_path,
+    read_provenance_file,
+    record,
+    versions,
+    vouched,
+)
 from shared.files.reports import embed, report_sha256
 
 Found = TypeVar("Found")
@@ -105,6 +114,8 @@ def _publish(plan: Plan, draft: Path, provenance: Provenance) -> Provenance:
         embed(draft, as_json(asdict(provenance)))
         sync(draft)
         draft.replace(plan.output)
+        if read_provenance_file(plan.output) is not None:  # of the report that stood here, from before reports held their own
+            provenance_path(plan.output).unlink()
         sync(plan.output.parent)
         return provenance
     write_json(provenance_path(plan.output), as_json(asdict(provenance)))

@@ -79,6 +79,20 @@ def begun(output: Path, note: str) -> Iterator[None]:
         mark.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, with its parents, where there is none; if the work fails and leaves it empty, remove it again."""
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
 def abandoned_marks(output: Path) -> list[Path]:
     """Return the marks that runs which are gone have left beside a file."""
     return [mark for mark in output.parent.glob(f".{glob.escape(output.name)}.*.begun") if is_abandoned(mark)]

@@ -102,15 +102,15 @@ def require_report_free(report: Path, others: Iterable[Path], *, overwrite: bool
     require_replaceable(plan, require_place(plan))
 
 
-def require_output_free(output: Path, *, overwrite: bool) -> None:
+def require_output_free(output: Path, *, overwrite: bool, makes_folder: bool = False) -> None:
     """Raise ToolError now where a tool is bound to refuse an output later; its own stale products may be replaced."""
-    plan = Plan(output, "", {}, overwrite=overwrite, refresh=True)
+    plan = Plan(output, "", {}, overwrite=overwrite, refresh=True, makes_folder=makes_folder)
     require_replaceable(plan, require_place(plan))
 
 
 def is_same(path: Path, other: Path) -> bool:
     """Return whether two paths lead to one file, there or not."""
-    return path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other))
+    return os.path.realpath(path) == os.path.realpath(other) or (path.exists() and other.exists() and path.samefile(other))
 
 
 def require_replaceable(plan: Plan, old: Provenance | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Where a product comes from: `<product>.json` beside it, and the hashes of files, compared with what vouches for them.
+"""Where a product comes from: `<product>.json` next to it, or inside a report; and hashes of files, checked against noted ones.
 
 A file whose size, times and inode are as recorded is not hashed again: content can't change without one of them changing.
 """
@@ -55,13 +55,25 @@ def provenance_path(product: Path) -> Path:
 
 
 def read_provenance(product: Path) -> Provenance | None:
-    """Return the provenance next to a product, or inside a report; None where there is none of ours."""
+    """Return the provenance inside a report, or next to another product; None where there is none of ours."""
+    inside = _read_inside(product)
+    return read_provenance_file(product) if inside is None else inside[0]
+
+
+def _read_inside(report: Path) -> tuple[Provenance, str] | None:
+    """Return the provenance that a report holds, and the sha256 of the rest."""
+    found = split_report(report)
+    try:
+        return None if found is None else (TypeAdapter(Provenance).validate_python(found[0]), found[1])
+    except ValidationError:
+        return None
+
+
+def read_provenance_file(product: Path) -> Provenance | None:
+    """Return the content of `<product>.json`; None where there is no such file of ours."""
     path = provenance_path(product)
     try:
-        if path.is_file():
-            return TypeAdapter(Provenance).validate_json(path.read_bytes())
-        report = split_report(product)
-        return None if report is None else TypeAdapter(Provenance).validate_python(report[0])
+        return TypeAdapter(Provenance).validate_json(path.read_bytes()) if path.is_file() else None
     except (OSError, ValidationError):
         return None
 
@@ -90,8 +102,8 @@ def record(path: Path, *, known: Iterable[FileRecord] = (), name: Path | None = 
         for earlier in (*known, *([own.output] if own else [])):
             if replace(earlier, path=unhashed.path, sha256="") == unhashed:
                 return replace(unhashed, sha256=earlier.sha256)
-        report = split_report(path) if own is not None and not provenance_path(path).is_file() else None
-        digest = sha256_of(path) if report is None else report[1]
+        inside = _read_inside(path)
+        digest = sha256_of(path) if inside is None else inside[1]
         after = path.stat()
         if (after.st_mtime_ns, after.st_size, after.st_ino) != (before.st_mtime_ns, before.st_size, before.st_ino):
             raise ToolError("the file changed while it was read", where=path, remedy="wait until it is complete, then try again")
@@ -103,12 +115,13 @@ def record(path: Path, *, known: Iterable[FileRecord] = (), name: Path | None = 
 def vouched(path: Path, found: FileRecord) -> FileRecord:
     """Return a record with what vouches for its hash; raise ToolError where that says another."""
     own = read_provenance(path)
+    noted_in = path if _read_inside(path) else provenance_path(path)
     if own is not None and found.sha256 not in (own.output.sha256, own.replaces_sha256):
-        require_same(path, found.sha256, Voucher(own.output.sha256, provenance_path(path)))
+        require_same(path, found.sha256, Voucher(own.output.sha256, noted_in))
     voucher = find_voucher(path)
     if voucher is not None:
         require_same(path, found.sha256, voucher)
-    by = provenance_path(path).name if own else voucher.noted_in.name if voucher else ""
+    by = noted_in.name if own else voucher.noted_in.name if voucher else ""
     return replace(found, vouched_by=by)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 KEY = "provenance"
 ELEMENT = re.compile(r'<script type="application/json" id="edgepress-provenance">(.*?)</script>\n', re.DOTALL)
-SUFFIXES = (".json", ".html")
+STARTS = (b"{", b"<")
+MODELS = (".tflite", ".task", ".onnx", ".pth", ".safetensors")  # never reports: not opened to find out
 MOST_BYTES = 2**27  # of a report; a page holds pictures
 
 
@@ -29,9 +30,9 @@ def embed(path: Path, provenance: dict[str, Any]) -> None:
 
 def split_report(path: Path) -> tuple[dict[str, Any], str] | None:
     """Return the provenance inside a report and the sha256 of the rest; None where the file is no such report."""
-    if path.suffix not in SUFFIXES or not path.is_file() or path.stat().st_size > MOST_BYTES:
-        return None
     try:
+        if path.suffix in MODELS or not path.is_file() or path.stat().st_size > MOST_BYTES or not _starts_as_report(path):
+            return None
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
         if _is_page(text):
             element = ELEMENT.search(text)
@@ -52,6 +53,11 @@ def report_sha256(path: Path) -> str:
 def hash_of(text: str) -> str:
     """Return the sha256 of a text."""
     return hashlib.sha256(text.encode("utf-8", errors="surrogateescape")).hexdigest()
+
+
+def _starts_as_report(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(64).lstrip().startswith(STARTS)
 
 
 def _is_page(text: str) -> bool:

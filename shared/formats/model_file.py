@@ -13,6 +13,11 @@ ONNX_SUFFIX = ".onnx"
 DRAFT = re.compile(r"\.[0-9a-f]{8}-\d+\.partial$")  # see `shared.files.atomic.draft_beside`
 SLOW_DYNAMIC = "ONNX Runtime finds the range of every activation at each run and has no fast convolution for the result"
 SLOW_HALF = "this CPU converts float16 to float32 to compute; float16 saves size, and time only on GPUs and NPUs"
+SLOW_STATIC = (
+    "integer kernels are slower than float ones on this CPU, or conversions at the ops left in float eat the gain; "
+    "quantize other op types, or let recipe auto measure"
+)
+STATIC_OPS = {"QuantizeLinear", "QLinearConv", "QLinearMatMul"}
 DYNAMIC_OPS = {"DynamicQuantizeLinear", "ConvInteger", "MatMulInteger", "DynamicQuantizeLSTM"}
 
 
@@ -88,9 +93,12 @@ class ModelFile:
             case TfliteContent():
                 return ""
             case OnnxContent() as content:
-                if {op.op_type for op in content.ops} & DYNAMIC_OPS:
+                kinds = {op.op_type for op in content.ops}
+                if kinds & DYNAMIC_OPS:
                     return f"{SLOW_DYNAMIC}; quantize it statically, with samples"
-                return SLOW_HALF if any(dtype == "FLOAT16" for dtype, _ in content.constants.values()) else ""
+                if any(dtype == "FLOAT16" for dtype, _ in content.constants.values()):
+                    return SLOW_HALF
+                return SLOW_STATIC if kinds & STATIC_OPS else ""
             case _ as never:
                 assert_never(never)
 

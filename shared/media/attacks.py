@@ -1,6 +1,6 @@
-"""What images meet between marking and detection: recompression, resizing, cropping, light, blur, noise.
+"""Changes to an image between marking and detection: recompression, resizing, cropping, light, blur, noise.
 
-Every attack takes pixels and returns pixels, uint8 (H, W, 3) RGB, through the 8 bits a real file has.
+Every attack takes pixels and returns pixels, uint8 (H, W, 3) RGB, with the 8 bits of a real file.
 """
 
 import io
@@ -38,7 +38,7 @@ def resize(image: "Image", scale: float, _: Random) -> "Image":
 
 
 def crop(image: "Image", share: float, random: Random) -> "Image":
-    """Keep `share` of each side, at a random place; the detector stretches what is left to its own size."""
+    """Keep `share` of each side, at a random place; the detector stretches the rest to its own size."""
     width, height = max(1, round(image.width * share)), max(1, round(image.height * share))
     left, top = int(random.integers(image.width - width + 1)), int(random.integers(image.height - height + 1))
     return image.crop((left, top, left + width, top + height))
@@ -97,12 +97,12 @@ LIMITS = {  # smallest and largest strength
 
 @dataclass(frozen=True)
 class Attack:
-    """One attack at one strength, such as JPEG at quality 50.
+    """An attack at a strength, for example JPEG at quality 50.
 
     Args:
         kind: A name of `KINDS`.
-        strength: What that kind takes.
-        seed: Of what is random about it: the noise, the place of a crop.
+        strength: Quality, scale, share, factor or sigma, depending on the kind.
+        seed: Seed of the noise or of the place of a crop.
     """
 
     kind: str
@@ -115,7 +115,7 @@ class Attack:
         return f"{self.kind}-{self.strength:.12g}"
 
     def __call__(self, pixels: Pixels) -> Pixels:
-        """Return attacked pixels, uint8 (H, W, 3) RGB; a crop is smaller than what came in."""
+        """Return attacked pixels, uint8 (H, W, 3) RGB; a crop is smaller than the input."""
         from PIL import Image as pillow
 
         return np.asarray(KINDS[self.kind](pillow.fromarray(pixels), self.strength, np.random.default_rng(self.seed)))
@@ -138,7 +138,7 @@ STANDARD = tuple(
 
 
 def parse_attacks(text: str) -> list[Attack]:
-    """Return the attacks that a text names: `standard`, `none`, or names such as `jpeg-50,crop-0.9`.
+    """Return the attacks that a text names: `standard`, `none`, or a list like `jpeg-50,crop-0.9`.
 
     Raises:
         ToolError: An unknown kind, or no strength.

@@ -19,8 +19,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 AGAIN = "open it in an image editor and save it again, or leave it out"
 END_OF_JPEG = b"\xff\xd9"
 CHANNELS = 3
-LEAST_SIDE = 8  # pixels; one channel with shorter axes is something else than an image
-# What Pillow raises on damaged files; its UnidentifiedImageError is an OSError.
+LEAST_SIDE = 8  # pixels; a tensor of one channel with shorter axes is no image
+# Errors that Pillow raises on damaged files; its UnidentifiedImageError is an OSError.
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, struct.error, EOFError, LookupError, OverflowError, ArithmeticError)
 Image = NDArray[np.float32]  # (1, 3, H, W), RGB in [0, 1]
 Pixels = NDArray[np.uint8]  # (H, W, 3), RGB
@@ -42,10 +42,10 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def images_at(path: Path) -> list[Path]:
-    """Return one image file, those in a folder and below, or those that match a pattern such as `photos/*_small.png`, sorted.
+    """Return an image file, the image files in a folder and below, or the files that match `photos/*_small.png`, sorted.
 
     Raises:
-        ToolError: There is none.
+        ToolError: There is no image.
     """
     if path.is_file():
         return [path]
@@ -58,7 +58,7 @@ def images_at(path: Path) -> list[Path]:
 
 
 def read_pixels(path: Path) -> Pixels:
-    """Return an image file as uint8 (H, W, 3) RGB at its own size, turned as its EXIF says.
+    """Return an image file as uint8 (H, W, 3) RGB at its own size, turned upright by its EXIF.
 
     Raises:
         ToolError: The file is no image of an accepted format, or cut off.
@@ -68,14 +68,14 @@ def read_pixels(path: Path) -> Pixels:
 
     kind = name_kind(read_head(path, "image", limit="image-mb", again=AGAIN))
     most = int(limit("megapixels") * 1e6)
-    pillow.MAX_IMAGE_PIXELS = most // 2  # it refuses what has twice as many
+    pillow.MAX_IMAGE_PIXELS = most // 2  # it refuses twice as many
     try:
         with reading(path), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about EXIF and the like; what matters is raised
+            warnings.simplefilter("ignore")  # about EXIF and the like; damage is raised
             with pillow.open(path, formats=FORMATS) as file:
                 _require_whole(path, file.format or "")
                 if file.format == "PNG":
-                    file.verify()  # the checksums of all chunks; decoding looks at some only
+                    file.verify()  # checks all chunks; decoding checks some only
             with pillow.open(path, formats=FORMATS) as file:
                 upright = ImageOps.exif_transpose(file)
                 if upright.mode.startswith("I;16"):  # Pillow would cut off at 255
@@ -91,15 +91,15 @@ def read_pixels(path: Path) -> Pixels:
 
 
 def _require_whole(path: Path, kind: str) -> None:
-    """Raise ValueError for a JPEG without its end marker: it was cut off, though maybe behind its last row."""
+    """Raise ValueError for a JPEG without its end marker: it was cut off, maybe after its last row."""
     if kind in ("JPEG", "MPO") and END_OF_JPEG not in path.read_bytes():
         raise ValueError("cut off: a JPEG without its end marker")
 
 
 def stretch(pixels: Pixels, height: int, width: int | None = None) -> Pixels:
-    """Return the whole image brought to uint8 (height, width, 3), bilinear with antialiasing; itself where it has that size.
+    """Return the whole image stretched to uint8 (height, width, 3), bilinear with antialiasing; itself where the size is the same.
 
-    Nothing is cut off and proportions are not kept: so the published detectors take their images, and so their marks are laid.
+    Nothing is cut off and proportions are not kept, as in the published detectors and embedders.
     Without a width the result is square.
     """
     from PIL import Image as pillow
@@ -123,7 +123,7 @@ def as_image(array: object) -> Image:
         array: (H, W, 3), uint8 or floating point in [0, 1]; or floating point (3, H, W).
 
     Raises:
-        ToolError: Another shape or dtype, values outside the range, or NaN.
+        ToolError: Wrong shape or dtype, values outside the range, or NaN.
     """
     if not isinstance(array, np.ndarray):
         raise ToolError("no RGB image", got=type(array).__name__, expected="a file or a numpy array")
@@ -142,7 +142,7 @@ def as_image(array: object) -> Image:
 
 
 def stretch_image(image: Image, size: int) -> Image:
-    """Return float32 (1, 3, H, W) brought to (1, 3, size, size) as `stretch` does, without rounding; itself if it has that size."""
+    """Return float32 (1, 3, H, W) stretched to (1, 3, size, size) without rounding; itself if the size is the same."""
     from PIL import Image as pillow
 
     if image.shape[2:] == (size, size):
@@ -152,10 +152,10 @@ def stretch_image(image: Image, size: int) -> Image:
 
 
 def seeded_image(size: int, rng: np.random.Generator) -> Image:
-    """Return a made-up picture as float32 (1, 3, size, size), RGB in [0, 1].
+    """Return a synthetic picture as float32 (1, 3, size, size), RGB in [0, 1].
 
-    Waves of falling strength over rising frequency, as photographs have, plus a little noise: enough to reach every layer with
-    activations of a natural range. Not for accuracy claims.
+    Waves whose strength falls with frequency, as in photographs, plus a little noise: they give every layer activations of a
+    natural range. Not for accuracy claims.
     """
     y, x = np.mgrid[0:size, 0:size] / size
     image = np.zeros((CHANNELS, size, size))
@@ -172,7 +172,7 @@ def seeded_image(size: int, rng: np.random.Generator) -> Image:
 
 
 def image_layout(shape: tuple[int, ...]) -> tuple[str, int] | None:
-    """Return layout ('nchw' or 'nhwc') and size of a square RGB image input, or None for another shape; a batch may be free, -1."""
+    """Return layout ('nchw' or 'nhwc') and size of a square RGB image input, or None for a different shape; the batch may be -1."""
     match shape:
         case (1 | -1, 3, height, width) if height == width > 0:
             return "nchw", height
@@ -183,7 +183,7 @@ def image_layout(shape: tuple[int, ...]) -> tuple[str, int] | None:
 
 @dataclass(frozen=True)
 class ImageForm:
-    """How a tensor holds one image.
+    """Layout, channels and size of an image tensor.
 
     Args:
         layout: 'nchw' is (1, channels, height, width), 'nhwc' is (1, height, width, channels).
@@ -199,7 +199,7 @@ class ImageForm:
 
 
 def image_form(shape: tuple[int, ...]) -> ImageForm | None:
-    """Return how a tensor of this shape holds one image, or None; an axis of -1 may have any length."""
+    """Return the form of an image tensor from its shape, or None where it holds no image; an axis of -1 may have any length."""
     if len(shape) != 4 or shape[0] not in (1, -1):
         return None
     layouts: tuple[tuple[Literal["nchw", "nhwc"], int, int, int], ...] = (
@@ -214,9 +214,9 @@ def image_form(shape: tuple[int, ...]) -> ImageForm | None:
 
 
 def to_form(pixels: Pixels, form: ImageForm) -> NDArray[np.float32]:
-    """Return pixels, uint8 (H, W, 3) RGB, as float32 in [0, 1] the way a model takes its image; stretched to a fixed size.
+    """Return pixels, uint8 (H, W, 3) RGB, as float32 in [0, 1] in the form of a model's image input; stretched to a fixed size.
 
-    A model with one channel gets the luma, as ITU-R BT.601 weighs it over the full range.
+    A model with one channel gets the luma, weighted as in ITU-R BT.601 over the full range.
     """
     from PIL import Image as pillow
 
@@ -230,11 +230,11 @@ def to_form(pixels: Pixels, form: ImageForm) -> NDArray[np.float32]:
 
 
 def from_form(values: NDArray[np.float32], form: ImageForm) -> NDArray[np.float32]:
-    """Return one image tensor, in whatever layout, as (H, W, channels)."""
+    """Return an image tensor of any layout as (H, W, channels)."""
     image: NDArray[np.float32] = values[0].transpose(1, 2, 0) if form.layout == "nchw" else values[0]
     return image
 
 
 def to_layout(image: Image, layout: str) -> Image:
-    """Return float32 (1, C, H, W) in the layout asked for: itself, or (1, H, W, C)."""
+    """Return float32 (1, C, H, W) in the requested layout: itself, or (1, H, W, C)."""
     return image if layout == "nchw" else np.ascontiguousarray(image.transpose(0, 2, 3, 1))

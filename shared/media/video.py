@@ -14,33 +14,33 @@ from shared.command.watchdog import reading
 from shared.files.file_type import name_kind, read_head
 from shared.media.images import Pixels
 
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet; what is wrong with a file is told in one line
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet; a damaged file is reported in one line
 os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = "protocol_whitelist;file"  # a container may refer to addresses
 AGAIN = "play it to see, and save it again as MP4, or leave it out"
-CONTAINERS = (  # byte, what stands there: MP4 and MOV, Matroska and WebM, AVI
+CONTAINERS = (  # offset and bytes: MP4 and MOV, Matroska and WebM, AVI
     *((4, kind) for kind in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")),
     (0, b"\x1a\x45\xdf\xa3"),
     (8, b"AVI "),
 )
 MISCOUNTED = 0.05  # share of its frames by which a sound container may be wrong about their number
 FEW_FRAMES = 2
-THUMBNAIL = 16  # pixels a side, for telling scenes apart
+THUMBNAIL = 16  # pixels a side, to compare scenes
 APART = 8  # frames between two scene changes, at least
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Callable[[], bool]]]:
-    """Yield a video, and a function that goes on to its next frame, False behind the last.
+    """Yield a video, and a function that advances to its next frame and returns False after the last.
 
     Raises:
-        ToolError: No regular file, or by its first bytes no video: lists of other files, which FFmpeg would follow, are none.
+        ToolError: No regular file, or no video by its first bytes. Playlists, which FFmpeg would follow, are no videos.
     """
     import cv2
 
     head = read_head(path, "video", limit="video-gb", again=AGAIN)
     if not any(head[place : place + len(magic)] == magic for place, magic in CONTAINERS):
         raise _no_video(path, name_kind(head))
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong with a file is told in one line
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # a damaged file is reported in one line
     with reading(path) as goes_on:
         capture = cv2.VideoCapture(str(path.absolute()), cv2.CAP_FFMPEG)
 
@@ -64,11 +64,11 @@ def _no_video(path: Path, got: str = "no frame") -> ToolError:
 
 
 def count_frames(path: Path, *, of_whole: bool = True) -> tuple[int, float]:
-    """Return the number of frames that can be decoded, and how many there are in a second (0 where the file does not tell).
+    """Return the number of frames that can be decoded, and the frames per second (0 where the file does not state it).
 
     Args:
         path: The file.
-        of_whole: Whether a file that is cut off or damaged, so that fewer frames come than it tells, is an error.
+        of_whole: Whether a cut-off or damaged file, with fewer frames than it announces, is an error.
 
     Raises:
         ToolError: The file is missing, no video, has no frame that can be decoded, or is not whole.
@@ -78,13 +78,13 @@ def count_frames(path: Path, *, of_whole: bool = True) -> tuple[int, float]:
     total = 0
     with _opened(path) as (capture, advance):
         rate = float(capture.get(cv2.CAP_PROP_FPS) or 0.0)
-        told = float(capture.get(cv2.CAP_PROP_FRAME_COUNT) or 0.0)
+        announced = float(capture.get(cv2.CAP_PROP_FRAME_COUNT) or 0.0)
         while advance():
             total += 1
     if not total:
         raise _no_video(path)
-    if of_whole and total < (1 - MISCOUNTED) * told - FEW_FRAMES:  # containers tell slightly wrong counts, or none
-        raise ToolError("the video is cut off or damaged", where=path, got=f"{total} of {told:.0f} frames", remedy=AGAIN)
+    if of_whole and total < (1 - MISCOUNTED) * announced - FEW_FRAMES:  # containers announce slightly wrong counts, or none
+        raise ToolError("the video is cut off or damaged", where=path, got=f"{total} of {announced:.0f} frames", remedy=AGAIN)
     return total, rate
 
 
@@ -111,9 +111,9 @@ def frames_at(path: Path, wanted: set[int]) -> Iterator[tuple[int, Pixels]]:
 
 
 def scene_changes(path: Path, count: int) -> list[int]:
-    """Return the numbers of up to `count` frames, sorted: the first, and those that differ most from the one before.
+    """Return the numbers of up to `count` frames, sorted: the first, and the frames that differ most from their predecessors.
 
-    A frame closer than APART frames to one that differs more is left out.
+    A frame closer than APART frames to a frame with a larger difference is left out.
     """
     import cv2
 
@@ -129,13 +129,13 @@ def scene_changes(path: Path, count: int) -> list[int]:
         raise _no_video(path)
     chosen: list[int] = []
     for number in sorted(range(len(jumps)), key=lambda number: (-jumps[number], number)):
-        if len(chosen) < count and all(abs(number - other) >= APART for other in chosen):
+        if len(chosen) < count and all(abs(number - near) >= APART for near in chosen):
             chosen.append(number)
     return sorted(chosen)
 
 
 def read_frames(path: Path, count: int) -> Iterator[Pixels]:
-    """Yield `count` frames spread evenly over a video, all of them where it has fewer; uint8 (H, W, 3) RGB.
+    """Yield `count` frames spread evenly over a video, all frames where it has fewer; uint8 (H, W, 3) RGB.
 
     The file is decoded from its beginning, twice: seeking and the count of frames are not exact in every container.
 

@@ -81,7 +81,7 @@ def measure_error(name: str, reference: Sequence[Array], candidate: Sequence[Arr
     if not all(np.isfinite(values).all() for pair in pairs for values in pair):
         return OutputError(name, problem="an output holds NaN or infinite values")
     if not any(r.size for r, _ in pairs):
-        return OutputError(name, 0.0, None, 0.0)
+        return OutputError(name, problem="the output is empty in every sample")
     signal = np.array([r @ r for r, _ in pairs])
     noise = np.array([(r - c) @ (r - c) for r, c in pairs])
     cosines = [float(np.clip(r @ c / (math.sqrt((r @ r) * (c @ c)) or 1.0), -1, 1)) for r, c in pairs if r.any() or c.any()]

@@ -1,4 +1,4 @@
-"""Model cards: what a model is called, the sizes of its network, its gates, and where its checkpoint lives."""
+"""Model cards: the name of a model, the sizes of its network, its gates, and the place of its checkpoint."""
 
 import difflib
 import os
@@ -14,9 +14,9 @@ from shared.command.errors import ToolError, first_line
 from shared.files.file_type import is_regular, read_head
 
 CARDS = Path(__file__).resolve().parent.parent.parent / "models"
-PRODUCTS = Path("models")  # where products go by default, seen from where the command runs: the project's root
+PRODUCTS = Path("models/out")  # where products go by default, seen from where the command runs: the project's root
 USER_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-CHECKPOINT_FOLDERS = (PRODUCTS / "checkpoints", USER_CACHE / "edgepress", Path.home() / ".cache" / "videoseal")
+CHECKPOINT_FOLDERS = (Path("models/checkpoints"), USER_CACHE / "edgepress", Path.home() / ".cache" / "videoseal")
 
 Positive = Annotated[int, Field(ge=1, le=65536, strict=True)]
 Four = tuple[Positive, Positive, Positive, Positive]
@@ -29,7 +29,7 @@ STRICT = ConfigDict(extra="forbid")  # a misspelt field is an error, never ignor
 
 @dataclass(frozen=True)
 class InputForm:
-    """How a deployed detector takes its image.
+    """Form of a deployed detector's image input.
 
     Args:
         size: Height and width in pixels.
@@ -44,14 +44,14 @@ class InputForm:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the checkpoint lives, and what is expected inside.
+    """Place and form of the checkpoint.
 
     Args:
         url: Address of the published file.
-        sha256: Of that file, where it is known: what a download must have.
-        file: A file that lies beside the card, seen from there; instead of an address.
+        sha256: Hash of the published file, where it is known; a download must have it.
+        file: Path of a file relative to the card's folder; instead of an address.
         container: Key of the checkpoint's dict that holds the flat state dict.
-        prefix: What the detector's keys start with.
+        prefix: Prefix of the detector's keys.
     """
 
     __pydantic_config__ = STRICT
@@ -91,7 +91,7 @@ class Gates:
 
 @dataclass(frozen=True)
 class Card:
-    """One detector model."""
+    """A detector model."""
 
     __pydantic_config__ = STRICT
     name: FileStem
@@ -100,7 +100,7 @@ class Card:
     depths: Four
     dims: Four
     stem_stride: Literal[2, 4]
-    image_size: Annotated[int, Field(ge=32, le=8192, strict=True)]  # what the network was trained on; pixels, square
+    image_size: Annotated[int, Field(ge=32, le=8192, strict=True)]  # of the training images; pixels, square
     output_prefix: FileStem
     checkpoint: Source
     folder: str  # where the card lies
@@ -111,17 +111,17 @@ class Card:
         return next((path for path in self.checkpoint_places() if is_regular(path)), None)
 
     def checkpoint_places(self) -> list[Path]:
-        """Return where the checkpoint is looked for, in this order."""
+        """Return the possible places of the checkpoint, in the order of the search."""
         if self.checkpoint.file is not None:
             return [Path(self.folder) / self.checkpoint.file]
         published = (self.checkpoint.url or "").rpartition("/")[2]
         names = [f"{self.name}.pth", f"{self.name}.safetensors", f"{self.name}/{published}"]
-        if published != "checkpoint.pth":  # a name two models share says nothing
+        if published != "checkpoint.pth":  # the name is shared by two models
             names.append(published)
         return [folder / name for folder in CHECKPOINT_FOLDERS for name in names]
 
     def as_arguments(self) -> dict[str, object]:
-        """Return what of the card decides the bytes of a product."""
+        """Return the fields that decide the bytes of a product."""
         content = asdict(self)
         layout = {key: content["checkpoint"][key] for key in ("container", "prefix")}
         return layout | {key: content[key] for key in ("name", "nbits", "depths", "dims", "stem_stride", "image_size")}
@@ -136,7 +136,7 @@ def load_card(name: str) -> Card:
     """Return the card of a model name, or of a path that ends in .toml.
 
     Raises:
-        ToolError: No such card, or a card with a wrong field; the message names field and file.
+        ToolError: The card is missing, or has a wrong field; the message names field and file.
     """
     path = Path(name) if name.endswith(".toml") else CARDS / f"{name}.toml"
     if not name.endswith(".toml") and not path.is_file():
@@ -150,6 +150,6 @@ def load_card(name: str) -> Card:
     except ValidationError as error:
         faults = [f"field {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise ToolError("bad model card: " + "; ".join(faults), where=path, remedy=AGAIN) from None
-    except (ValueError, RecursionError) as error:  # tomllib's own errors are ValueErrors, and so are numbers of 5000 digits
+    except (ValueError, RecursionError) as error:  # tomllib raises ValueErrors, also for numbers of 5000 digits
         raise ToolError("model card is not valid TOML", where=path, got=first_line(error), remedy=AGAIN) from None
     return card

@@ -1,7 +1,7 @@
-"""Open strangers' checkpoints safely and lazily, select a component, and map its keys strictly.
+"""Open untrusted checkpoints safely and lazily, select a component, and match its keys strictly.
 
-Nothing here executes what a file says: `.pth` files are read with an unpickler that knows tensors and plain containers only
-(`weights_only=True`, with no second try), and their tensors, like those of `.safetensors` files, stay memory-mapped.
+No code in a file is executed: `.pth` files are read with an unpickler for tensors and plain containers only (`weights_only=True`,
+with no second try). Their tensors, like those of `.safetensors` files, stay memory-mapped.
 """
 
 import collections
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONTAINERS = ("model", "state_dict")  # keys under which most training code keeps the flat state dict
-REHEARSAL = "rehearsal"  # note on weights that are seeded, not trained
-NOTES = ("args", REHEARSAL)  # texts beside the weights that go on with them
+REHEARSAL = "rehearsal"  # note on seeded, untrained weights
+NOTES = ("args", REHEARSAL)  # texts that are copied with the weights
 DTYPES = {  # of torch -> of the safetensors format
     "torch.float64": "F64",
     "torch.float32": "F32",
@@ -39,18 +39,18 @@ DTYPES = {  # of torch -> of the safetensors format
     "torch.uint8": "U8",
     "torch.bool": "BOOL",
 }
-WRAPPER = "module."  # what DataParallel puts before every key
+WRAPPER = "module."  # prefix of every key under DataParallel
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: its flat state dict, memory-mapped, and what lies beside it.
+    """An opened checkpoint: its flat state dict, memory-mapped, and its further tensors and notes.
 
     Args:
         path: The file.
         state: Keys to tensors, in the file's order.
-        container: Key of the dict that held the state dict; None where it lay bare.
-        beside: The tensors of every other top-level entry that has any, such as the optimizer.
+        container: Key of the state dict in the file; None where the file is the state dict itself.
+        beside: The tensors of every further top-level entry with tensors, for example the optimizer.
         notes: Texts of `NOTES`, out of the dict or the metadata of a .safetensors file.
     """
 
@@ -66,7 +66,7 @@ def open_checkpoint(path: Path, container: str = "model") -> Checkpoint:
 
     Args:
         path: The file.
-        container: Key of the dict that holds the state dict; `model`, `state_dict` and a bare state dict are found without it.
+        container: Key of the state dict in the file; `model`, `state_dict` and a bare state dict are found without it.
 
     Raises:
         ToolError: The file is missing, empty, no checkpoint, damaged, or holds more than tensors and plain containers.
@@ -102,7 +102,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
 
 
 def _require_unique_keys(path: Path) -> None:
-    """Refuse a header that names a tensor twice: the format forbids it, the library takes the last."""
+    """Refuse a header that names a tensor twice: the format forbids duplicates, the library takes the last."""
     twice: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -127,14 +127,14 @@ def _open_pth(path: Path, wanted: str) -> Checkpoint:
     check_pth(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about tensor kinds that are refused later
+            warnings.simplefilter("ignore")  # about kinds of tensors, refused later
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "no reason given")
         raise ToolError(
             "the checkpoint holds Python objects; they were not loaded", where=path, got=reason.strip(), remedy=RESAVE
         ) from None
-    except Exception as error:  # noqa: BLE001 - a tampered file can raise anything here, and all of it means the same
+    except Exception as error:  # noqa: BLE001 - a tampered file can raise any error here
         raise ToolError("damaged .pth file", where=path, got=first_line(error), remedy="download it again") from None
     if not isinstance(content, Mapping):
         raise ToolError("the checkpoint is no dict", where=path, got=type(content).__name__, remedy=RESAVE)
@@ -159,7 +159,7 @@ def _open_pth(path: Path, wanted: str) -> Checkpoint:
 
 
 def _is_encodable(text: str) -> bool:
-    """Whether the text can be written at all; a pickle may hold half of a surrogate pair."""
+    """Return whether the text can be written; a pickle may hold half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -168,7 +168,7 @@ def _is_encodable(text: str) -> bool:
 
 
 def tensors_in(value: object) -> "list[Tensor]":
-    """Return all tensors in a nest of dicts, lists and tuples, however deep, each container looked into once."""
+    """Return all tensors in nested dicts, lists and tuples of any depth; each container is visited once."""
     import torch
 
     found: list[Tensor] = []
@@ -184,7 +184,7 @@ def tensors_in(value: object) -> "list[Tensor]":
 
 
 def select_detector(checkpoint: Checkpoint, prefix: str) -> "dict[str, Tensor]":
-    """Return the detector's tensors with `prefix` removed from their keys; a state dict without any prefix is taken whole.
+    """Return the detector's tensors with `prefix` removed from their keys; a bare detector's state dict is taken whole.
 
     Raises:
         ToolError: No key starts with the prefix, and the keys are not a bare detector's either.
@@ -196,12 +196,15 @@ def select_detector(checkpoint: Checkpoint, prefix: str) -> "dict[str, Tensor]":
         return checkpoint.state
     groups = sorted({key.partition(".")[0] for key in checkpoint.state})
     raise ToolError(
-        f"no key starts with '{prefix}'", where=checkpoint.path, got=f"groups {', '.join(groups)}", remedy="is it the right file?"
+        f"no key starts with '{prefix}'",
+        where=checkpoint.path,
+        got=f"groups {', '.join(groups)}",
+        remedy="check that this is the right file",
     )
 
 
 def require_match(state: "Mapping[str, Tensor]", expected: Mapping[str, Iterable[int]], where: Path) -> None:
-    """Raise one ToolError that lists every missing, unexpected and misshapen key, each list sorted."""
+    """Raise a ToolError with sorted lists of all missing, unexpected and misshapen keys."""
     want = {key: tuple(shape) for key, shape in expected.items()}
     faults = []
     if missing := sorted(want.keys() - state.keys()):
@@ -222,7 +225,7 @@ def require_match(state: "Mapping[str, Tensor]", expected: Mapping[str, Iterable
 
 
 def require_sound(state: "Mapping[str, Tensor]", where: Path, *, integers: bool = False) -> list[str]:
-    """Return the keys of weights of two axes and more that are zero throughout: sound, but hardly trained.
+    """Return the keys of weights with at least two axes that are zero throughout: sound, but hardly trained.
 
     Raises:
         ToolError: A tensor is not dense, not finite, or neither floating point nor, where allowed, integer; all faults at once.
@@ -257,15 +260,15 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     dtypes: "Mapping[str, torch.dtype] | None" = None,
 ) -> None:
-    """Write tensors that come one at a time, so that only one of them is in memory; the same tensors make the same bytes.
+    """Write tensors one at a time, with a single tensor in memory; the same tensors make the same bytes.
 
-    The library's own writer wants them all at once, and writes several metadata in any order (safetensors 0.8).
+    The library's own writer takes all tensors at once, and writes several metadata in any order (safetensors 0.8).
     Format: 8 bytes header length, JSON header, data.
 
     Args:
         path: File to write.
-        shapes: Key to shape, in the order in which the tensors will come; wider types come first, so that all are aligned.
-        tensors: Key and tensor, in that order.
+        shapes: Key to shape, in the order of `tensors`; wider types come first, so that all tensors are aligned.
+        tensors: Key and tensor, in the order of `shapes`.
         metadata: Text kept in the header.
         dtypes: Key to type; default: all float32.
 
@@ -290,7 +293,7 @@ def write_safetensors(
 
 
 def as_float32(tensor: "Tensor") -> "torch.Tensor":
-    """Return the tensor as contiguous float32; itself where it is that already."""
+    """Return the tensor as contiguous float32, without a copy where it is contiguous float32 already."""
     import torch
 
     return tensor.to(torch.float32).contiguous()

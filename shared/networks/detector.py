@@ -1,7 +1,7 @@
 """The watermark detector: a ConvNeXt V2 encoder and a pixel decoder that reads one logit per message bit.
 
 Reads leaf to root: layer norm, GRN, block, encoder, decoder, detector. Attribute names are the published checkpoints' keys
-with the leading `detector.` removed. What only training needs (drop path, initialisation) is left out.
+with the leading `detector.` removed. Parts for training only (drop path, initialisation) are left out.
 
 Letters in shapes: N images, C channels, H height, W width, K message bits.
 
@@ -21,7 +21,7 @@ TINY = 1e-12  # in training only: keeps the gradient of a square root finite whe
 
 
 class DetectorSizes(Protocol):
-    """What of a model card makes a network: message length K, blocks and channels of the four stages, stride of the stem."""
+    """Sizes of a network, from its model card: message length K, blocks and channels of the four stages, stride of the stem."""
 
     @property
     def nbits(self) -> int: ...
@@ -53,15 +53,15 @@ def sum_of_squares(x: Tensor) -> Tensor:
 
 
 def sum_of_squares_as_product(x: Tensor) -> Tensor:
-    """Return the same by a matrix product with ones: ONNX Runtime 1.31 adds up axes in front of the last five times slower."""
+    """Return `sum_of_squares` by a matrix product with ones: ONNX Runtime 1.31 sums five times slower over (1, 2)."""
     n, h, w, c = x.shape
     return (torch.ones(1, h * w) @ (x * x).reshape(n, h * w, c)).reshape(n, 1, 1, c)
 
 
 class GlobalResponseNorm(nn.Module):
-    """GRN of float32 (N, H, W, C): each channel scaled by how its L2 norm compares with the mean over channels."""
+    """GRN of float32 (N, H, W, C): each channel is scaled by the ratio of its L2 norm to the mean over channels."""
 
-    energy = staticmethod(sum_of_squares)  # a converter may put another form of the same in its place
+    energy = staticmethod(sum_of_squares)  # a converter may replace it with an equal form
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class ConvNeXtV2(nn.Module):
 class UpscalingBlock(nn.Module):
     """Pad by reflection, 3x3 convolution, channel norm, GELU on float32 (N, C, H, W).
 
-    The published block starts with a bilinear upsampling by 1, the identity, which has no weights: its place stays empty.
+    The published block starts with a bilinear upsampling by 1, the identity, which has no weights: `nn.Identity` keeps its place.
     """
 
     def __init__(self, channels: int) -> None:
@@ -153,7 +153,7 @@ class Detector(nn.Module):
 
     Args:
         sizes: Sizes of the network.
-        maps_input: False only with weights of `tools.convert_detector.fusion`, whose stem has taken the mapping in.
+        maps_input: False only with weights of `tools.convert_detector.fusion`, whose stem includes the mapping.
     """
 
     def __init__(self, sizes: DetectorSizes, *, maps_input: bool = True) -> None:
@@ -168,7 +168,7 @@ class Detector(nn.Module):
 
 
 class ImageForm(Protocol):
-    """How a product takes its image; see `shared.networks.card.InputForm`."""
+    """Form of a product's image input; see `shared.networks.card.InputForm`."""
 
     @property
     def size(self) -> int: ...
@@ -179,15 +179,15 @@ class ImageForm(Protocol):
 
 
 class Deployed(nn.Module):
-    """A detector behind the input form of a product.
+    """A detector with the image input of a product.
 
-    The resize is the published pipeline's: bilinear with antialiasing. It is linear, separable and of fixed size, so two
-    matrices do it, taken from torch's own resize; converters know matrices, but no antialiasing.
+    The resize is the resize of the published pipeline: bilinear with antialiasing. It is linear, separable and of fixed size, so
+    two matrices from torch's own resize replace it; converters support matrix products, but no antialiasing.
 
     Args:
         detector: The network.
         form: Size and layout of the image, and whether it is resized.
-        network_size: Height and width the network was trained on.
+        network_size: Height and width of the training images.
     """
 
     def __init__(self, detector: Detector, form: ImageForm, network_size: int) -> None:
@@ -210,7 +210,7 @@ class Deployed(nn.Module):
 
 
 def _resize_matrix(size: int, network_size: int) -> Tensor:
-    """Return float32 (network_size, size): what antialiased bilinear resizing does to one column of pixels."""
+    """Return float32 (network_size, size): the matrix of antialiased bilinear resizing along an axis."""
     columns = torch.eye(size).reshape(1, 1, size, size)
     resized = F.interpolate(columns, size=(network_size, size), mode="bilinear", align_corners=False, antialias=True)
     return resized.reshape(network_size, size)

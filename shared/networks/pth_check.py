@@ -1,7 +1,7 @@
-"""What a .pth file says of itself, read without running or importing anything: its records, its storages, the objects it names.
+"""Check a .pth file without running or importing anything: its records, its storages, the objects that its pickle names.
 
-torch.load with `mmap=True` takes a storage to be as long as the pickle says, wherever that leads, and never looks at checksums
-(seen in torch 2.13); so both are checked here, before it maps the file.
+torch.load with `mmap=True` (torch 2.13) trusts the storage lengths in the pickle, even past the end of the file, and never checks
+checksums; so lengths and checksums are checked here, before torch maps the file.
 
 Source: layout, https://github.com/pytorch/pytorch/blob/v2.13.0/torch/serialization.py (a zip of `data.pkl` and `data/<key>`)
 """
@@ -23,7 +23,7 @@ from shared.files.zip_layout import LayoutError, locate, require_stored
 
 CHUNK_BYTES = 8 * MIB
 MAX_RECORDS = 1_000_000
-MAX_PICKLE_BYTES = 64 * MIB  # ten times that of the largest checkpoints: it holds names and shapes
+MAX_PICKLE_BYTES = 64 * MIB  # ten times the pickle of the largest checkpoints, which holds names and shapes
 RESAVE = "ask its author for a plain state dict (torch.save of tensors), or for .safetensors"
 ITEM_BYTES = {
     **dict.fromkeys(("Double", "Long", "ComplexFloat", "UInt64"), 8),
@@ -68,11 +68,11 @@ def check_pth(path: Path) -> None:
 
 
 def _check_sums(archive: zipfile.ZipFile, handle: int, starts: Mapping[str, int], path: Path) -> None:
-    """Compare every record with its CRC-32; several at once, as each is read at the speed of memory."""
+    """Compare every record with its CRC-32, several records at a time: threads read at the speed of memory."""
     with ThreadPoolExecutor(cpu_count()) as pool:
 
         def is_sound(info: zipfile.ZipInfo) -> bool:
-            """Read in pieces, not through the mapping: memory stays small, however large the file."""
+            """Read in pieces, not through the mapping, so that memory does not grow with the file."""
             place, left, crc = starts[info.filename], info.file_size, 0
             while left and (piece := os.pread(handle, min(left, CHUNK_BYTES), place)):
                 place, left, crc = place + len(piece), left - len(piece), zlib.crc32(piece, crc)
@@ -87,11 +87,11 @@ def _check_sums(archive: zipfile.ZipFile, handle: int, starts: Mapping[str, int]
 
 
 def _check_storages(pickled: bytes, folder: str, sizes: Mapping[str, int], path: Path) -> None:
-    """Raise ToolError unless every storage that the pickle names is a record of just its length."""
+    """Raise ToolError unless every storage in the pickle has a record of exactly its length."""
     scan = _Scan(io.BytesIO(pickled))
     try:
         scan.load()
-    except Exception as error:  # noqa: BLE001 - a damaged pickle can raise anything, and all of it means the same
+    except Exception as error:  # noqa: BLE001 - a damaged pickle can raise any error
         raise ToolError("damaged .pth file: its data.pkl can't be read", where=path, got=first_line(error), remedy=RESAVE) from None
     for key, kind, numel in scan.storages:
         item_bytes = ITEM_BYTES.get(str(kind).removesuffix("Storage"))
@@ -101,7 +101,7 @@ def _check_storages(pickled: bytes, folder: str, sizes: Mapping[str, int], path:
 
 
 class _Inert:
-    """Stands for whatever a pickle names: takes all that is done to it, and does nothing."""
+    """Stands for any object that a pickle names: accepts every call and assignment, and does nothing."""
 
     def __new__(cls, *_: object, **__: object) -> Self:
         return super().__new__(cls)
@@ -127,15 +127,15 @@ class _Inert:
         return 0
 
 
-class _Scan(pickle._Unpickler):  # noqa: SLF001 - the one in Python: its memo is a dict, which no index can blow up
-    """Goes through a pickle, notes the storages it names, and makes inert objects of everything else."""
+class _Scan(pickle._Unpickler):  # noqa: SLF001 - the unpickler written in Python: its memo is a dict, so a large index takes no memory
+    """Reads a pickle, notes its storages, and makes inert objects of everything else."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
         self.storages: list[tuple[object, object, object]] = []  # key, kind, number of elements
 
     def find_class(self, _: str, name: str) -> Any:
-        """Return a new inert class of that name; nothing is imported."""
+        """Return a new inert class with the name; nothing is imported."""
         return type(name, (_Inert,), {})
 
     def persistent_load(self, pid: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from shared.calibration.samples import Samples
 from shared.command.errors import ToolError
 from shared.command.options import InputRange
+from shared.files.checksums import sha256_of
 from shared.formats.model_file import ModelFile
 from shared.formats.tensors import TensorSpec
 from shared.quantize.coverage import OpTypeCoverage, RuleMatches, SkippedLayer
@@ -73,6 +74,21 @@ class Candidate:
     calibration: Path | None = None
     float_layers: dict[str, str] = field(default_factory=dict)
     search: SearchSummary | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Return the fields of `shared.quantize.result.ModelResult` that the candidate decides."""
+        return {
+            "recipe": self.request.recipe,
+            "expansion": self.request.expansion,
+            "size_after_bytes": self.model.size_bytes,
+            "corrected_biases": self.corrected_biases,
+            "saved_name_bytes": self.saved_name_bytes,
+            "rules": self.rules,
+            "matches": self.matches,
+            "search": self.search,
+            "float_layers": sorted(self.float_layers) if self.search else [],
+            "calibration_sha256": sha256_of(self.calibration) if self.calibration else "",
+        }
 
 
 class UnchangedError(ToolError):

@@ -6,29 +6,27 @@ differ in their backends, `tools.quantize_tflite.backend` and `tools.quantize_on
 
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 
-from shared.calibration.arrays import Sample
-from shared.calibration.samples import HeldSamples, Samples, settle_samples
+from shared.calibration.samples import HeldSamples, Samples, sample_for, settle_samples
 from shared.command.cli import step
 from shared.command.errors import ToolError
 from shared.command.resources import GIB, cpu_count
-from shared.files.checksums import sha256_of
 from shared.formats.model_file import ModelFile
-from shared.formats.tensors import TensorSpec
 from shared.metrics.output_error import measure_errors, size_of, worst_error
 from shared.quantize.backend import Backend, Candidate, Quantization, UnchangedError
 from shared.quantize.coverage import covered_share
-from shared.quantize.ledger import Ledger
+from shared.quantize.ledger import Ledger, measure_safely
 from shared.quantize.request import Request
 from shared.quantize.result import ORIGINAL, REFERENCE, CandidateResult, ModelResult, SearchSummary
 from shared.quantize.search import Search, SearchSpace
 from shared.quantize.sensitivity import LayerSensitivity, measure_sensitivity
 from shared.runtime import benchmark
-from shared.runtime.benchmark import Inputs, ModelRun, run_benchmark
+from shared.runtime.benchmark import ModelRun, run_benchmark
+from shared.runtime.executors import finished
 from shared.runtime.processes import ChildError, Workspace
-from shared.runtime.samples import sample_inputs
 from shared.runtime.speed import describe_speed
 
 TASK_TIMEOUT_S = 3600.0
@@ -74,30 +72,21 @@ def quantize_model(  # noqa: PLR0917 - source, what to do, how, and where to
         peaks = [result.measurement.peak_rss_bytes for result in results if result.measurement]
         result = ModelResult(
             name=name,
-            recipe=chosen.request.recipe,
-            expansion=chosen.request.expansion,
             size_before_bytes=source.size_bytes,
-            size_after_bytes=chosen.model.size_bytes,
             repairs=repairs,
-            rules=chosen.rules,
-            matches=chosen.matches,
             op_types=rows,
             skipped=skipped,
             unmatched=unmatched,
             coverage=covered_share(rows),
-            corrected_biases=chosen.corrected_biases,
-            saved_name_bytes=chosen.saved_name_bytes,
             samples=quantization.samples.count,
             measured_on=quantization.samples.note,
             threads=request.threads or cpu_count(),
             interleaved=interleaved,
             candidates=[*results, *failures],
-            search=chosen.search,
-            float_layers=sorted(chosen.float_layers) if chosen.search else [],
             sensitivity=sensitivity,
-            calibration_sha256=sha256_of(chosen.calibration) if chosen.calibration else "",
             unmeasured="" if results else "the runtime here lacks ops of this model",
             peak_rss_bytes=max([workspace.peak_rss_bytes, *peaks]),
+            **chosen.facts(),
         )
         _move(chosen.model, target)
     return result
@@ -162,7 +151,7 @@ def _candidate(quantization: Quantization, backend: Backend) -> Candidate:
         raise ToolError("a search needs real inputs to measure on", where=quantization.name, remedy=remedy)
     need = JOB_BASE_BYTES + JOB_BYTES_PER_BYTE * quantization.model.size_bytes
     with request.executor(need) as executor:
-        quantization = _best_calibration(quantization, backend, space)
+        quantization = _best_calibration(quantization, backend, space, executor)
         ledger = Ledger(request.ledger, backend.identity(quantization))
         try:
             found = Search(
@@ -183,19 +172,25 @@ def _candidate(quantization: Quantization, backend: Backend) -> Candidate:
     summary = SearchSummary(
         request.objective, found.share, found.layers, found.measured, found.resumed, found.left_out, dict(sorted(used.items()))
     )
-    with step(f"quantize {quantization.name} as found"):
-        return replace(backend.quantize(quantization, found.precisions), search=summary)
+    try:
+        with step(f"quantize {quantization.name} as found"):
+            return replace(backend.quantize(quantization, found.precisions), search=summary)
+    except ToolError as error:
+        if not found.left_out:
+            raise
+        raise type(error)(**{"got": "; ".join(found.left_out), **error.parts}) from None
 
 
-def _best_calibration(quantization: Quantization, backend: Backend, space: SearchSpace) -> Quantization:
+def _best_calibration(quantization: Quantization, backend: Backend, space: SearchSpace, executor: Executor) -> Quantization:
     """Return the way to calibrate with which the whole model, in its first choices, takes the smallest share of the limits."""
     variants = backend.search_variants(quantization)
     if len(variants) == 1:
         return variants[0]
     whole = {**space.base, **{layer: precisions[0] for layer, precisions in space.choices.items() if precisions}}
     limits = quantization.request.limits
-    shares = [limits.share(backend.job_maker(one)(whole, False).measure().errors) for one in variants]
-    return variants[shares.index(min(shares))]
+    jobs = {executor.submit(measure_safely, backend.job_maker(one)(whole, False)): number for number, one in enumerate(variants)}
+    shares = {number: limits.share(outcome.errors) for number, outcome in finished(jobs)}
+    return variants[min(shares, key=lambda number: (shares[number], number))]
 
 
 def _measure(
@@ -211,7 +206,7 @@ def _measure(
     labelled += [(candidate.request.recipe, candidate.model) for candidate in candidates]
     request = quantization.request
     with step(f"run {quantization.name} before and after"):
-        given = [_inputs(sample, quantization.inputs) for sample in quantization.samples.held.load(quantization.inputs)]
+        given = [sample_for(sample, quantization.inputs) for sample in quantization.samples.held.load(quantization.inputs)]
         protocol = benchmark.Protocol(given, request.threads or cpu_count())
         done = run_benchmark([one for _, one in labelled], protocol)
     reference = done.runs[0]
@@ -224,17 +219,6 @@ def _measure(
     for result in results[1:known]:
         _require_same_answers(quantization, result)
     return results, done.interleaved
-
-
-def _inputs(sample: Sample, of: Sequence[TensorSpec]) -> Inputs:
-    """Return a sample of one model as input of any other made from it: names may differ, types too; then it is a seeded one."""
-
-    def inputs(specs: list[TensorSpec]) -> Sample:
-        if [spec.dtype for spec in specs] != [spec.dtype for spec in of]:
-            return sample_inputs(specs, 0)
-        return {to.name: sample[known.name] for known, to in zip(of, specs, strict=True)}
-
-    return inputs
 
 
 def _compared(

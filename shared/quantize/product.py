@@ -20,9 +20,9 @@ from shared.files.provenance import read_provenance, record
 from shared.html.page import STYLE, Bar, write_template
 from shared.metrics.gates import check_gate
 from shared.quantize.coverage import number_text, short_name
-from shared.quantize.request import Request
-from shared.quantize.result import ModelResult, QuantizationResult, errors_text, layer_cells, sentences, size_change
-from shared.quantize.sensitivity import LayerSensitivity, node_data
+from shared.quantize.request import Request, file_beside
+from shared.quantize.result import ModelResult, QuantizationResult, errors_text, sentences, size_change
+from shared.quantize.sensitivity import LayerSensitivity, layer_cells, node_data
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 LAYERS_DRAWN = 40
@@ -76,6 +76,7 @@ class Order:
         needs: Tells what making the product takes.
         make: Writes the product to a draft, with a folder for intermediate files.
         reopen: Reads a draft as its consumer will, and returns the files it refers to.
+        settle: Gives the files that a draft refers to their final names, once every gate is kept.
         note: A warning behind the message.
     """
 
@@ -90,11 +91,13 @@ class Order:
     needs: Callable[[], ResourceEstimate]
     make: Callable[[Path, Path], QuantizationResult]
     reopen: Callable[[Path], Sequence[Path]]
+    settle: Callable[[Path], None] = field(default=lambda _: None)
     note: str = ""
-    names: list[str] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "names", list(self.requests))
+    @property
+    def names(self) -> list[str]:
+        """Names of the models."""
+        return list(self.requests)
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ def write_quantized(order: Order, writing: Writing, folder: Path) -> Quantized:
         result = _gated(order.make(draft, folder), order.gates)
         if not result.ok:
             raise _GateBrokenError(result)
+        order.settle(draft)
         return result
 
     plan = Plan(
@@ -170,26 +174,13 @@ def model_folder(folder: Path, name: str, names: Sequence[str]) -> Path:
     return folder / f"model_{list(names).index(name)}"
 
 
-def file_beside(output: Path, name: str, names: Sequence[str], what: str) -> Path:
-    """Return the path of a file about one model that is written next to the product."""
-    inner = f"_{file_stem(name, names)}" if len(names) > 1 else ""
-    return output.with_name(f"{output.stem}{inner}_{what}")
-
-
-def file_stem(name: str, names: Sequence[str]) -> str:
-    """Return the stem of files about one model: its own name without suffix, with the bundle's where another has the same."""
-    stems = [Path(other).stem for other in names]
-    stem = Path(name).stem
-    return stem if stems.count(stem) < 2 else name.removesuffix(Path(name).suffix).replace("/", "_")
-
-
 def _gated(result: QuantizationResult, limits: Mapping[str, float]) -> QuantizationResult:
     """Return the result with every gate checked; in a model that the recipe does not change, nothing is covered."""
     several = len(result.models) + len(result.resisting) > 1
     gates = [check_gate("min_coverage", 0.0, limits["min_coverage"], name) for name in result.resisting if "min_coverage" in limits]
     for model in result.models:
-        values = model.gate_values()
-        gates += [check_gate(name, values[name], limit, model.name if several else "") for name, limit in limits.items()]
+        values = model.gate_values(limits)
+        gates += [check_gate(name, values.get(name), limit, model.name if several else "") for name, limit in limits.items()]
     return replace(result, gates=gates)
 
 
@@ -229,7 +220,8 @@ def _has_statistics(order: Order, result: QuantizationResult) -> bool:
 
 def _message(order: Order, result: QuantizationResult, product: Product) -> str:
     head = "up to date: " if product.up_to_date else ""
-    before = sum(file.stat().st_size for file in [order.source, *order.reopen(order.source)])
+    whole = [model.size_before_bytes for model in result.models if model.name == order.source.name]  # else one model of a bundle
+    before = whole[0] if whole else order.source.stat().st_size
     slow = [model.name for model in result.models if model.is_slower]
     warning = f"; SLOWER than before: {', '.join(slow)}" if slow else ""
     note = f"\n{order.note}" if order.note else ""
@@ -240,27 +232,19 @@ def _require_free(output: Path, beside: Sequence[Path], read: Sequence[Path], *,
     """Raise ToolError where a file next to the product would replace one that is not ours, or one that is read."""
     taken = next((path for path in beside if path.exists()), None)
     if any(is_same(path, other) for path in beside for other in read):
-        what = "a file next to the output would replace one that is read"
-        raise ToolError(what, where=output, remedy="use another name with -o")
+        raise ToolError("a file next to the output would replace one that is read", where=output, remedy="use another name with -o")
     if taken is not None and not overwrite and read_provenance(output) is None:
-        what = "a file next to the output would be replaced"
-        raise ToolError(what, where=taken, remedy="use --overwrite, or another name with -o")
+        remedy = "use --overwrite, or another name with -o"
+        raise ToolError("a file next to the output would be replaced", where=taken, remedy=remedy)
 
 
 def _write_page(tool: str, writing: Writing, source: Path, result: QuantizationResult, message: str) -> Product:
     """Write the result as one HTML page; everything it shows is inside it."""
     assert writing.html is not None
     arguments = {"result": hashlib.sha256(f"{source.name} {to_json(result)}".encode()).hexdigest()}
-    plan = Plan(
-        writing.html,
-        tool,
-        arguments,
-        [TEMPLATE, STYLE],
-        ("jinja2",),
-        overwrite=writing.overwrite,
-        refresh=writing.refresh,
-        is_report=True,
-    )
+    overwrite, refresh = writing.overwrite, writing.refresh
+    read, packages = [TEMPLATE, STYLE], ("jinja2",)
+    plan = Plan(writing.html, tool, arguments, read, packages, overwrite=overwrite, refresh=refresh, is_report=True)
     product, _ = artifacts.build(plan, QuantizationPage, lambda draft: write_page(draft, source, result, message))
     return product
 

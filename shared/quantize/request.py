@@ -147,11 +147,13 @@ def parse_max_error(texts: Sequence[str]) -> dict[str, float]:
     """Return output (of a bundle's model: MODEL, or MODEL:OUTPUT) -> limit of options such as `0.01` or `Identity=0.01`.
 
     Raises:
-        ToolError: No positive number.
+        ToolError: No positive number, or no output before it.
     """
     found = {}
     for text in texts:
-        output, _, value = text.rpartition("=") if "=" in text else (ALL_OUTPUTS, "", text)
+        output, equals, value = text.rpartition("=")
+        if equals and not (output and value):
+            raise ToolError("not of the form --max-error X or OUTPUT=X", got=text)
         try:
             limit = float(value)
         except ValueError:
@@ -160,3 +162,16 @@ def parse_max_error(texts: Sequence[str]) -> dict[str, float]:
             raise ToolError("--max-error is no positive number", got=text, expected="such as 0.01, or OUTPUT=0.01")
         found[output] = limit
     return found
+
+
+def file_beside(output: Path, name: str, names: Sequence[str], what: str) -> Path:
+    """Return the path of a file about one model that is written next to the product."""
+    inner = f"_{file_stem(name, names)}" if len(names) > 1 else ""
+    return output.with_name(f"{output.stem}{inner}_{what}")
+
+
+def file_stem(name: str, names: Sequence[str]) -> str:
+    """Return the stem of files about one model: its own name without suffix, with the bundle's where another has the same."""
+    stems = [Path(other).stem for other in names]
+    stem = Path(name).stem
+    return stem if stems.count(stem) < 2 else name.removesuffix(Path(name).suffix).replace("/", "_")

@@ -148,7 +148,8 @@ class Search:
         for precision, outcome in outcomes.items():
             slowdown = outcome.slowdown or 1.0
             if not outcome.size_bytes:
-                left_out[precision] = "the runtime refuses it"
+                if len(precisions) > 1:  # else a single layer may be the reason; the scan finds it
+                    left_out[precision] = "the runtime refuses it"
             elif slowdown > TOO_SLOW:
                 left_out[precision] = f"{slowdown:.1f} times slower than float here"
         kept = [precision for precision in precisions if precision not in left_out]

@@ -1,13 +1,16 @@
 """What each layer alone does to a model's outputs when it is quantized: the layers to leave in float come first."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
+from rich.table import Column, Table
+
 from shared.command.cli import step_progress
+from shared.command.resources import size_text
 from shared.metrics.output_error import OutputError, size_of, worst_error
-from shared.quantize.coverage import Layer
+from shared.quantize.coverage import SHOWN, Layer, number_text, short_name
 from shared.quantize.ledger import Job, Outcome
 from shared.runtime.executors import finished
 
@@ -56,6 +59,26 @@ def measure_sensitivity(layers: Sequence[Layer], jobs: Mapping[str, Job], execut
 
 def _measure(job: Job) -> Outcome:
     return job.measure()
+
+
+def sensitivity_table(layers: Sequence[LayerSensitivity]) -> Table:
+    """Return the layers that do most to the outputs."""
+    headers = ("op type", "weights", "error at the layer", "SNR", "error at the output", "cosine")
+    table = Table(Column("layer, worst first", overflow="fold"), *headers, title="what each layer does alone")
+    for layer in layers[:SHOWN]:
+        table.add_row(*layer_cells(layer))
+    return table
+
+
+def layer_cells(layer: LayerSensitivity) -> Iterator[str]:
+    """Yield the cells of a layer's row."""
+    yield short_name(layer.name)
+    yield layer.op_type
+    yield size_text(layer.weight_bytes)
+    yield number_text(layer.at_layer.relative_error, ".2%")
+    yield number_text(layer.at_layer.snr_db, ".1f", " dB")
+    yield number_text(layer.at_output.relative_error, ".3%")
+    yield number_text(layer.at_output.cosine, ".6f")
 
 
 def node_data(name: str, layers: Sequence[LayerSensitivity]) -> str:

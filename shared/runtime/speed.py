@@ -6,6 +6,7 @@ from shared.runtime.benchmark import SLOWER, Measurement
 from shared.runtime.model import DetectorCheckpoint, Source
 
 NO_FASTER_KERNELS = "this CPU has no faster kernels for what it computes with; measure on the target device"
+FLOAT_KERNELS = "int8-weight-only and fp16 keep float kernels; --rule OP_TYPE=RECIPE changes one op type"
 
 
 def speedup(reference: Measurement, candidate: Measurement) -> float:
@@ -39,5 +40,6 @@ def describe_speed(reference: Measurement, candidate: Measurement, source: Sourc
 def _why_slow(before: Mapping[str, int], after: Mapping[str, int], source: Source) -> str:
     plain = {kind: count - before.get(kind, 0) for kind, count in after.items() if count > before.get(kind, 0)}
     if plain:
-        return f"XNNPACK leaves {', '.join(f'{count} {kind}' for kind, count in plain.items())} to plain kernels"
+        ops = ", ".join(f"{count} {kind}" for kind, count in plain.items())
+        return f"XNNPACK leaves {ops} to plain kernels; {FLOAT_KERNELS}"
     return ("" if isinstance(source, DetectorCheckpoint) else source.why_slow()) or NO_FASTER_KERNELS

@@ -1,4 +1,4 @@
-"""A detector for scripts: load any product, ask it what an image or a video carries.
+"""A detector for scripts: load any product, and read the message of an image or a video.
 
 Example:
     from shared.watermark import WatermarkDetector
@@ -31,15 +31,15 @@ from shared.watermark.message import Bits, chance_of_agreement, parse_message, t
 
 ImageSource = Path | str | NDArray[Any]
 Message = str | int | Bits
-FRAMES = 16  # of a video, unless told otherwise
+FRAMES = 16  # of a video, by default
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well a detected message agrees with an expected one.
+    """Agreement of a detected message with the expected message.
 
     Args:
-        matching: Bits that agree.
+        matching: Number of equal bits.
         nbits: Bits of the message.
     """
 
@@ -48,24 +48,24 @@ class Agreement:
 
     @property
     def bit_accuracy(self) -> float:
-        """Share of bits that agree; 0.5 is chance."""
+        """Share of matching bits; 0.5 is chance."""
         return self.matching / self.nbits
 
     @property
     def p_value(self) -> float:
-        """How likely a random message agrees in as many bits."""
+        """Probability that a random message has at least as many matching bits."""
         return chance_of_agreement(self.matching, self.nbits)
 
 
 @dataclass(frozen=True)
 class Detection:
-    """What a detector read.
+    """Output of a detector.
 
     Args:
         confidence_logit: Above 0: the image is marked.
-        logits: float32 (K,), one for each bit; above 0 reads as 1.
-        agreement: With the expected message, where one was given.
-        frames: The same for each frame of a video, of which this is the mean; empty for an image.
+        logits: float32 (K,), a logit for each bit; above 0 reads as 1.
+        agreement: Agreement with the expected message, where it was given.
+        frames: The detections of a video's frames, whose mean this detection is; empty for an image.
     """
 
     confidence_logit: float
@@ -76,7 +76,7 @@ class Detection:
     @property
     def confidence(self) -> float:
         """The confidence that the image is marked, from 0 to 1."""
-        return 0.5 * (1 + math.tanh(self.confidence_logit / 2))  # the logistic function, safe for large logits
+        return 0.5 * (1 + math.tanh(self.confidence_logit / 2))  # the logistic function, without overflow for large logits
 
     @property
     def is_marked(self) -> bool:
@@ -152,10 +152,10 @@ class WatermarkDetector:
 
         Args:
             image: A file, or an array: (H, W, 3) RGB, uint8 or floating point in [0, 1], or floating point (3, H, W).
-            expected: The message it should carry: hexadecimal or binary digits, an integer, or bool (K,).
+            expected: The expected message: hexadecimal or binary digits, an integer, or bool (K,).
 
         Raises:
-            ToolError: The file or the array is no image, or the expected message has another length.
+            ToolError: The file or the array is no image, or the expected message has the wrong length.
         """
         wanted = None if expected is None else parse_message(expected, self.nbits)
         pixels = to_image(read_pixels(Path(image))) if isinstance(image, Path | str) else as_image(image)
@@ -163,7 +163,7 @@ class WatermarkDetector:
         return _detection(output, wanted)
 
     def detect_batch(self, images: Iterable[ImageSource], *, expected: Message | None = None) -> list[Detection]:
-        """Read several images, one after the other; arguments and errors as in `detect`."""
+        """Read several images in turn; arguments and errors as in `detect`."""
         if isinstance(images, str | Path | np.ndarray):
             raise ToolError("a batch is a list of images", got=type(images).__name__, remedy="use detect for one image")
         return [self.detect(image, expected=expected) for image in images]
@@ -172,7 +172,7 @@ class WatermarkDetector:
         """Read frames spread evenly over a video; confidence and logits are the means over them.
 
         Raises:
-            ToolError: The file is missing or no video, or the expected message has another length.
+            ToolError: The file is missing or no video, or the expected message has the wrong length.
         """
         wanted = None if expected is None else parse_message(expected, self.nbits)
         outputs = [self._run(to_image(frame)) for frame in read_frames(Path(path), frames)]
@@ -184,7 +184,7 @@ class WatermarkDetector:
         outputs, _ = self._model.run({self._name: to_layout(stretch_image(image, self.image_size), self.layout)})
         output: NDArray[np.float32] = outputs[self._model.outputs[0].name][0]
         if not np.isfinite(output).all():
-            raise ToolError("the model answers with NaN or infinite values", remedy="run verify on it")
+            raise ToolError("the model's output has NaN or infinite values", remedy="run verify on the model")
         return output
 
 
@@ -195,7 +195,7 @@ def _detection(output: NDArray[np.float32], expected: Bits | None, frames: tuple
 
 
 def _message_length(source: Source, outputs: list[TensorSpec], given: int | None) -> int:
-    """Return the message length the model's metadata tells, or the one given; it must fit the model's output."""
+    """Return the given message length, else the length in the model's metadata; it must fit the model's output."""
     nbits = given or source.nbits
     if nbits is None:
         raise ToolError("the model does not tell its message length", where=source.path, remedy="pass nbits=")

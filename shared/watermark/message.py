@@ -1,4 +1,4 @@
-"""Messages of watermarks: as bits, hex, integers; how well one agrees with another; which image of a set carries which.
+"""Messages of watermarks: as bits, hex or integers; the chance of agreement; and the messages of a set of images.
 
 The first bit is the leftmost digit of a bit string and the highest of an integer.
 """
@@ -22,7 +22,7 @@ AGAIN = "correct it; models/miniseal/samples/messages.json shows the form"
 
 
 def to_bit_string(bits: Bits) -> str:
-    """Return the message as `0` and `1`, one digit a bit."""
+    """Return the message as digits `0` and `1`, a digit for each bit."""
     return "".join("1" if bit else "0" for bit in bits)
 
 
@@ -32,7 +32,7 @@ def to_int(bits: Bits) -> int:
 
 
 def to_hex(bits: Bits) -> str:
-    """Return the message as hexadecimal digits, one for four bits, rounded up; leading zeros are kept."""
+    """Return the message as hexadecimal digits, a digit for each four bits, rounded up; leading zeros are kept."""
     return f"{to_int(bits):0{-(-len(bits) // 4)}x}"
 
 
@@ -44,7 +44,7 @@ def parse_message(message: "str | int | Bits", nbits: int) -> Bits:
         nbits: Length of the message.
 
     Raises:
-        ToolError: The message is none of that, or of another length.
+        ToolError: The message has a wrong form or length.
     """
     digits = -(-nbits // 4)
     expected = f"an integer below 2**{nbits}, {nbits} binary digits or {digits} hexadecimal digits"
@@ -73,7 +73,7 @@ def _from_int(number: int, nbits: int) -> Bits:
 
 
 def chance_of_agreement(matching: int, nbits: int) -> float:
-    """Return the p-value: how likely a random message agrees with a given one in at least `matching` of `nbits` bits."""
+    """Return the p-value: the probability that a random message matches a given message in at least `matching` of `nbits` bits."""
     whole = math.lgamma(nbits + 1) - nbits * math.log(2)
     counts = range(matching, nbits + 1)
     chances = (math.exp(whole - math.lgamma(count + 1) - math.lgamma(nbits - count + 1)) for count in counts)
@@ -82,12 +82,12 @@ def chance_of_agreement(matching: int, nbits: int) -> float:
 
 @dataclass(frozen=True)
 class Labelled:
-    """An image whose message is known; None where it carries none.
+    """An image whose message is known.
 
     Args:
         file: The image.
-        message: Its message, bool (K,).
-        original: The same image before it was marked, where there is one.
+        message: Its message, bool (K,); None for an unmarked image.
+        original: The unmarked original, if known.
     """
 
     file: Path
@@ -101,25 +101,25 @@ class _Entry:
     file: str
     message: str | None
     original: str | None = None
-    source: str | None = None  # where the image comes from, for the reader
+    source: str | None = None  # origin of the image, for the reader
     box: list[int] | None = None
 
 
 @dataclass(frozen=True)
 class _Content:
-    __pydantic_config__ = ConfigDict(extra="ignore")  # a set may tell more of itself
+    __pydantic_config__ = ConfigDict(extra="ignore")  # a set may have further fields
     nbits: Annotated[int, Field(ge=1, le=65536, strict=True)]
     images: Annotated[list[_Entry], Field(min_length=1)]
 
 
 def read_messages(path: Path) -> list[Labelled]:
-    """Return the images that a messages file lists; names of files are seen from its folder.
+    """Return the images that a messages file lists; names of files are relative to its folder.
 
     The file: `{"nbits": 32, "images": [{"file": "a.png", "message": "1f3a09bc", "original": "b.png"}, ...]}`; a message is
     hexadecimal or binary digits, or null for an unmarked image; `original` may be left out.
 
     Raises:
-        ToolError: The file is missing or of another form, names an image that is not there or lies elsewhere, or a wrong message.
+        ToolError: The file is missing or has a wrong form; an image is missing or outside the folder; a message is wrong.
     """
     read_head(path, "messages", limit="text-mb", again=AGAIN)
     try:
@@ -154,7 +154,7 @@ def _beside(path: Path, name: str) -> Path:
     folder = path.parent
     try:
         is_inside = (folder / name).resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError, ValueError):  # a loop of links, a name that is none
+    except (OSError, RuntimeError, ValueError):  # a loop of links, an impossible name
         is_inside = False
     if not is_inside:
         what, remedy = "an image lies outside the folder of its messages file", "put it there, or below"

@@ -1,75 +1,64 @@
-"""Keep what `nox -s face_landmarker_int8` has just measured, in tests/bench/face_landmarker.json and in the README.
+"""Run the face landmarker's recipe, and keep what it measured in tests/bench/face_landmarker.json.
 
-nox -s bench_face_landmarker -- --bundle FILE --photos FOLDER
+python -m tests.bench face_landmarker --bundle FILE --photos FOLDER
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-from shared.files.code_version import ROOT
-from tests.bench.guide import README, replace_between
+from pydantic import TypeAdapter
 
-RESULTS = Path(__file__).with_suffix(".json")
-PRODUCT = "face_landmarker_int8"
+from shared.files.code_version import ROOT
+from shared.files.provenance import Provenance, read_provenance
+from shared.quantize.result import ModelResult, QuantizationResult
+from tests.bench.tables import write_results
+
+SESSION = "face_landmarker_int8"
 
 
 def collect(folder: Path) -> dict[str, Any]:
-    """Return the figures of the last run, from the files that its steps left; of the photo that suffered most."""
-    checked = json.loads((folder / f"{PRODUCT}_check.json").read_text())
-    product = json.loads((folder / f"{PRODUCT}.task.json").read_text())
-    shown = max(checked["photos"], key=lambda entry: entry["landmark_error_percent"] or 0.0)
-    models = [
-        {
-            "name": model["name"],
-            "size_before_bytes": model["size_before_bytes"],
-            "size_after_bytes": model["size_after_bytes"],
-            "speedup": round(model["measured"]["before_ms"] / model["measured"]["after_ms"], 2),
-            "precisions": model["searched"]["precisions"],
-        }
-        for model in product["found"]["models"]
-    ]
+    """Return the figures of the products in a folder; of the photos those of the one that is furthest off."""
+    checked = json.loads((folder / "check.json").read_text())
+    product = read_provenance(folder / f"{SESSION}.task")
+    if product is None:
+        raise FileNotFoundError(f"{folder}: no {SESSION}.task with its provenance")
+    worst = max(checked["photos"], key=lambda entry: entry["landmark_error_percent"] or 0.0)
     return {
-        "photo": shown["name"],
+        "photo": worst["name"],
         "photos": sum(entry["faces_before"] > 0 for entry in checked["photos"]),
         "size_before_bytes": checked["size_before_bytes"],
         "size_after_bytes": checked["size_after_bytes"],
-        "faces_before": shown["faces_before"],
-        "faces_after": shown["faces_after"],
-        "landmark_error_percent": round(shown["landmark_error_percent"], 3),
-        "blendshape_error": round(shown["blendshape_error"], 4),
+        "faces_before": worst["faces_before"],
+        "faces_after": worst["faces_after"],
+        "landmark_error_percent": round(worst["landmark_error_percent"], 3),
+        "blendshape_error": round(worst["blendshape_error"], 4),
         "slowdown": round(checked["after_ms"] / checked["before_ms"], 2),
-        "seconds": round(product["seconds"]),
-        "models": models,
+        "seconds": round(product.seconds),
+        "models": [_figures(model) for model in _result(product).models],
     }
 
 
-def render(results: dict[str, Any]) -> str:
-    """Return the README's table."""
-    lines = ["| inner model | before | after | speed-up | precisions found |", "|---|---|---|---|---|"]
-    for model in results["models"]:
-        used = ", ".join(f"{count} {recipe}" for recipe, count in model["precisions"].items())
-        sizes = " | ".join(f"{model[key] / 1024:.0f} KiB" for key in ("size_before_bytes", "size_after_bytes"))
-        lines.append(f"| `{model['name']}` | {sizes} | {model['speedup']:.2f} | {used} |")
-    reduction = 1 - results["size_after_bytes"] / results["size_before_bytes"]
-    sizes = f"{results['size_before_bytes']:,} to {results['size_after_bytes']:,} bytes, {reduction:.1%} smaller"
-    faces = f"{results['faces_before']} face before and {results['faces_after']} after"
-    moved = f"landmarks move by {results['landmark_error_percent']:.2f} % of the face's width"
-    rest = f"blendshape scores by {results['blendshape_error']:.3f}, {results['slowdown']:.2f} times the latency"
-    lines += ["", f"The bundle: {sizes}; searched and written in {results['seconds']} s on two cores."]
-    lines += [f"In MediaPipe on `{results['photo']}`, the worst of {results['photos']} photos: {faces}, {moved}, {rest}."]
-    return "\n".join(lines)
+def _result(product: Provenance) -> QuantizationResult:
+    return TypeAdapter(QuantizationResult).validate_python(product.found)
 
 
-def fill(text: str, results: dict[str, Any]) -> str:
-    """Return the text with the figures put between their markers."""
-    return replace_between(text, "face_landmarker", render(results))
+def _figures(model: ModelResult) -> dict[str, Any]:
+    assert model.speedup is not None and model.search is not None
+    return {
+        "name": model.name,
+        "size_before_bytes": model.size_before_bytes,
+        "size_after_bytes": model.size_after_bytes,
+        "speedup": round(model.speedup, 2),
+        "precisions": model.search.precisions,
+    }
 
 
 def main() -> None:
-    results = collect(ROOT / "models")
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    README.write_text(fill(README.read_text(), results))
+    subprocess.run([sys.executable, "-m", "nox", "-s", SESSION, "--", *sys.argv[1:]], check=True, cwd=ROOT)
+    write_results("face_landmarker", collect(ROOT / "models" / "out" / SESSION))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Measure the guide's way and ours side by side, on this machine, with seeded weights of full size.
+"""Measure the published guide's method and ours, on this machine, with seeded weights of full size.
 
-    nox -s bench                       # both sizes; rewrites tests/bench/guide.json and the tables in README.md
-    nox -s bench -- videoseal          # one size, printed only
+    python -m tests.bench guide                # both networks; rewrites tests/bench/guide.json and the tables made of it
+    python -m tests.bench guide videoseal      # one network, printed only
 
-The guide's way is plain `litert_torch.convert` of the loaded network, then AI Edge Quantizer as published. Where it fails, that
-is its row. Ours are the tools. Every step runs in a process of its own; latencies of all models of one size come from one run.
+The guide's method is plain `litert_torch.convert` of the loaded network, then AI Edge Quantizer as published. Where it fails, its
+row says so. Our method is the tools. Every step runs in a process of its own; latencies of all models of one network come from one
+comparison.
 """
 
 import argparse
 import contextlib
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -19,30 +19,26 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from shared.command.resources import GIB, MIB, cpu_count
+from shared.command.resources import GIB, MIB
 from shared.files.code_version import ROOT
-from shared.networks.card import load_card
-from shared.runtime.benchmark import Measured
+from shared.networks.card import Card, load_card
+from shared.runtime.benchmark import Measurement
+from tests.bench.tables import machine, write_results
 from tools.compare import compare
-from tools.compare.comparison import Candidate
+from tools.compare.comparison import Candidate, Findings
 
-RESULTS = Path(__file__).with_suffix(".json")
-README = ROOT / "README.md"
-FOLDER = Path("models")
-SIZES = ("videoseal", "chunkyseal")
+FOLDER = ROOT / "models" / "out" / "bench"
+NETWORKS = ("videoseal", "chunkyseal")
 RECIPES = ("int8", "fp16")
 POLL_S = 0.05
-PACKAGES = ("torch", "litert-torch", "ai-edge-quantizer", "ai-edge-litert")
 
 GUIDE_CONVERT = """
 import sys, torch, litert_torch
 from safetensors.torch import load_file
 from shared.networks.card import load_card
-from tools.compare.comparison import Candidate
 from shared.networks.detector import Detector
 name, weights, output = sys.argv[1:]
 card = load_card(name)
@@ -61,7 +57,7 @@ quantizer.Quantizer(source, recipe.dynamic_wi8_afp32()).quantize().export_model(
 
 @dataclass(frozen=True)
 class Step:
-    """One process: wall time, peak resident set, peak anonymous memory (what can't be dropped), and the error if it failed."""
+    """One process: wall time, peak resident set, peak anonymous memory (which cannot be dropped), and the error if it failed."""
 
     seconds: float
     peak_rss_gib: float
@@ -70,11 +66,11 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to the INT8 file at one size; latencies are medians of one comparison."""
+class Method:
+    """One method that makes the INT8 file of one network; latencies are medians of one comparison."""
 
-    size: str
-    way: str
+    network: str
+    method: str
     convert: Step
     quantize: Step
     float_mib: float
@@ -84,8 +80,8 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Product:
-    """What one recipe gives; speed-up and errors against the float32 model of the same run."""
+class RecipeFigures:
+    """Figures of one recipe; speed-up and errors against the float32 model of the same comparison."""
 
     recipe: str
     float_mib: float
@@ -97,6 +93,17 @@ class Product:
     bit_agreement: float
     convert_seconds: float
     quantize_seconds: float
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of one network: seeded weights, the float32 models of both methods, and their products."""
+
+    weights: Path
+    ours: Path
+    products: dict[str, Path]  # recipe -> ours
+    guide: Path
+    guide_int8: Path
 
 
 def run(*command: str | Path) -> Step:
@@ -126,136 +133,106 @@ def _anonymous_bytes(session: int) -> Iterator[int]:
                 yield int(resident[1]) * 1024 if resident else 0  # a process that has just ended has none
 
 
-def measure_size(size: str) -> tuple[list[Way], list[Product]]:
-    """Press one network in both ways and compare all four models in one run."""
-    card = load_card(size)
-    stem = FOLDER / f"{card.output_prefix}_rehearsal_{card.image_size}"
-    weights = FOLDER / f"{card.output_prefix}_rehearsal_seed0.safetensors"
-    guide, ours = FOLDER / f"bench_guide_{size}.tflite", stem.with_name(stem.name + ".tflite")
-    guide_int8 = FOLDER / f"bench_guide_{size}_int8.tflite"
-    products = {recipe: stem.with_name(f"{stem.name}_{recipe}.tflite") for recipe in RECIPES}
-    for path in (guide, ours, guide_int8, *products.values()):
-        path.unlink(missing_ok=True)
-
-    say(f"{size}: ours")
-    if not weights.exists():  # writing them is no part of either way: a first conversion does it, the second is timed
-        run("-m", "tools.convert_detector", "--model", size, "--rehearsal", "-o", ours)
-        ours.unlink()
-    our_convert = run("-m", "tools.convert_detector", "--model", size, "--rehearsal", "-o", ours)
+def measure(network: str) -> tuple[list[Method], list[RecipeFigures]]:
+    """Make the models of one network with both methods, and compare all of them in one comparison."""
+    card = load_card(network)
+    files = _files(card)
+    say(f"{network}: ours")
+    our_convert = _convert(network, files)
     our_quantize = {
-        recipe: run("-m", "tools.quantize_tflite", ours, "-o", path, "--recipe", recipe) for recipe, path in products.items()
+        recipe: _run_or_raise("-m", "tools.quantize_tflite", files.ours, "-o", path, "--recipe", recipe)
+        for recipe, path in files.products.items()
     }
-    say(f"{size}: the guide's way")
-    guide_convert = run("-c", GUIDE_CONVERT, size, weights, guide)
-    guide_quantize = run("-c", GUIDE_QUANTIZE, guide, guide_int8)
-    for step in (our_convert, *our_quantize.values(), guide_convert):
-        if step.error:
-            raise RuntimeError(step.error)
+    say(f"{network}: the guide's method")
+    guide_convert = _run_or_raise("-c", GUIDE_CONVERT, network, files.weights, files.guide)
+    guide_quantize = run("-c", GUIDE_QUANTIZE, files.guide, files.guide_int8)  # may fail: that is a result
 
-    say(f"{size}: latencies")
-    candidates = [path for path in (guide, guide_int8, *products.values()) if path.exists()]
-    found = compare(ours, candidates, bits=card.nbits).findings
+    say(f"{network}: latencies")
+    paths = [path for path in (files.guide, files.guide_int8, *files.products.values()) if path.exists()]
+    found = compare(files.ours, paths, bits=card.nbits).findings
     by_path = {candidate.path: candidate for candidate in found.candidates}
-    ways = [
-        _way(size, "guide", guide_convert, guide_quantize, _measured(by_path[guide]), by_path.get(guide_int8)),
-        _way(size, "edgepress", our_convert, our_quantize["int8"], found.reference, by_path[products["int8"]]),
+    guide = _measured(by_path[files.guide])
+    methods = [
+        _method(network, "guide", guide_convert, guide_quantize, guide, by_path.get(files.guide_int8)),
+        _method(network, "edgepress", our_convert, our_quantize["int8"], found.reference, by_path[files.products["int8"]]),
     ]
-    rows = [
-        _product(f"{size}_{recipe}", found.reference, by_path[path], our_convert, our_quantize[recipe])
-        for recipe, path in products.items()
+    recipes = [
+        _recipe(f"{network}_{recipe}", found, by_path[path], our_convert, our_quantize[recipe])
+        for recipe, path in files.products.items()
     ]
-    for path in (guide, guide_int8):
+    return methods, recipes
+
+
+def _files(card: Card) -> Files:
+    """Return where the files of a network go; products of an earlier run are removed."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    stem = f"{card.output_prefix}_rehearsal_{card.image_size}"
+    files = Files(
+        weights=FOLDER / f"{card.output_prefix}_rehearsal_seed0.safetensors",
+        ours=FOLDER / f"{stem}.tflite",
+        products={recipe: FOLDER / f"{stem}_{recipe}.tflite" for recipe in RECIPES},
+        guide=FOLDER / f"guide_{card.name}.tflite",
+        guide_int8=FOLDER / f"guide_{card.name}_int8.tflite",
+    )
+    for path in (files.ours, *files.products.values(), files.guide, files.guide_int8):
         path.unlink(missing_ok=True)
-    return ways, rows
+        path.with_name(f"{path.stem}_recipe.json").unlink(missing_ok=True)
+    return files
 
 
-def _measured(candidate: Candidate) -> Measured:
-    if candidate.measured is None:
-        raise RuntimeError(f"{candidate.path}: {candidate.error}")
-    return candidate.measured
+def _convert(network: str, files: Files) -> Step:
+    """Convert with our tool; a first, untimed conversion writes the seeded weights, which belong to neither method."""
+    command = ("-m", "tools.convert_detector", "--model", network, "--rehearsal", "-o", files.ours)
+    if not files.weights.exists():
+        _run_or_raise(*command)
+        files.ours.unlink()
+    return _run_or_raise(*command)
 
 
-def _way(size: str, way: str, convert: Step, quantize: Step, whole: Measured, pressed: Candidate | None) -> Way:
-    int8 = None if pressed is None else _measured(pressed)
-    return Way(
-        size=size,
-        way=way,
+def _run_or_raise(*command: str | Path) -> Step:
+    step = run(*command)
+    if step.error:
+        raise RuntimeError(step.error)
+    return step
+
+
+def _measured(candidate: Candidate) -> Measurement:
+    if candidate.measurement is None:
+        raise RuntimeError(f"{candidate.path}: {candidate.problem}")
+    return candidate.measurement
+
+
+def _method(
+    network: str, method: str, convert: Step, quantize: Step, reference: Measurement, candidate: Candidate | None
+) -> Method:
+    int8 = None if candidate is None else _measured(candidate)
+    return Method(
+        network=network,
+        method=method,
         convert=convert,
         quantize=quantize,
-        float_mib=round(whole.size_bytes / MIB, 1),
+        float_mib=round(reference.size_bytes / MIB, 1),
         int8_mib=None if int8 is None else round(int8.size_bytes / MIB, 1),
-        float_ms=round(whole.median_ms, 1),
+        float_ms=round(reference.median_ms, 1),
         int8_ms=None if int8 is None else round(int8.median_ms, 1),
     )
 
 
-def _product(recipe: str, whole: Measured, pressed: Candidate, convert: Step, quantize: Step) -> Product:
-    measured = _measured(pressed)
-    assert pressed.speedup is not None and pressed.cosine is not None and pressed.bit_agreement is not None
-    return Product(
+def _recipe(recipe: str, found: Findings, candidate: Candidate, convert: Step, quantize: Step) -> RecipeFigures:
+    reference, measurement = found.reference, _measured(candidate)
+    assert candidate.speedup is not None and candidate.cosine is not None and candidate.bit_agreement is not None
+    return RecipeFigures(
         recipe=recipe,
-        float_mib=round(whole.size_bytes / MIB, 1),
-        product_mib=round(measured.size_bytes / MIB, 1),
-        float_ms=round(whole.median_ms, 1),
-        product_ms=round(measured.median_ms, 1),
-        speedup=round(pressed.speedup, 2),
-        cosine=round(pressed.cosine, 6),
-        bit_agreement=round(pressed.bit_agreement, 4),
+        float_mib=round(reference.size_bytes / MIB, 1),
+        product_mib=round(measurement.size_bytes / MIB, 1),
+        float_ms=round(reference.median_ms, 1),
+        product_ms=round(measurement.median_ms, 1),
+        speedup=round(candidate.speedup, 2),
+        cosine=round(candidate.cosine, 6),
+        bit_agreement=round(candidate.bit_agreement, 4),
         convert_seconds=convert.seconds,
         quantize_seconds=quantize.seconds,
     )
-
-
-def tables(results: dict[str, Any]) -> dict[str, str]:
-    """Return the tables of README.md by the name of their markers."""
-    ways = [
-        "| network | way | convert | peak memory | quantize | peak memory | float32 | INT8 | float32 run | INT8 run |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for way in results["ways"]:
-        convert, quantize = way["convert"], way["quantize"]
-        cells = [load_card(way["size"]).title, way["way"], f"{convert['seconds']:.0f} s", _memory(convert)]
-        cells += ["**fails**", _memory(quantize)] if quantize["error"] else [f"{quantize['seconds']:.0f} s", _memory(quantize)]
-        cells += [f"{way['float_mib']} MiB", "none" if way["int8_mib"] is None else f"{way['int8_mib']} MiB"]
-        cells += [f"{way['float_ms']:.0f} ms", "none" if way["int8_ms"] is None else f"{way['int8_ms']:.0f} ms"]
-        ways.append("| " + " | ".join(cells) + " |")
-    recipes = [
-        "| recipe | float32 | product | smaller by | float32 run | product run | speed-up | cosine | bits alike |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in results["products"]:
-        cells = [
-            f"`{row['recipe']}`",
-            f"{row['float_mib']} MiB",
-            f"{row['product_mib']} MiB",
-            f"{1 - row['product_mib'] / row['float_mib']:.1%}",
-        ]
-        cells += [
-            f"{row['float_ms']:.0f} ms",
-            f"{row['product_ms']:.0f} ms",
-            f"{row['speedup']:.1f}",
-            f"{row['cosine']:.5f}",
-            f"{row['bit_agreement']:.3f}",
-        ]
-        recipes.append("| " + " | ".join(cells) + " |")
-    return {"ways": "\n".join(ways), "recipes": "\n".join(recipes)}
-
-
-def _memory(step: dict[str, Any]) -> str:
-    return f"{step['peak_anonymous_gib']:.1f} GiB"
-
-
-def fill(text: str, results: dict[str, Any]) -> str:
-    """Return the text with each table put between its markers."""
-    for name, table in tables(results).items():
-        text = replace_between(text, name, table)
-    return text
-
-
-def replace_between(text: str, name: str, content: str) -> str:
-    """Return the text with something put between the markers of that name, `<!-- bench: NAME -->` and `<!-- end -->`."""
-    pattern = rf"(<!-- bench: {name} -->\n).*?(<!-- end -->)"
-    return re.sub(pattern, lambda found: f"{found[1]}{content}\n{found[2]}", text, flags=re.DOTALL)
 
 
 def say(line: str) -> None:
@@ -263,20 +240,19 @@ def say(line: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="nox -s bench --")
-    parser.add_argument("sizes", nargs="*", choices=[*SIZES, []], help="default: both, and the results are kept")
-    sizes = parser.parse_args().sizes or SIZES
-    ways, products = [], []
-    for size in sizes:
-        more_ways, more_products = measure_size(size)
-        ways += more_ways
-        products += more_products
-    machine = {"cpus": cpu_count(), "python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
-    results = {"machine": machine, "ways": [asdict(way) for way in ways], "products": [asdict(product) for product in products]}
-    sys.stdout.write("\n\n".join(tables(results).values()) + "\n")
-    if sizes == SIZES:
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        README.write_text(fill(README.read_text(), results))
+    parser = argparse.ArgumentParser(prog="python -m tests.bench guide")
+    parser.add_argument("networks", nargs="*", choices=[*NETWORKS, []], help="default: both, and the results are kept")
+    networks = parser.parse_args().networks or NETWORKS
+    measured = [measure(network) for network in networks]
+    results: dict[str, Any] = {
+        "machine": machine(),
+        "methods": [asdict(method) for methods, _ in measured for method in methods],
+        "products": [asdict(figures) for _, recipes in measured for figures in recipes],
+    }
+    if networks == NETWORKS:
+        write_results("guide", results)
+    else:
+        sys.stdout.write(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

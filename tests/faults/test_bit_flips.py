@@ -97,12 +97,12 @@ FORMATS = {
         _copied(REALDATA / "onnx" / "srcnn_DerBurri.onnx"),
         "in.onnx",
         "quantize_onnx",
-        ("in.onnx", "-o", "out.onnx", "--mode", "fp16"),
+        ("in.onnx", "-o", "out.onnx", "--recipe", "fp16"),
         "out.onnx",
         is_model=True,
     ),
     ".onnx with weights beside": Format(
-        _external, "weights.data", "quantize_onnx", ("in.onnx", "-o", "out.onnx", "--mode", "fp16"), "out.onnx", is_model=True
+        _external, "weights.data", "quantize_onnx", ("in.onnx", "-o", "out.onnx", "--recipe", "fp16"), "out.onnx", is_model=True
     ),
     ".npz": Format(
         _npz,

@@ -61,9 +61,9 @@ def command_of(name: str, place: Path, request: pytest.FixtureRequest) -> Comman
             )
         case "quantize_onnx dynamic" | "quantize_onnx static":
             inputs = {"in.onnx": MINISR / "minisr_x2.onnx", "calibration": MINISR / "samples" / "calibration"}
-            of_mode = {"dynamic": ("--mode", "dynamic"), "static": ("--calibration", "calibration", "--samples", "2")}
+            of_mode = {"dynamic": ("--recipe", "int8"), "static": ("--calibration", "calibration", "--samples", "2")}
             arguments = ("in.onnx", "-o", "out.onnx", *of_mode[name.split()[1]])
-            former = ("in.onnx", "-o", "out.onnx", "--mode", "fp16")
+            former = ("in.onnx", "-o", "out.onnx", "--recipe", "fp16")
             return Command(name, "quantize_onnx", arguments, "out.onnx", inputs, former, is_slow=True)
         case "prepare_calibration":
             inputs = {"in": MINISR / "samples" / "small"}

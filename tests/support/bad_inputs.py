@@ -147,7 +147,7 @@ def _calibrate(file: str, good: Good) -> list[str]:
 
 
 def _dynamic(file: str, good: Good) -> list[str]:
-    return [file, "--mode", "dynamic", "-o", "out/q.onnx"]
+    return [file, "--recipe", "int8", "-o", "out/q.onnx"]
 
 
 def _prepare(file: str, good: Good) -> list[str]:
@@ -1024,7 +1024,7 @@ def _outputs(good: Good) -> Iterator[Case]:
         "extract_weights": ([weights], "out/w.safetensors"),
         "convert_detector": (["--model", str(good.card), "--checkpoint", weights], "out/m.tflite"),
         "quantize_tflite": ([model], "out/q.tflite"),
-        "quantize_onnx": ([network, "--mode", "dynamic"], "out/q.onnx"),
+        "quantize_onnx": ([network, "--recipe", "int8"], "out/q.onnx"),
         "verify": ([model], "out/v.json"),
         "compare": ([model, model + "x"], "out/c.json"),
         "prepare_calibration": (["--synthetic", "8"], "out/set/manifest.json"),
@@ -1060,7 +1060,7 @@ def _outputs(good: Good) -> Iterator[Case]:
     for tool, arguments in {
         "extract_weights": ["in.safetensors", "-o", "in.safetensors"],
         "quantize_tflite": ["in.tflite", "-o", "in.tflite"],
-        "quantize_onnx": ["in.onnx", "--mode", "dynamic", "-o", "in.onnx"],
+        "quantize_onnx": ["in.onnx", "--recipe", "int8", "-o", "in.onnx"],
         "verify": ["in.tflite", "-o", "in.tflite"],
     }.items():
         source = {"safetensors": good.checkpoint, "tflite": good.tflite, "onnx": good.onnx}[arguments[0].partition(".")[2]]
@@ -1077,7 +1077,7 @@ def _outputs(good: Good) -> Iterator[Case]:
             yield Case(row, f"the input as output: {kind}", tool, onto, 2, "the output is the input|other than")
 
     def stale_data(folder: Path) -> list[str]:
-        return [network, "--mode", "dynamic", "-o", "out/q.onnx"]
+        return [network, "--recipe", "int8", "-o", "out/q.onnx"]
 
     yield Case("O16", "a stranger's file beside the output", "quantize_onnx", stale_data, 0, "", before={"out/q.data": b"precious"})
 

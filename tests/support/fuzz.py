@@ -33,7 +33,9 @@ from shared.calibration.dataset import CalibrationSet
 from shared.command.errors import ToolError, first_line, one_line
 from shared.formats import onnx_file, onnx_graph, tflite
 from shared.formats.bundle import is_bundle, models_of, pack_bundle, unpack_bundle
+from shared.formats.model_file import ModelFile
 from shared.formats.tensors import TensorSpec
+from shared.formats.tflite_metadata import copy_appended_zip
 from shared.media.images import read_pixels
 from shared.networks.card import load_card
 from shared.networks.checkpoint import open_checkpoint, require_sound
@@ -51,8 +53,11 @@ LARGEST = 65536  # bytes of an input
 START_S = 120  # a child has to import torch, and to end
 MOST_DEATHS = 20  # of a target's children
 INPUTS = [TensorSpec("image", (1, 3, 2, 2), "float32")]
-PLAIN = "from tests import fuzz\n"
-GUIDED = "import atheris\nwith atheris.instrument_imports(include=['shared', 'zipfile', 'tomllib']):\n    from tests import fuzz\n"
+PLAIN = "from tests.support import fuzz\n"
+GUIDED = """import atheris
+with atheris.instrument_imports(include=["shared", "tools", "zipfile", "tomllib"]):
+    from tests.support import fuzz
+"""
 
 
 @dataclass(frozen=True)
@@ -141,31 +146,26 @@ def read_checkpoint(data: bytes) -> None:
 
 
 def read_tflite(data: bytes) -> None:
-    """Read all that a TFLite model says of itself."""
+    """Read all that a TFLite file holds besides its weights, and check these."""
     with file_of(data, "a.tflite") as path:
         tflite.check_is_tflite(path)
         target = path.with_name("b.tflite")
         target.write_bytes(b"model")
-        for read in (tflite.read_ops, tflite.read_dequantized_types, needed_repairs, tflite.require_finite, tflite.custom_ops):
+        for read in (tflite.read_tflite, needed_repairs, tflite.require_finite):
             with contextlib.suppress(ToolError):
                 read(path)
-        with contextlib.suppress(ToolError):
-            tflite.declared_range(path)
-        tflite.read_metadata(path)
-        tflite.copy_appended_zip(path, target)
+        copy_appended_zip(path, target)
 
 
 def read_onnx(data: bytes) -> None:
-    """Read all that an ONNX model says of itself, weights in a file beside it included."""
+    """Read all that an ONNX file holds besides its weights, and check these, weights in a file of their own included."""
     with file_of(data, "a.onnx") as path:
         path.with_name("weights.data").write_bytes(bytes(4096))
-        onnx_file.check_is_onnx(path)
-        model = onnx_file.read_model(path)
-        for read in (onnx_graph.read_metadata, onnx_graph.declared_range, onnx_graph.why_slower, onnx_file.require_finite):
-            with contextlib.suppress(ToolError):
-                read(path)
-        onnx_graph.readers_of(model.graph)
-        onnx_graph.read_ops(model)
+        onnx_graph.read_onnx(path)
+        with contextlib.suppress(ToolError):
+            onnx_file.require_finite(path)
+        onnx_graph.readers_of(onnx_file.read_model(path).graph)
+        ModelFile(path).why_slow()
 
 
 def read_card(data: bytes) -> None:

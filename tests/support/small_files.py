@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from safetensors.torch import save
 
-from shared.formats.tflite import append_metadata
+from shared.formats.tflite_metadata import append_metadata
 from shared.networks.card import CARDS
 from tests.shared.formats.test_bundle import CONTENTS, END, Part, nested, official, streamed, zipped
 from tests.support.corruptions import END64, LOCATOR64, rezip

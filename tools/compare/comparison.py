@@ -250,12 +250,12 @@ def rows(findings: Findings) -> Iterator[tuple[str, str, Callable[[Candidate], s
 
 
 def _image_rows(task: ImageTask) -> Iterator[tuple[str, str, Callable[[Candidate], str]]]:
-    def told(text: Callable[[ImageFindings], str]) -> Callable[[Candidate], str]:
+    def of_images(text: Callable[[ImageFindings], str]) -> Callable[[Candidate], str]:
         return lambda c: text(c.images) if c.images else "-"
 
-    yield "PSNR to the reference", "-", told(lambda i: f"{i.psnr_db:.2f} dB")
-    yield "PSNR, worst sample", "-", told(lambda i: f"{i.worst_psnr_db:.2f} dB")
-    yield "SSIM to the reference", "-", told(lambda i: "-" if i.ssim is None else f"{i.ssim:.5f}")
+    yield "PSNR to the reference", "-", of_images(lambda i: f"{i.psnr_db:.2f} dB")
+    yield "PSNR, worst sample", "-", of_images(lambda i: f"{i.worst_psnr_db:.2f} dB")
+    yield "SSIM to the reference", "-", of_images(lambda i: "-" if i.ssim is None else f"{i.ssim:.5f}")
     if task.reference is None or task.bicubic is None:
         return
     plain, reference = task.bicubic, task.reference
@@ -263,9 +263,13 @@ def _image_rows(task: ImageTask) -> Iterator[tuple[str, str, Callable[[Candidate
     def against(scores: TruthScores | None) -> str:
         return "-" if scores is None else f"{scores.psnr_db:.2f} dB ({scores.psnr_db - plain.psnr_db:+.2f} to bicubic)"
 
-    yield "luma PSNR to the truth", against(reference), told(lambda i: against(i.truth))
+    yield "luma PSNR to the truth", against(reference), of_images(lambda i: against(i.truth))
     similar = "-" if reference.ssim is None else f"{reference.ssim:.4f}"
-    yield "luma SSIM to the truth", similar, told(lambda i: "-" if not i.truth or i.truth.ssim is None else f"{i.truth.ssim:.4f}")
+    yield (
+        "luma SSIM to the truth",
+        similar,
+        of_images(lambda i: "-" if not i.truth or i.truth.ssim is None else f"{i.truth.ssim:.4f}"),
+    )
 
 
 def _change(reduction: float) -> str:

@@ -1,4 +1,4 @@
-"""The gates that compare knows, and what each is about."""
+"""The gates that compare knows, and the values they limit."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from tools.compare.comparison import Candidate, ImageTask
 UNDER = "min_accuracy_under"  # followed by a colon and the attack
 OF_MESSAGES = ("min_bit_accuracy", UNDER, "max_accuracy_drop", "min_auc")
 OF_GROUND_TRUTH = ("max_psnr_drop", "min_psnr_gain")
+SHARES = ("min_bit_agreement", "min_cosine", *OF_MESSAGES, "min_ssim")  # from 0 to 1
 GATES = (
     "min_bit_agreement",
     "min_cosine",
@@ -49,21 +50,22 @@ def read_gates(card: str | None, texts: Sequence[str]) -> dict[str, float]:
 def require_measurable(
     gates: Mapping[str, float], attacks: Sequence[Attack], *, has_messages: bool, has_ground_truth: bool
 ) -> None:
-    """Raise ToolError for gates on what will not be measured."""
+    """Raise ToolError for gates on values that are not measured, and for limits that no value can have."""
+    names = [attack.name for attack in attacks]
     for name, limit in gates.items():
-        kind, _, attack = name.partition(":")
+        kind, colon, attack = name.partition(":")
         if kind in OF_MESSAGES and not has_messages:
             raise ToolError(f"--gate {kind} needs images whose messages are known", remedy="give --messages FILE")
         if kind in OF_GROUND_TRUTH and not has_ground_truth:
             raise ToolError(f"--gate {kind} needs the ground truth", remedy="give --images and --ground-truth")
-        if kind == UNDER:
-            names = [one.name for one in attacks]
-            if attack not in names:
-                raise ToolError(f"--gate {name}: this attack is not run", expected=f"one of {', '.join(names) or '--attacks'}")
-            if not 0 <= limit <= 1:
-                raise ToolError(f"--gate {name}={limit:g}: no share from 0 to 1", remedy="correct the limit")
-        if not math.isfinite(limit):
-            raise ToolError(f"--gate {name} is not finite", remedy="leave it out")
+        if kind == UNDER and attack not in names:
+            raise ToolError(f"--gate {name}: this attack is not run", expected=f"one of {', '.join(names) or '--attacks'}")
+        if colon and kind != UNDER:
+            raise ToolError(f"--gate {name}: only {UNDER} is followed by a colon and an attack", remedy=f"write {kind}")
+        low, high = (-math.inf if kind in OF_GROUND_TRUTH else 0.0), (1.0 if kind in SHARES else math.inf)
+        if not (low <= limit <= high and math.isfinite(limit)):
+            expected = "a share from 0 to 1" if kind in SHARES else "a finite number" + " of 0 or more" * (low == 0)
+            raise ToolError(f"--gate {name}={limit:g}: no value is like that", expected=expected, remedy="correct the limit")
 
 
 def check_gates(

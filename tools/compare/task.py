@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.calibration.dataset import MANIFEST_NAME, holdout_of
-from shared.command.errors import ToolError
+from shared.command.errors import DamagedError, ToolError
 from shared.command.resources import cpu_name
 from shared.formats.tensors import TensorSpec
 from shared.media.attacks import Attack
@@ -226,8 +226,15 @@ def choose_labelled(messages: Path | None, samples: int | None) -> list[Labelled
 
 
 def message_length(bits: int | None, labelled: Sequence[Labelled], sources: Sequence[Source]) -> int | None:
-    """Return the message length that was given, else of the labelled images, else the first that a model tells."""
+    """Return the message length that was given, else of the labelled images, else the first in the metadata of a model."""
     known = next((image.message.size for image in labelled if image.message is not None), None)
     if bits is not None and known is not None and bits != known:
         raise ToolError("--bits contradicts --messages", got=bits, expected=known, remedy="leave out --bits")
-    return bits or known or next((found for source in sources if (found := source.nbits)), None)
+    return bits or known or next((found for source in sources if (found := _nbits(source))), None)
+
+
+def _nbits(source: Source) -> int | None:
+    try:
+        return source.nbits
+    except DamagedError:  # reported as a model that does not run
+        return None

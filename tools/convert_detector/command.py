@@ -7,61 +7,46 @@ Source: network and checkpoints, https://github.com/facebookresearch/videoseal; 
     and torch.onnx of torch 2.13
 """
 
-import itertools
-import time
-from dataclasses import asdict, dataclass, replace
-from enum import StrEnum
+import contextlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Table
 
-from shared.command.cli import step, warn
+from shared.command.cli import warn
 from shared.command.errors import ToolError
-from shared.command.options import DryRunOption, ModelName, Overwrite, Refresh, Reproducible, Seed
+from shared.command.options import DryRunOption, ModelName, OutputDir, Overwrite, Refresh, Reproducible, Seed, collect, output_path
 from shared.command.resources import GIB, ResourceEstimate, size_text
 from shared.files import artifacts
-from shared.files.atomic import draft_beside
-from shared.files.plan import Plan, Product, require_output_free
+from shared.files.atomic import draft_beside, new_folder
+from shared.files.plan import Plan, Product
 from shared.formats.model_file import ModelFile
-from shared.formats.onnx_file import name_weights
-from shared.formats.tflite_metadata import append_metadata
-from shared.metrics.metrics import cosine, max_abs_error, relative_error
-from shared.networks.card import PRODUCTS, Card, InputForm, load_card
+from shared.networks.card import PRODUCTS, InputForm, load_card
 from shared.quantize.result import QuantizationResult
-from shared.runtime.model import DetectorCheckpoint, Kernels, open_model
-from shared.runtime.processes import Child, ChildError, Message
-from shared.runtime.samples import sample_inputs
-from tools.convert_detector import export
+from tools.convert_detector.conversion import FloatModel, convert, rehearsal_path, write_rehearsal
+from tools.convert_detector.request import (
+    ConvertRequest,
+    InputLayout,
+    ModelFormat,
+    Precision,
+    choose_format,
+    file_name,
+    require_image_size,
+    require_outputs_free,
+    weights_bytes,
+)
 from tools.quantize_tflite import quantize_tflite
 
 ONNX_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 PACKAGES = ("litert-torch", "litert-converter", "ai-edge-litert", "torch")
-CONVERT_TIMEOUT_S = 3600.0
-BYTES_PER_PARAMETER = 4
 # Measured at 33.4 M and 773.7 M parameters: libraries, and four times the largest convolution while it is transposed.
 BASE_MEMORY = int(0.9 * GIB)
 MEMORY_PER_BYTE = 0.3
-MAX_RELATIVE_ERROR = 1e-4  # float32 rounding in another order gives 1e-6; a wrong layer gives 1e-1
-CHECK_SEED = 1
 SCALES_SHARE, GRAPH_BYTES = 0.03, 2**19  # of a product beside its weights, at most: norms and the like; tables and names
-STEM_KERNEL = 4  # pixels
-TOTAL_HALVING = 8  # of the three downsamplings behind the stem
-
-
-class Precision(StrEnum):
-    """What the product computes with; the names of quantize_tflite's aliases."""
-
-    NONE = "none"
-    FP16 = "fp16"
-    INT8 = "int8"
-    INT8_WEIGHT_ONLY = "int8-weight-only"
-    INT4 = "int4"
-
-
 SHARES = {  # of the float32 weights' bytes, at most
     Precision.NONE: 1.0,
     Precision.FP16: 0.52,
@@ -70,50 +55,17 @@ SHARES = {  # of the float32 weights' bytes, at most
     Precision.INT4: 0.4,
 }
 
-
-class ModelFormat(StrEnum):
-    """What the product is for: LiteRT, or ONNX Runtime."""
-
-    TFLITE = "tflite"
-    ONNX = "onnx"
-
-
-class InputLayout(StrEnum):
-    """Order of the axes of the image."""
-
-    NCHW = "nchw"
-    NHWC = "nhwc"
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far the float32 model is from torch on one image, and what the check took."""
-
-    relative_error: float
-    max_abs_error: float
-    cosine: float
-    kernels: Kernels
-    seconds: float
-    peak_rss_bytes: int
-
-
-@dataclass(frozen=True)
-class FloatModel:
-    """What was found out about the float32 model."""
-
-    parameters: int
-    convert_seconds: float
-    agreement: Agreement
-    casts: list[str]
-    peak_rss_bytes: int
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """Seed of the weights that stand in for trained ones."""
-
-    seed: int
-    peak_rss_bytes: int
+CheckpointFile = Annotated[
+    Path | None, typer.Option("--checkpoint", help="Full or detector-only checkpoint, .pth or .safetensors.")
+]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: the guides' name in models/out/.")]
+Format = Annotated[ModelFormat | None, typer.Option("--format", help="Default: as the output's name ends, else tflite.")]
+DynamicBatch = Annotated[bool, typer.Option("--dynamic-batch", help="An ONNX model that takes any number of images.")]
+Quantize = Annotated[Precision, typer.Option(help="Precision of the product; the float32 model is kept next to it.")]
+ImageSize = Annotated[int | None, typer.Option(min=32, max=8192, help="Pixels; default: the network's own size.")]
+Layout = Annotated[InputLayout, typer.Option("--input-layout", help="nchw: (1, 3, S, S); nhwc: (1, S, S, 3).")]
+Simple = Annotated[bool, typer.Option("--simple/--no-simple", help="--no-simple resizes inside the graph.")]
+UseRehearsal = Annotated[bool, typer.Option("--rehearsal", help="Use seeded, untrained weights instead of a checkpoint.")]
 
 
 @dataclass(frozen=True)
@@ -140,134 +92,30 @@ class Conversion:
         return Lines(table, self.message)
 
 
-def file_name(
-    card: Card, form: InputForm, precision: Precision, *, rehearsal: bool, model_format: ModelFormat = ModelFormat.TFLITE
-) -> str:
-    """Return the guides' name of a product, such as chunkyseal_detector_chunkyseal_256_int8.tflite."""
-    parts = [
-        card.output_prefix,
-        "rehearsal" if rehearsal else "",
-        str(form.size),
-        form.layout if form.layout == "nhwc" else "",
-        "resize" if form.resize else "",
-        "" if precision is Precision.NONE else precision.value,
-    ]
-    return "_".join(part for part in parts if part) + f".{model_format.value}"
-
-
-def _rehearsal_path(card: Card, folder: Path, seed: int) -> Path:
-    return folder / f"{card.output_prefix}_rehearsal_seed{seed}.safetensors"
-
-
-def _write_rehearsal(card: Card, output: Path, seed: int, *, overwrite: bool) -> None:
-    """Write the seeded weights of a card, unless they are up to date."""
-
-    def make(draft: Path) -> Rehearsal:
-        with step(f"write seeded weights to {output.name}"):
-            reply = _in_child({"task": "rehearse", "card": asdict(card), "seed": seed, "draft": str(draft)}, output)
-        return Rehearsal(seed, reply["peak_rss_bytes"])
-
-    arguments = {"card": card.as_arguments(), "seed": seed}
-    plan = Plan(output, "convert_detector", arguments, [], ("torch",), overwrite=overwrite, refresh=True)
-    artifacts.build(plan, Rehearsal, make)
-
-
-def _in_child(message: Message, where: Path) -> Message:
-    """Let `tools.convert_detector.export` do a task in a process of its own."""
-    try:
-        with Child(export, CONVERT_TIMEOUT_S) as child:
-            return child.ask(message)[0]
-    except ChildError as error:
-        raise ToolError(f"could not {message['task']} the network", where=where, got=error) from None
-
-
 @dataclass(frozen=True)
-class _Job:
-    """What is converted, and into what.
+class Writing:
+    """How to treat the files to write; fields are named as the options."""
 
-    Args:
-        weights: The checkpoint.
-        card: Its model card.
-        form: How the product takes its image.
-        rehearsal: Whether the weights are seeded.
-        model_format: Of the product.
-        dynamic_batch: Whether an ONNX product takes any number of images at once.
-    """
-
-    weights: Path
-    card: Card
-    form: InputForm
-    rehearsal: bool
-    model_format: ModelFormat
-    dynamic_batch: bool
-
-    def metadata(self) -> dict[str, object]:
-        """Return what the product says of itself."""
-        metadata = {"model": self.card.name, "nbits": self.card.nbits, "image_size": self.form.size}
-        return {**metadata, "input_layout": self.form.layout, "resize": self.form.resize, "rehearsal": self.rehearsal}
-
-
-def _convert(job: _Job, draft: Path, folded: Path, output: Path) -> FloatModel:
-    """Write the float32 model to `draft`, by way of `folded`, and check it; weights of a large ONNX model go beside `output`."""
-    start = time.monotonic()
-    message = {"task": "convert", "card": asdict(job.card), "form": asdict(job.form), "rehearsal": job.rehearsal}
-    message |= {"format": job.model_format.value, "dynamic_batch": job.dynamic_batch, "metadata": job.metadata()}
-    with step(f"convert to float32 {job.model_format.value}"):
-        reply = _in_child({**message, "weights": str(job.weights), "folded": str(folded), "draft": str(draft)}, job.weights)
-        folded.unlink()
-    if job.model_format is ModelFormat.TFLITE:
-        append_metadata(draft, job.metadata())
-    seconds = round(time.monotonic() - start, 3)
-    with step("check against torch"):
-        agreement = _check(DetectorCheckpoint(job.weights, job.card, job.form), ModelFile(draft))
-    if job.model_format is ModelFormat.ONNX:
-        name_weights(draft, output)
-    peak = max(reply["peak_rss_bytes"], agreement.peak_rss_bytes)
-    return FloatModel(reply["parameters"], seconds, agreement, reply["casts"], peak)
-
-
-def _check(torch_model: DetectorCheckpoint, converted: ModelFile) -> Agreement:
-    """Run both on one image, one after the other, and raise ToolError unless they agree."""
-    start = time.monotonic()
-    try:
-        with open_model(torch_model) as model:
-            image = sample_inputs(model.inputs, CHECK_SEED)
-            reference = next(iter(model.run(image)[0].values()))
-            torch_peak = model.peak_rss_bytes
-        with open_model(converted) as model:
-            candidate = next(iter(model.run(image)[0].values()))
-            peak, kernels = max(torch_peak, model.peak_rss_bytes), model.kernels
-        error = relative_error(reference, candidate)
-    except (ChildError, ValueError) as problem:
-        raise ToolError("the converted model could not be checked against torch; nothing was kept", got=problem) from None
-    if error > MAX_RELATIVE_ERROR:
-        raise ToolError(
-            "the converted model disagrees with torch; nothing was kept",
-            got=f"relative error {error:.2g}",
-            expected=f"at most {MAX_RELATIVE_ERROR:g}",
-        )
-    seconds = round(time.monotonic() - start, 3)
-    return Agreement(error, max_abs_error(reference, candidate), cosine(reference, candidate), kernels, seconds, peak)
+    reproducible: bool = False
+    dry_run: bool = False
+    overwrite: bool = False
+    refresh: bool = False
+    makes_folder: bool = False  # for products under their default names
 
 
 def convert_detector(
     *,
     model: ModelName,
-    checkpoint: Annotated[Path | None, typer.Option(help="Full or detector-only checkpoint, .pth or .safetensors.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write; default: the guides' name in models/.")
-    ] = None,
-    model_format: Annotated[
-        ModelFormat | None, typer.Option("--format", help="Default: as the output's name ends, else tflite.")
-    ] = None,
-    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="An ONNX model that takes any number of images.")] = False,
-    quantize: Annotated[
-        Precision, typer.Option(help="Precision of the product; the float32 model is kept beside it.")
-    ] = Precision.NONE,
-    image_size: Annotated[int | None, typer.Option(min=32, max=8192, help="Pixels; default: the network's own size.")] = None,
-    input_layout: Annotated[InputLayout, typer.Option(help="nchw: (1, 3, S, S); nhwc: (1, S, S, 3).")] = InputLayout.NCHW,
-    simple: Annotated[bool, typer.Option("--simple/--no-simple", help="--no-simple resizes inside the graph.")] = True,
-    rehearsal: Annotated[bool, typer.Option("--rehearsal", help="Use seeded, untrained weights instead of a checkpoint.")] = False,
+    checkpoint: CheckpointFile = None,
+    output: Output = None,
+    output_dir: OutputDir = None,
+    model_format: Format = None,
+    dynamic_batch: DynamicBatch = False,
+    quantize: Quantize = Precision.NONE,
+    image_size: ImageSize = None,
+    input_layout: Layout = InputLayout.NCHW,
+    simple: Simple = True,
+    rehearsal: UseRehearsal = False,
     seed: Seed = 0,
     reproducible: Reproducible = False,
     dry_run: DryRunOption = False,
@@ -281,122 +129,119 @@ def convert_detector(
     Raises:
         ToolError: Unusable checkpoint or card, too little memory or disk, or a model that disagrees with torch.
     """
+    writing = collect(Writing, {**locals(), "makes_folder": output is None})
     card = load_card(model)
     if (checkpoint is None) != rehearsal:
         raise ToolError("give either --checkpoint FILE or --rehearsal", remedy=f"the published checkpoint: {card.checkpoint.where}")
-    model_format = _format(model_format, output, quantize, dynamic_batch=dynamic_batch)
+    model_format = choose_format(model_format, output, quantize, dynamic_batch=dynamic_batch)
     form = InputForm(image_size or card.image_size, input_layout.value, resize=not simple)
-    _require_size(card, form)
+    require_image_size(card, form)
+    name = file_name(card, form, quantize, rehearsal=rehearsal, model_format=model_format)
+    target = output_path(output, output_dir, PRODUCTS / name, makes_folder=False)
     wants_float = quantize is Precision.NONE
-    output = output or PRODUCTS / file_name(card, form, quantize, rehearsal=rehearsal, model_format=model_format)
-    float_path = output if wants_float else output.with_name(file_name(card, form, Precision.NONE, rehearsal=rehearsal))
-    weights = checkpoint or _rehearsal_path(card, float_path.parent, seed)
-    _require_outputs({float_path, output}, weights, wants_float=wants_float, overwrite=overwrite)
-    weights_bytes = _weights_bytes(card)
-    is_new = rehearsal and not weights.exists()
-    disk = (3 if is_new else 2) * weights_bytes
-    largest = int(weights_bytes * (1 + SCALES_SHARE)) + GRAPH_BYTES
-    needs = ResourceEstimate("convert this model", largest, disk + GRAPH_BYTES, BASE_MEMORY + int(weights_bytes * MEMORY_PER_BYTE))
-
-    def make(draft: Path) -> FloatModel:
-        if rehearsal:
-            warn(f"REHEARSAL: {card.title} with seeded, untrained weights; size, speed and memory are real, messages are not")
-        with draft_beside(float_path.with_suffix(".folded")) as folded:
-            return _convert(_Job(weights, card, form, rehearsal, model_format, dynamic_batch), draft, folded, float_path)
-
-    arguments: dict[str, object] = {"card": card.as_arguments(), "form": asdict(form), "rehearsal": rehearsal}
-    arguments |= {"format": model_format.value, "dynamic_batch": dynamic_batch}
-    is_onnx = model_format is ModelFormat.ONNX
-    plan = Plan(
-        float_path,
-        "convert_detector",
-        arguments,
-        [] if is_new else [weights],
-        ONNX_PACKAGES if is_onnx else PACKAGES,
-        overwrite=overwrite,
-        refresh=refresh,
-        reproducible=reproducible,
-        needs=lambda: needs,
-        reopen=lambda draft: ModelFile(draft).files[1:],
+    float_path = target if wants_float else target.with_name(file_name(card, form, Precision.NONE, rehearsal=rehearsal))
+    weights = checkpoint or rehearsal_path(card, float_path.parent, seed)
+    require_outputs_free(
+        {float_path, target}, weights, wants_float=wants_float, overwrite=overwrite, makes_folder=writing.makes_folder
     )
+    request = ConvertRequest(weights, card, form, rehearsal, model_format, dynamic_batch)
     if dry_run:
-        pressed = ResourceEstimate(
-            "quantize this model", int(largest * SHARES[quantize]) + GRAPH_BYTES, 2 * largest, needs.memory_bytes
-        )
-        further = Plan(output, "quantize_tflite", {}, overwrite=overwrite, refresh=refresh, needs=lambda: pressed)
-        artifacts.foresee(*[plan] if wants_float else [plan, further])
-    if is_new:
-        needs.require(float_path.parent)
-    if rehearsal:
-        _write_rehearsal(card, weights, seed, overwrite=overwrite)
-        plan = replace(plan, inputs=[weights])
-    float_product, found = artifacts.build(plan, FloatModel, make)
-    remarks = _remarks(card, form, found, rehearsal=rehearsal, up_to_date=float_product.up_to_date)
+        _foresee(request, float_path, target, quantize, writing)
+    with new_folder(target.parent) if writing.makes_folder else contextlib.nullcontext():
+        float_product, found = _make_float(request, float_path, seed, writing)
+    remarks = _remarks(request, found, up_to_date=float_product.up_to_date)
     if wants_float:
         return Conversion(card.title, rehearsal, found, float_product, None, None, remarks)
     quantized = quantize_tflite(
-        float_path,
-        output=output,
-        recipe=quantize.value,
-        reproducible=reproducible,
-        overwrite=overwrite,
-        refresh=refresh,
+        float_path, output=target, recipe=quantize.value, reproducible=reproducible, overwrite=overwrite, refresh=refresh
     )
     message = f"{quantized.message}\n{remarks}"
     return Conversion(card.title, rehearsal, found, float_product, quantized.product, quantized.result, message)
 
 
-def _format(asked: ModelFormat | None, output: Path | None, quantize: Precision, *, dynamic_batch: bool) -> ModelFormat:
-    """Return the product's format; raise ToolError for options that don't go with it."""
-    suffix = output.suffix.lstrip(".") if output is not None else ""
-    chosen = asked or (ModelFormat.ONNX if suffix == ModelFormat.ONNX else ModelFormat.TFLITE)
-    if suffix in set(ModelFormat) and suffix != chosen:
-        raise ToolError("--format differs from the output's name", where=output, got=chosen.value)
-    if chosen is ModelFormat.ONNX and suffix not in ("", "onnx"):
-        raise ToolError("an ONNX model's name must end in .onnx", where=output)
-    if chosen is ModelFormat.ONNX and quantize is not Precision.NONE:
-        remedy = "convert without --quantize, then run quantize_onnx, which needs samples for what is fast"
-        raise ToolError("--quantize is for TFLite", got=f"--format onnx --quantize {quantize.value}", remedy=remedy)
-    if chosen is ModelFormat.TFLITE and dynamic_batch:
-        raise ToolError("--dynamic-batch is for ONNX", remedy="add --format onnx, or leave it out")
-    return chosen
+def _needs(request: ConvertRequest) -> ResourceEstimate:
+    """Return what making the float32 model takes, at most; the seeded weights of a rehearsal included."""
+    size = weights_bytes(request.card)
+    disk = (3 if request.rehearsal and not request.weights.exists() else 2) * size + GRAPH_BYTES
+    return ResourceEstimate("convert this model", _float_bytes(request), disk, BASE_MEMORY + int(size * MEMORY_PER_BYTE))
 
 
-def _require_size(card: Card, form: InputForm) -> None:
-    """Raise ToolError unless enough pixels reach the decoder, which pads by reflection: 2 by 2 after all strides."""
-    smallest = STEM_KERNEL + card.stem_stride * (2 * TOTAL_HALVING - 1)
-    if not form.resize and form.size < smallest:
-        raise ToolError("the image is too small for the network", got=f"{form.size} pixels", expected=f"at least {smallest}")
+def _float_bytes(request: ConvertRequest) -> int:
+    return int(weights_bytes(request.card) * (1 + SCALES_SHARE)) + GRAPH_BYTES
 
 
-def _require_outputs(outputs: set[Path], weights: Path, *, wants_float: bool, overwrite: bool) -> None:
-    """Raise ToolError now for what a later step would be refused."""
-    if len(outputs) == 1 and not wants_float:
-        raise ToolError("the quantized model would replace its float32 model", where=outputs.pop(), remedy="choose another -o")
-    for output in outputs:
-        if output.exists() and weights.exists() and output.samefile(weights):
-            raise ToolError("the output is the checkpoint", where=output, remedy="choose another file with -o")
-        require_output_free(output, overwrite=overwrite)
+def _plan(request: ConvertRequest, output: Path, writing: Writing) -> Plan:
+    """Return what decides the bytes of the float32 model."""
+    is_onnx = request.model_format is ModelFormat.ONNX
+    return Plan(
+        output,
+        "convert_detector",
+        {
+            "card": request.card.as_arguments(),
+            "form": asdict(request.form),
+            "rehearsal": request.rehearsal,
+            "format": request.model_format.value,
+            "dynamic_batch": request.dynamic_batch,
+        },
+        [request.weights] if request.weights.exists() or not request.rehearsal else [],
+        ONNX_PACKAGES if is_onnx else PACKAGES,
+        overwrite=writing.overwrite,
+        refresh=writing.refresh,
+        reproducible=writing.reproducible,
+        needs=lambda: _needs(request),
+        reopen=lambda draft: ModelFile(draft).files[1:],
+        makes_folder=writing.makes_folder,
+    )
 
 
-def _remarks(card: Card, form: InputForm, found: FloatModel, *, rehearsal: bool, up_to_date: bool) -> str:
+def _foresee(request: ConvertRequest, float_path: Path, target: Path, quantize: Precision, writing: Writing) -> NoReturn:
+    """End a dry run with what would be written."""
+    plans = [_plan(request, float_path, writing)]
+    if quantize is not Precision.NONE:
+        largest, memory = _float_bytes(request), _needs(request).memory_bytes
+        size = int(largest * SHARES[quantize]) + GRAPH_BYTES
+        needs = ResourceEstimate("quantize this model", size, 2 * largest, memory)
+        overwrite, refresh = writing.overwrite, writing.refresh
+        plans.append(
+            Plan(
+                target,
+                "quantize_tflite",
+                {},
+                overwrite=overwrite,
+                refresh=refresh,
+                needs=lambda: needs,
+                makes_folder=writing.makes_folder,
+            )
+        )
+    artifacts.foresee(*plans)
+
+
+def _make_float(request: ConvertRequest, output: Path, seed: int, writing: Writing) -> tuple[Product, FloatModel]:
+    """Write the float32 model, of a rehearsal its weights first, or find both up to date."""
+    if request.rehearsal:
+        if not request.weights.exists():
+            _needs(request).require(output.parent)
+        write_rehearsal(request.card, request.weights, seed, overwrite=writing.overwrite)
+
+    def make(draft: Path) -> FloatModel:
+        if request.rehearsal:
+            title = request.card.title
+            warn(f"REHEARSAL: {title} with seeded, untrained weights; size, speed and memory are real, messages are not")
+        with draft_beside(output.with_suffix(".folded")) as folded:
+            return convert(request, draft, folded, output)
+
+    return artifacts.build(_plan(request, output, writing), FloatModel, make)
+
+
+def _remarks(request: ConvertRequest, found: FloatModel, *, up_to_date: bool) -> str:
     """Say what a user must know of the float32 model, a line each."""
-    check = found.agreement
+    check, card, form = found.agreement, request.card, request.form
     took = "" if up_to_date else f"; converted in {found.convert_seconds:.1f} s, checked in {check.seconds:.1f} s"
     lines = [f"float32 agrees with torch to {check.relative_error:.1g} (relative; {check.kernels} kernels){took}"]
     if found.casts:
         lines.append(f"the weights were {', '.join(found.casts)} and became float32")
     if form.size != card.image_size and not form.resize:
         lines.append(f"trained at {card.image_size} pixels: at {form.size} the accuracy is unknown; --no-simple resizes")
-    if rehearsal:
+    if request.rehearsal:
         lines.append("REHEARSAL: seeded, untrained weights; size, speed and memory are real, messages are not")
     return "\n".join(lines)
-
-
-def _weights_bytes(card: Card) -> int:
-    """Return the bytes of a card's float32 weights, from its sizes: 8 dim^2 per block, and the convolutions between."""
-    widths = list(card.dims)
-    blocks = sum(depth * (8 * dim * dim + 62 * dim) for depth, dim in zip(card.depths, widths, strict=True))
-    halvings = sum(4 * a * b for a, b in itertools.pairwise(widths))
-    decoder = 9 * widths[3] ** 2 + widths[3] * (1 + card.nbits)
-    return BYTES_PER_PARAMETER * (blocks + halvings + decoder)

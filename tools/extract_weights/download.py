@@ -1,6 +1,6 @@
-"""Download one large file: resumed where it stopped, checked for size and content, never under its final name before it is whole.
+"""Download one large file: resume after an interruption, check size and content, give the final name to a whole file only.
 
-Beside the finished file lies `<file>.sha256`: what it was when it came, so that later damage is noticed.
+The hash of the finished file is kept in `<file>.sha256`, so that later damage is noticed.
 """
 
 import hashlib
@@ -22,24 +22,24 @@ CHUNK_BYTES = 4 * MIB
 TIMEOUT_S = 60
 ATTEMPTS = 5  # in a row without a single new byte
 PAUSE_S = 1.0  # before the next attempt; doubled each time
-RETRIED = {408, 429, 500, 502, 503, 504}  # what a busy server answers, and a moment later does not
+RETRIED = {408, 429, 500, 502, 503, 504}  # answers of a busy server
 
 
 def download(url: str, target: Path, *, sha256: str | None = None, check: Callable[[Path], object] = lambda _: None) -> None:
-    """Fetch `url` to `target`, going on from `<target>.part` if that is there.
+    """Fetch `url` to `target`, and resume from `<target>.part` if there is one.
 
-    The server is asked for the rest only on the condition that the file is still the one that was begun (`If-Range`). A server
-    that ignores this sends the whole file again, and the download starts over.
+    The request for the rest carries the condition that the remote file has not changed (`If-Range`). A server without support
+    for it sends the whole file again, and the download starts over.
 
     Args:
         url: The address.
         target: The file to write.
-        sha256: What it must have, where that is known.
-        check: Reads the whole part as what it should be, and raises ToolError where it is not that.
+        sha256: Hash that the file must have, where it is known.
+        check: Reads the whole part, and raises ToolError where its content is of the wrong kind.
 
     Raises:
-        ToolError: No connection, an HTTP error, a full disk, or a size other than announced; the part stays for the next try.
-            Another content than it should have; then the part is removed.
+        ToolError: No connection, an HTTP error, a full disk, or a size that differs from the announced size; the part stays for the
+            next try. Wrong content; then the part is removed.
 
     Source: RFC 9110, sections 13.1.5 (If-Range) and 14 (range requests).
     """
@@ -47,7 +47,7 @@ def download(url: str, target: Path, *, sha256: str | None = None, check: Callab
     part = target.with_name(target.name + ".part")
     with alone_in(target.parent, lambda: warn(f"another run works in {target.parent}; waiting for it")):
         if target.is_file():
-            return  # another run fetched it while this one waited
+            return  # fetched by a parallel run during the wait
         _fetch(url, part)
         digest = _sha256(part)
         try:
@@ -65,7 +65,7 @@ def download(url: str, target: Path, *, sha256: str | None = None, check: Callab
 
 
 def _fetch(url: str, part: Path) -> None:
-    """Fetch all of a file, trying again as long as something comes."""
+    """Fetch a whole file; try again after a broken connection, up to ATTEMPTS times in a row without a new byte."""
     failures = 0
     while True:
         before = part.stat().st_size if part.exists() else 0
@@ -75,8 +75,8 @@ def _fetch(url: str, part: Path) -> None:
             raise ToolError(f"not a web address: {error}", where=url, remedy="correct the card's url") from None
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             if isinstance(error, urllib.error.HTTPError) and error.code not in RETRIED:
-                told = f"the server answered {error.code} {error.reason}"
-                raise ToolError(told, where=url, remedy="check the address") from None
+                what = f"the server answered {error.code} {error.reason}"
+                raise ToolError(what, where=url, remedy="check the address") from None
             after = part.stat().st_size if part.exists() else 0
             failures = 0 if after > before else failures + 1
             if failures >= ATTEMPTS:
@@ -95,23 +95,23 @@ def _sha256(part: Path) -> str:
 
 def _require_sha256(url: str, digest: str, expected: str | None) -> None:
     if expected not in (None, digest):
-        what, remedy = "the server sent another file than it should", "try again; if it stays so, do not use what is there"
+        what, remedy = "the server sent a file with the wrong hash", "try again; if it stays so, do not use this address"
         raise ToolError(what, where=url, got=f"sha256 {digest}", expected=expected, remedy=remedy)
 
 
 def _validator(part: Path) -> Path:
-    """Return the file that remembers which version of the remote file was begun."""
+    """Return the file that keeps the version of the remote file whose download was begun."""
     return part.with_name(part.name + ".etag")
 
 
 def _strong(headers: http.client.HTTPMessage) -> str:
-    """Return what tells one version of the remote file from another to the byte: its ETag unless weak, or its date."""
+    """Return the identifier of this exact version of the remote file: its ETag unless weak, or its date."""
     etag = headers.get("ETag") or ""
     return etag if etag and not etag.startswith("W/") else headers.get("Last-Modified") or ""
 
 
 def _ask(url: str, part: Path, condition: dict[str, str]) -> http.client.HTTPResponse | None:
-    """Return the server's answer, None where the part is whole already."""
+    """Return the server's answer, None where the part on disk is already whole."""
     request = urllib.request.Request(url, headers={"Accept-Encoding": "identity", **condition})  # noqa: S310 - a card's url is http(s)
     try:
         response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_S)  # noqa: S310 - as above
@@ -124,12 +124,12 @@ def _ask(url: str, part: Path, condition: dict[str, str]) -> http.client.HTTPRes
         raise ConnectionError("the part on disk does not fit the file; starting over") from None
     if response.headers.get("Content-Encoding", "identity") != "identity":
         response.close()
-        raise ToolError("the server sends the file compressed although asked not to", where=url, remedy="get it another way")
+        raise ToolError("the server sends the file compressed, against the request", where=url, remedy="download the file by hand")
     return response
 
 
 def _fetch_rest(url: str, part: Path) -> None:
-    """Append what is missing; return when the file has the announced size."""
+    """Append the missing bytes; return when the file has the announced size."""
     have = part.stat().st_size if part.exists() else 0
     version = _validator(part).read_text(encoding="latin-1") if have and _validator(part).exists() else ""
     response = _ask(url, part, {"Range": f"bytes={have}-", "If-Range": version} if have and version else {})
@@ -139,14 +139,14 @@ def _fetch_rest(url: str, part: Path) -> None:
         resumed = response.status == http.client.PARTIAL_CONTENT
         if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             part.unlink()
-            raise ConnectionError("the server sent another range than asked for; starting over")
+            raise ConnectionError("the server sent the wrong range; starting over")
         start = have if resumed else 0
         announced = response.headers.get("Content-Length")
         total = start + int(announced) if announced and announced.isdecimal() else None
         if total is not None:
             require_disk(total - start, part.parent, "download this file")
         if not resumed:
-            # The old bytes go before the new version is noted: killed in between, there is nothing that could be taken up wrongly.
+            # The old bytes go before the new version is noted: a run killed in between leaves no part of the wrong version.
             part.write_bytes(b"")
             _validator(part).write_text(_strong(response.headers), encoding="latin-1")
         with part.open("ab") as file, byte_progress(part.stem, total, start) as advance:

@@ -1,4 +1,4 @@
-"""Two pictures of a calibration set: a contact sheet, and where its samples lie among all that could have been taken."""
+"""Two pictures of a calibration set: a contact sheet, and a plot of the samples among all possible samples."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,12 +17,12 @@ Point = tuple[float, float, float]  # brightness, contrast, detail
 
 
 def write_contact_sheet(path: Path, samples: Iterator[tuple[str, Pixels]], count: int) -> None:
-    """Write all samples as thumbnails in rows, each with its name's number, as PNG.
+    """Write all samples as thumbnails in rows, each with its name, as PNG.
 
     Args:
         path: The file to write.
-        samples: Name and uint8 (H, W, 3) RGB of each, one at a time.
-        count: How many there are.
+        samples: Name and uint8 (H, W, 3) RGB of each sample.
+        count: Number of samples.
     """
     from PIL import Image, ImageDraw
 
@@ -40,7 +40,7 @@ def write_contact_sheet(path: Path, samples: Iterator[tuple[str, Pixels]], count
 
 
 def write_coverage_plot(path: Path, candidates: Sequence[Point], samples: Sequence[Point], held: Sequence[Point]) -> None:
-    """Write brightness against contrast and against detail, candidates in grey, samples and held-out ones in colour, as PNG."""
+    """Write brightness against contrast and detail as PNG: candidates in grey, samples in blue, held-out samples in orange."""
     from PIL import Image, ImageDraw
 
     plot = Image.new("RGB", (2 * (PANEL + MARGIN) + MARGIN, PANEL + 2 * MARGIN), PAPER)

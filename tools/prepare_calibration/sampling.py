@@ -11,15 +11,15 @@ from shared.media.images import Pixels
 CANDIDATES = 4  # boxes drawn for each tile that an image may give
 LEVELS = 3  # of brightness, contrast and detail each
 TINY = 1e-6  # of a grey level; a smaller range is one level
-THUMBNAIL = 8  # pixels a side, for telling near-duplicates
+THUMBNAIL = 8  # pixels a side, for finding near-duplicates
 LEAST_DIFFERENCE = 2.0  # grey levels of 256, mean over the thumbnail; less is a near-duplicate
-MOST_OVERLAP = 0.5  # of a tile with another of the same picture
+MOST_OVERLAP = 0.5  # of two tiles of the same picture
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a sample looks like.
+class ImageStatistics:
+    """Statistics of a sample's pixels.
 
     Args:
         brightness: Mean luma, 0 to 255.
@@ -36,20 +36,20 @@ class Look:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A sample that could be taken.
+    """A possible sample.
 
     Args:
         source: Number of its source.
         frame: Frame number in a video.
-        box: Where it lies in the picture; None for the whole.
-        look: What it looks like.
-        time_s: Of a video's frame.
+        box: Its place in the picture; None for the whole picture.
+        statistics: Statistics of its pixels.
+        time_s: Time of a video's frame.
     """
 
     source: int
     frame: int | None
     box: Box | None
-    look: Look
+    statistics: ImageStatistics
     time_s: float | None = None
 
     @property
@@ -59,7 +59,7 @@ class Candidate:
 
 
 def draw_boxes(pixels: Pixels, size: int, tiles: int, rng: np.random.Generator) -> list[Box]:
-    """Return random boxes of size x size pixels in a picture, CANDIDATES for each tile wanted; none where it is too small."""
+    """Return random boxes of size x size pixels in a picture, CANDIDATES for each requested tile; none in a smaller picture."""
     height, width = pixels.shape[:2]
     if min(height, width) < size:
         return []
@@ -67,15 +67,15 @@ def draw_boxes(pixels: Pixels, size: int, tiles: int, rng: np.random.Generator) 
     return [(left, top, left + size, top + size) for left, top in places]
 
 
-def look_at(pixels: Pixels) -> Look:
-    """Describe a sample, uint8 (H, W, 3) RGB."""
+def measure(pixels: Pixels) -> ImageStatistics:
+    """Return the statistics of a sample, uint8 (H, W, 3) RGB."""
     from PIL import Image
 
     picture = Image.fromarray(pixels).convert("L")
     luma = np.asarray(picture, np.float32)
     steps = [np.abs(np.diff(luma, axis=axis)).mean() if luma.shape[axis] > 1 else 0.0 for axis in (0, 1)]
     thumbnail = np.asarray(picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), np.uint8)
-    return Look(float(luma.mean()), float(luma.std()), float(np.mean(steps)), thumbnail.tobytes())
+    return ImageStatistics(float(luma.mean()), float(luma.std()), float(np.mean(steps)), thumbnail.tobytes())
 
 
 def choose(
@@ -86,17 +86,17 @@ def choose(
     *,
     avoid: Sequence[Candidate] = (),
 ) -> tuple[list[Candidate], int]:
-    """Return up to `count` candidates and how many near-duplicates were passed over.
+    """Return up to `count` candidates, and the number of near-duplicates among the candidates not taken.
 
-    The ranges of brightness, contrast and detail are cut into LEVELS equal parts each; samples come from the cells in turn, at
-    random inside a cell, so that what is rare counts as much as what is common.
+    The ranges of brightness, contrast and detail are cut into LEVELS equal parts each. Samples come from the cells in turn, at
+    random inside a cell, so that rare pictures count as much as common ones.
 
     Args:
-        candidates: What there is.
+        candidates: All possible samples.
         count: Most samples to take.
         per_picture: Most samples from one picture.
-        rng: Decides among candidates alike.
-        avoid: What no sample may be a near-duplicate of, beside each other.
+        rng: Decides among candidates of one cell.
+        avoid: Samples taken earlier; a near-duplicate of them is not taken either.
     """
     cells: dict[tuple[int, ...], list[int]] = {}
     for number, levels in enumerate(_cells(candidates)):
@@ -116,7 +116,7 @@ def choose(
                 boxes = taken.setdefault(candidate.picture, [])
                 if len(boxes) >= per_picture:
                     continue
-                if any(_overlap(candidate.box, other) > MOST_OVERLAP for other in boxes):
+                if any(_overlap(candidate.box, box) > MOST_OVERLAP for box in boxes):
                     duplicates += 1
                     continue
                 thumbnail = _thumbnail(candidate)
@@ -131,24 +131,24 @@ def choose(
     return chosen, duplicates
 
 
-def _overlap(one: Box | None, other: Box | None) -> float:
-    """Return which share of a box another of the same size covers; whole pictures cover each other."""
-    if one is None or other is None:
+def _overlap(box: Box | None, second: Box | None) -> float:
+    """Return the share of a box that a second box of the same size covers; two whole pictures cover each other."""
+    if box is None or second is None:
         return 1.0
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    return max(width, 0) * max(height, 0) / ((one[2] - one[0]) * (one[3] - one[1]))
+    width = min(box[2], second[2]) - max(box[0], second[0])
+    height = min(box[3], second[3]) - max(box[1], second[1])
+    return max(width, 0) * max(height, 0) / ((box[2] - box[0]) * (box[3] - box[1]))
 
 
 def _thumbnail(candidate: Candidate) -> NDArray[np.float32]:
-    return np.frombuffer(candidate.look.thumbnail, np.uint8).astype(np.float32)
+    return np.frombuffer(candidate.statistics.thumbnail, np.uint8).astype(np.float32)
 
 
 def _cells(candidates: Sequence[Candidate]) -> list[tuple[int, ...]]:
     """Return for each candidate its level of brightness, contrast and detail."""
     if not candidates:
         return []
-    looks = np.array([[c.look.brightness, c.look.contrast, c.look.detail] for c in candidates])
-    low, high = looks.min(axis=0), looks.max(axis=0)
-    levels = np.minimum((looks - low) / np.maximum(high - low, TINY) * LEVELS, LEVELS - 1).astype(int)
+    values = np.array([[c.statistics.brightness, c.statistics.contrast, c.statistics.detail] for c in candidates])
+    low, high = values.min(axis=0), values.max(axis=0)
+    levels = np.minimum((values - low) / np.maximum(high - low, TINY) * LEVELS, LEVELS - 1).astype(int)
     return [tuple(int(level) for level in row) for row in levels]

@@ -1,4 +1,4 @@
-"""Where samples come from: image files, frames of videos, what a CSV names, and made-up pictures; as pixels, one at a time."""
+"""Sources of samples: image files, frames of videos, files and frames listed in a CSV, and synthetic pictures."""
 
 import csv
 import math
@@ -25,15 +25,15 @@ MAX_FIELD = 4096  # characters
 
 @dataclass(frozen=True)
 class Source:
-    """One file that pictures come from, or one made-up picture.
+    """An image file, a video file, or a synthetic picture.
 
     Args:
-        name: What the manifest calls it: relative to what the user named, with '/'.
-        path: The file; None for a made-up picture.
+        name: Its name in the manifest: its path from the folder, file or CSV that the user gave, with '/'.
+        path: The file; None for a synthetic picture.
         kind: Image, video, or synthetic.
-        frames: Frame numbers of a video that are wanted; None: spread evenly or at scene changes.
-        times: Times in seconds that are wanted beside them.
-        seed: Of a made-up picture.
+        frames: Requested frame numbers of a video; None: spread evenly or at scene changes.
+        times: Further requested frames, as times in seconds.
+        seed: Seed of a synthetic picture.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Picture:
-    """One image or frame, uint8 (H, W, 3) RGB; frame and time are of videos."""
+    """An image or a frame, uint8 (H, W, 3) RGB; only frames of videos have a frame number and a time."""
 
     pixels: Pixels
     frame: int | None = None
@@ -62,8 +62,8 @@ class Columns:
     time: str | None = None
 
 
-def find_sources(given: Sequence[Path], columns: Columns, but: Path | None = None) -> list[Source]:
-    """Return the sources behind files, folders and CSV files, in order; a file named twice counts once, one below `but` not at all.
+def find_sources(given: Sequence[Path], columns: Columns, exclude: Path | None = None) -> list[Source]:
+    """Return the sources in files, folders and CSV files, in order; a file named twice counts once, files below `exclude` do not.
 
     Raises:
         ToolError: A file is missing or of an unknown kind, a folder has nothing in it, a CSV names no files.
@@ -72,25 +72,25 @@ def find_sources(given: Sequence[Path], columns: Columns, but: Path | None = Non
     for path in given:
         for source in _sources(path, columns):
             assert source.path is not None
-            if but is not None and source.path.resolve().is_relative_to(but.resolve()):
+            if exclude is not None and source.path.resolve().is_relative_to(exclude.resolve()):
                 continue  # samples of an earlier run
             found.setdefault((source.path.resolve(), f"{source.frames} {source.times}"), source)
     return list(found.values())
 
 
 def synthetic_sources(count: int) -> list[Source]:
-    """Return made-up pictures, patterns and noise in turn."""
+    """Return synthetic pictures, patterns and noise in turn."""
     return [Source(f"synthetic:{PATTERNS[n % len(PATTERNS)]}:{n}", None, "synthetic", seed=n) for n in range(count)]
 
 
 def read_pictures(source: Source, *, frames: int, at_scene_changes: bool, size: int) -> Iterator[Picture]:
-    """Yield the pictures of a source; of a video `frames` of them unless it names its own.
+    """Yield the pictures of a source: of a video its requested frames, else `frames` of them.
 
     Raises:
         ToolError: The file can't be read.
     """
     if source.path is None:
-        yield Picture(_made_up(source, size))
+        yield Picture(_synthetic_pixels(source, size))
     elif source.kind == "image":
         yield Picture(read_pixels(source.path))
     else:
@@ -98,10 +98,9 @@ def read_pictures(source: Source, *, frames: int, at_scene_changes: bool, size: 
 
 
 def _frames(path: Path, source: Source, count: int, *, at_scene_changes: bool) -> Iterator[Picture]:
-    """Yield frames of a video: the ones that are named, at scene changes, or spread evenly."""
+    """Yield frames of a video: the requested frames, frames at scene changes, or frames spread evenly."""
     total, rate = count_frames(path)
-    named = source.frames is not None or bool(source.times)
-    if named:
+    if source.frames is not None or source.times:
         wanted = [*(source.frames or ()), *(round(min(time * rate, float(2**53))) for time in source.times)]
         if outside := [number for number in wanted if not 0 <= number < total]:
             got = f"frame {outside[0]} at {rate:g} frames a second"
@@ -143,7 +142,7 @@ def _kind(path: Path) -> str | None:
 
 
 def _listed(path: Path, columns: Columns) -> list[Source]:
-    """Return what a CSV names: images, and videos with all the frames and times that its rows give them."""
+    """Return the sources that a CSV lists: images, and videos with the frames and times of all their rows."""
     rows = _rows(path)
     header = {name.strip().lower(): place for place, name in enumerate(rows[0])}
     place_of_file = _column(path, header, columns.file, FILE_COLUMNS, "--file-column")
@@ -152,7 +151,7 @@ def _listed(path: Path, columns: Columns) -> list[Source]:
     if place_of_file is None:
         got = ", ".join(rows[0])
         raise ToolError(
-            "no column names files", where=path, got=got, expected=f"one of {', '.join(FILE_COLUMNS)}", remedy="say --file-column"
+            "no column names files", where=path, got=got, expected=f"one of {', '.join(FILE_COLUMNS)}", remedy="use --file-column"
         )
     wanted: dict[str, tuple[list[int], list[float]]] = {}
     for number, row in [(number, row) for number, row in enumerate(rows[1:], start=2) if any(row)]:
@@ -196,12 +195,14 @@ def _rows(path: Path) -> list[list[str]]:
     return rows
 
 
-def _column(path: Path, header: dict[str, int], asked: str | None, usual: Sequence[str], option: str) -> int | None:
-    if asked is not None:
-        if asked.strip().lower() not in header:
-            raise ToolError(f"{option} {asked}: no such column", where=path, got=", ".join(header), remedy="name one of them")
-        return header[asked.strip().lower()]
-    return next((header[name] for name in usual if name in header), None)
+def _column(path: Path, header: dict[str, int], name: str | None, usual: Sequence[str], option: str) -> int | None:
+    """Return the place of a column by the user's name for it, else by its usual names; None where there is no such column."""
+    if name is not None:
+        if name.strip().lower() not in header:
+            remedy = "use a name from this list"
+            raise ToolError(f"{option} {name}: no such column", where=path, got=", ".join(header), remedy=remedy)
+        return header[name.strip().lower()]
+    return next((header[known] for known in usual if known in header), None)
 
 
 def _number(path: Path, row: list[str], place: int | None, line: int) -> float | None:
@@ -218,14 +219,14 @@ def _number(path: Path, row: list[str], place: int | None, line: int) -> float |
     return value
 
 
-def _made_up(source: Source, size: int) -> Pixels:
-    """Return a made-up picture: waves as photographs have them, checks, gradients, or noise."""
+def _synthetic_pixels(source: Source, size: int) -> Pixels:
+    """Return a synthetic picture: waves with the spectrum of photographs, checks, a gradient, or noise."""
     rng = np.random.default_rng([source.seed, size])
     kind = source.name.split(":")[1]
     if kind == "waves":
         return np.asarray(np.rint(seeded_image(size, rng)[0].transpose(1, 2, 0) * 255), np.uint8)
     y, x = np.mgrid[0:size, 0:size]
-    one, other = rng.uniform(0, 255, (2, 3))
+    dark, bright = rng.uniform(0, 255, (2, 3))
     if kind == "checks":
         period = int(rng.integers(2, max(size // 4, 3)))
         share = ((x // period + y // period) % 2)[..., np.newaxis].astype(np.float64)
@@ -235,4 +236,4 @@ def _made_up(source: Source, size: int) -> Pixels:
         share = ((along - along.min()) / max(np.ptp(along), 1))[..., np.newaxis]
     else:
         share = rng.uniform(0, 1, (size, size, 3))
-    return np.asarray(np.rint(one + (other - one) * share), np.uint8)
+    return np.asarray(np.rint(dark + (bright - dark) * share), np.uint8)

@@ -1,4 +1,4 @@
-"""Write a calibration set: PNG files named by their content, arrays, and the pictures that show what is in it."""
+"""Write the files of a calibration set: PNG files named by their content, arrays, the contact sheet; and keep its folder clean."""
 
 import contextlib
 import hashlib
@@ -9,40 +9,24 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 
 from shared.calibration.dataset import RANGES
-from shared.command.options import InputRange
-from shared.files.atomic import abandoned_marks, begun, draft_beside, identity, is_abandoned, kept_aside
+from shared.command.errors import ToolError
+from shared.files.atomic import abandoned_marks, begun, draft_beside, identity, is_abandoned, kept_aside, new_folder
 from shared.files.provenance import provenance_path, read_provenance, record
 from shared.media.images import ImageForm, Pixels, read_pixels, to_form
 from tools.prepare_calibration.contact_sheet import write_contact_sheet
+from tools.prepare_calibration.request import ArrayForm
 
 SAMPLE = re.compile(r"[sh]\d{4,}_[0-9a-f]{8}\.png")
 UNDATED = (1980, 1, 1, 0, 0, 0)
 
 
-@dataclass(frozen=True)
-class ArrayForm:
-    """How samples become arrays in an .npz.
-
-    Args:
-        name: Name of the array: that of the model's input.
-        layout: Order of the axes.
-        channels: 3 for RGB, 1 for luma.
-        input_range: What pixels 0 to 255 become.
-    """
-
-    name: str
-    layout: Literal["nchw", "nhwc"]
-    channels: int
-    input_range: InputRange
-
-
 def write_sample(folder: Path, stem: str, pixels: Pixels) -> tuple[str, str]:
-    """Write pixels, uint8 (H, W, 3) RGB, as PNG; return the file's name, which holds the start of its sha256, and that hash."""
+    """Write pixels, uint8 (H, W, 3) RGB, as PNG; return the file's name, which holds the start of its sha256, and the hash."""
     from PIL import Image
 
     content = io.BytesIO()
@@ -56,7 +40,7 @@ def write_sample(folder: Path, stem: str, pixels: Pixels) -> tuple[str, str]:
 
 
 def write_arrays(path: Path, files: Sequence[Path], form: ArrayForm) -> None:
-    """Write images as one float32 array in an .npz, one sample in memory at a time; all have the first one's size."""
+    """Write images as one float32 array in an .npz, one sample in memory at a time; all get the size of the first image."""
     first = read_pixels(files[0])
     shape = to_form(first, ImageForm(form.layout, form.channels, None, None)).shape[1:]
     low, high = RANGES[form.input_range]
@@ -76,7 +60,7 @@ def _write_header(stream: IO[bytes], shape: tuple[int, ...]) -> None:
 
 
 def write_sheet(path: Path, files: Sequence[Path]) -> None:
-    """Write the contact sheet of samples; the number under each is that in its file's name."""
+    """Write the contact sheet of samples; each thumbnail carries the number from its file's name."""
     with draft_beside(path) as draft:
         write_contact_sheet(draft, _numbered(files), len(files))
         draft.replace(path)
@@ -88,12 +72,12 @@ def _numbered(files: Sequence[Path]) -> Iterator[tuple[str, Pixels]]:
 
 
 @dataclass(frozen=True)
-class Set:
-    """A calibration set's folder while it is written.
+class CalibrationFolder:
+    """A calibration set's folder while the set is written.
 
     Args:
-        manifest: Its manifest, in the folder.
-        extra: Names of files that are written beside the samples.
+        manifest: The manifest, in the folder.
+        extra: Names of the further files of a set, besides its samples.
     """
 
     manifest: Path
@@ -104,11 +88,25 @@ class Set:
         """The folder."""
         return self.manifest.parent
 
+    def require_free(self, *, overwrite: bool) -> None:
+        """Raise ToolError where writing a set would replace, or mix with, files that prepare_calibration did not write."""
+        folder = self.folder
+        if folder.exists() and not folder.is_dir():
+            raise ToolError("the output is no folder", where=folder, remedy="choose another folder with -o")
+        if folder.is_dir() and any(folder.iterdir()) and not self.manifest.exists() and not overwrite:
+            remedy = "use --overwrite to write among them, or choose another folder"
+            raise ToolError("the folder holds other files", where=folder, remedy=remedy)
+        ours = self._recorded()
+        for path in (folder / name for name in self.extra):
+            if path.exists() and not overwrite and record(path).sha256 != ours.get(path.name):
+                raise ToolError("this file would be replaced", where=path, remedy="use --overwrite, or choose another folder")
+
     def clear_interrupted(self) -> dict[str, str]:
-        """Remove what a run that was killed left behind; the mark that it began with tells that there was one.
+        """Remove the files of killed runs; the mark that a run begins with shows that it was killed.
 
         Returns:
-            Name -> sha256 of the set that it was about to replace: what of it is no part of the next one must go with that.
+            Name -> sha256 of the set that a killed run was about to replace. Those of its files that are no part of the next set
+            must be removed with it.
         """
         former: dict[str, str] = {}
         for mark in abandoned_marks(self.manifest):
@@ -124,41 +122,34 @@ class Set:
 
     @contextlib.contextmanager
     def written(self, former: dict[str, str]) -> Iterator[None]:
-        """Make the folder where there is none; if the work fails, what was written is gone again, and a folder that was made.
+        """Make the folder where there is none; if the work fails, remove every file written, and the folder if it is new.
 
         Args:
-            former: What `clear_interrupted` returned.
+            former: The result of `clear_interrupted`.
         """
-        made = not self.folder.exists()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with kept_aside(self.folder / name for name in self.extra):
-            yield from self._written(former, made=made)
-
-    def _written(self, former: dict[str, str], *, made: bool) -> Iterator[None]:
-        old = read_provenance(self.manifest)
-        former = former | ({Path(item.path).name: item.sha256 for item in old.companions} if old else {})
-        note = json.dumps({"before": {file.name: identity(file) for file in self.folder.iterdir()}, "former": former})
-        try:
+        with new_folder(self.folder), kept_aside(self.folder / name for name in self.extra):
+            former = former | self._recorded()
+            note = json.dumps({"before": {file.name: identity(file) for file in self.folder.iterdir()}, "former": former})
             with begun(self.manifest, note):
                 try:
                     yield
                 finally:
                     self._clear(json.loads(note))
-        except BaseException:
-            if made:
-                with contextlib.suppress(OSError):
-                    self.folder.rmdir()
-            raise
+
+    def _recorded(self) -> dict[str, str]:
+        """Return name -> sha256 of the set's files as its provenance records them; empty where there is no provenance."""
+        old = read_provenance(self.manifest)
+        return {Path(item.path).name: item.sha256 for item in old.companions} if old else {}
 
     def _clear(self, note: dict[str, Any]) -> None:
-        """Remove files named as ours that belong to no manifest that is there, and have come since, or are a former set's.
+        """Remove files with names of a set that no present manifest lists, and that are new or belong to a former set.
 
         Args:
-            note: `before`, name -> identity of all files there when the run began; `former`, name -> sha256 of the set's own.
+            note: `before`, name -> identity of all files there when the run began; `former`, name -> sha256 of the former set.
         """
-        old = read_provenance(self.manifest) if self.manifest.is_file() else None
-        ours = {Path(item.path).name: item.sha256 for item in old.companions} if old else {}
-        if old is None and read_provenance(self.manifest) is not None:  # killed before the manifest came to its provenance
+        has_manifest = self.manifest.is_file()
+        ours = self._recorded() if has_manifest else {}
+        if not has_manifest and read_provenance(self.manifest) is not None:  # killed between the provenance and the manifest
             provenance_path(self.manifest).unlink()
         listed = _listed(self.manifest)
         for file in self.folder.iterdir():
@@ -171,7 +162,7 @@ class Set:
 
 
 def _listed(manifest: Path) -> set[str]:
-    """Return the samples that a manifest of ours names."""
+    """Return the samples that a manifest of prepare_calibration names."""
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
         return {entry["file"] for part in ("samples", "holdout") for entry in content[part]}

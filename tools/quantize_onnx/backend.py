@@ -26,7 +26,7 @@ from shared.quantize.search import SearchSpace
 from shared.runtime.model import open_model
 from shared.runtime.processes import ChildError, Workspace
 from tools.quantize_onnx import worker
-from tools.quantize_onnx.candidates import OnnxJob, Subject
+from tools.quantize_onnx.candidates import OnnxJob, Subject, comparable_tensor
 from tools.quantize_onnx.options import LAYERS, OnnxRequest
 from tools.quantize_onnx.ranges import RangeCache, cache_key
 
@@ -34,17 +34,9 @@ WORKER: ModuleType = worker
 ASSUMED_RANGE: InputRange | None = "0..1"
 TIMES_REPAIRED = True  # repairs make some models faster: the repaired float32 model is the reference
 FLOAT = "float32"  # the base of a search
-QUANTIZED = {
-    "QuantizeLinear",
-    "DequantizeLinear",
-    "DynamicQuantizeLinear",
-    "QLinearConv",
-    "QLinearMatMul",
-    "ConvInteger",
-    "MatMulInteger",
-}
+QUANTIZED = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"}
+QUANTIZED |= {"ConvInteger", "MatMulInteger"}
 BY_SEARCH = "left in float by the search: quantized it would break the limit"
-BY_USER = "excluded"
 
 
 def repair(source: ModelFile, request: Request, workspace: Workspace) -> tuple[ModelFile, str]:
@@ -100,7 +92,7 @@ def space(quantization: Quantization) -> SearchSpace | None:
 
 
 def search_variants(quantization: Quantization) -> list[Quantization]:
-    """Return one way for each calibration method, where the user names none."""
+    """Return the quantization with each calibration method, where the user names none."""
     wanted: OnnxRequest = quantization.request.settings
     if wanted.settings.calibration_method is not None:
         return [quantization]
@@ -160,11 +152,10 @@ def coverage(quantization: Quantization, candidate: Candidate) -> tuple[list[OpT
     assert isinstance(content, OnnxContent)
     states = [_state(op, content.constants) for op in _ops(quantization.model)]
     wanted: OnnxRequest = candidate.request.settings
-    reasons = {**dict.fromkeys(wanted.float_layers, BY_USER), **candidate.float_layers}
 
     def why(state: LayerState) -> str:
         assert isinstance(state.layer, OnnxOp)
-        return _why_skipped(state.layer, wanted, reasons)
+        return candidate.float_layers.get(state.layer.name) or wanted.why_skipped(state.layer)
 
     return measure_coverage(states, why)
 
@@ -176,11 +167,12 @@ def layer_jobs(quantization: Quantization, candidate: Candidate) -> dict[str, Jo
     ops = [op for op in _ops(quantization.model) if op.weight is not None]
     quantized = [op for op in ops if _state(op, content.constants).has_smaller_weights]
     subject = _subject(quantization)
-    names = [op.name for op in ops]
-    return {
-        op.name: OnnxJob(subject, _float_layers(quantization, [name for name in names if name != op.name]), tensor=op.output)
-        for op in quantized
-    }
+    jobs: dict[str, Job] = {}
+    for op in quantized:
+        floats = [other.name for other in ops if other.name != op.name]
+        tensor = comparable_tensor(op, _ops(quantization.model), content.ops)
+        jobs[op.name] = OnnxJob(subject, _float_layers(quantization, floats), tensor=tensor)
+    return jobs
 
 
 def _ops(model: ModelFile) -> list[OnnxOp]:
@@ -294,17 +286,3 @@ def _state(op: OnnxOp, after: Mapping[str, tuple[str, int]]) -> LayerState:
     found = None if op.is_inner or op.weight is None else after.get(name, after.get(f"{name}_quantized"))
     dtype, size = found or (op.dtype, op.weight_bytes)
     return LayerState(op, dtype, size, has_smaller_weights=dtype != op.dtype and size < op.weight_bytes)
-
-
-def _why_skipped(op: OnnxOp, wanted: OnnxRequest, reasons: Mapping[str, str]) -> str:
-    if op.is_inner:
-        return "inside a branch or loop, which the quantizer does not enter"
-    if op.name in reasons or op.op_type in wanted.float_op_types:
-        return reasons.get(op.name, BY_USER)
-    if op.dtype not in ("FLOAT", "DOUBLE"):
-        return f"weights are {op.dtype} already"
-    if wanted.recipe == "fp16":
-        return "float16 is not safe or not known for this op"
-    if op.op_type not in wanted.settings.op_types:
-        return "not among the op types to quantize, see --set op_types"
-    return "ONNX Runtime's quantizer left it"

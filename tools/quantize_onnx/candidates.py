@@ -18,6 +18,7 @@ from shared.calibration.arrays import Sample
 from shared.calibration.samples import HeldSamples
 from shared.command.errors import ToolError, first_line
 from shared.files.checksums import sha256_of
+from shared.formats.onnx_graph import OnnxOp
 from shared.formats.tensors import TensorSpec
 from shared.metrics.output_error import OutputError, measure_error, measure_errors
 from shared.quantize.ledger import Outcome, RefusedError
@@ -85,6 +86,24 @@ class OnnxJob:
             return Outcome(_size(path), measure_errors(subject.outputs, reference, outputs, subject.peaks), inside, slowdown)
 
 
+def comparable_tensor(op: OnnxOp, ops: Sequence[OnnxOp], product: Sequence[OnnxOp]) -> str:
+    """Return the tensor that shows an op's error: its output, or the output of the next op, where the quantizer joined both.
+
+    Args:
+        op: The op.
+        ops: Of the float model.
+        product: Of the quantized model.
+    """
+    there = {name for other in product for name in other.outputs}
+    tensor = op.output
+    while tensor not in there:
+        readers = [reader for reader in ops if tensor in reader.inputs]
+        if len(readers) != 1:
+            return op.output
+        tensor = readers[0].output
+    return tensor
+
+
 @functools.lru_cache(maxsize=2)
 def _reference(subject: Subject) -> list[Outputs]:
     """Return the float model's outputs for every sample; kept for the next job of the same process."""
@@ -118,7 +137,12 @@ def _session(path: Path) -> Any:
 
 
 def _run(session: Any, subject: Subject, outputs: Sequence[str]) -> list[Outputs]:
-    return [session.run(list(outputs), sample) for sample in _samples(subject)]
+    try:
+        return [session.run(list(outputs), sample) for sample in _samples(subject)]
+    except ToolError:
+        raise
+    except Exception as error:  # noqa: BLE001 - it raises classes of its own
+        raise RefusedError("the runtime does not run the candidate", got=first_line(error)) from None
 
 
 def _compare_tensor(subject: Subject, candidate: Path, tensor: str) -> OutputError:

@@ -46,12 +46,11 @@ from shared.formats.onnx_graph import OnnxContent
 from shared.metrics.gates import parse_gates
 from shared.quantize.pipeline import quantize_model
 from shared.quantize.product import Order, Quantized, Writing, model_folder, write_quantized
-from shared.quantize.request import Request
+from shared.quantize.request import Limits
 from shared.quantize.result import GATES, QuantizationResult
 from tools.quantize_onnx import backend
 from tools.quantize_onnx.options import (
     DEFAULT_RECIPE,
-    STATIC,
     OnnxOptions,
     Recipe,
     parse_settings,
@@ -79,7 +78,9 @@ RecipeOption = Annotated[
 RangeCacheOption = Annotated[
     Path | None, typer.Option("--range-cache", help="Keep ranges of activations in this file, and take known ones from it.")
 ]
-Settings = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help=settings_help())]
+Settings = Annotated[  # in a panel of its own: next to other options its column is too narrow for the names
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help=settings_help(), rich_help_panel="Settings")
+]
 Gate = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help=f"Limit of the product: {', '.join(GATES)}.")]
 
 
@@ -88,7 +89,7 @@ def _require_sense(model: ModelFile, options: OnnxOptions) -> None:
     has_limits = bool(options.max_error) or options.min_psnr is not None or options.min_cosine is not None
     require_op_types(model, options.settings)
     statics = {"--range-cache": options.range_cache is not None, "--objective latency": options.objective != "size"}
-    require_useful_settings(options.recipe, options.settings, statics)
+    require_useful_settings(options.recipe, options.set_options, statics)
     if options.recipe == "fp16" and options.calibration is not None:
         raise ToolError("--calibration does nothing in recipe fp16", remedy=f"leave it out, or use --recipe {DEFAULT_RECIPE}")
     if options.recipe == "auto" and not has_limits:
@@ -128,9 +129,7 @@ def _order(model: ModelFile, options: OnnxOptions, gates: Mapping[str, float], o
         _require_cache_free(options.range_cache, [output, *read])
 
     def make(draft: Path, folder: Path) -> QuantizationResult:
-        result = quantize_model(model, name, request, backend, model_folder(folder, name, [name]), draft)
-        name_weights(draft, output)
-        return QuantizationResult([result])
+        return QuantizationResult([quantize_model(model, name, request, backend, model_folder(folder, name, [name]), draft)])
 
     return Order(
         tool="quantize_onnx",
@@ -140,21 +139,24 @@ def _order(model: ModelFile, options: OnnxOptions, gates: Mapping[str, float], o
         arguments=arguments,
         read=read,
         packages=PACKAGES,
-        gates={**gates, **_limit_gates(request)},
+        gates=_with_limits(gates, request.limits),
         needs=lambda: _needs(model, options.recipe),
         make=make,
         reopen=check_is_onnx,
+        settle=lambda draft: name_weights(draft, output),
         note=_overflow_note(options),
     )
 
 
-def _limit_gates(request: Request) -> dict[str, float]:
-    """Return the limits of recipes without a search as gates: the product is checked, no layer is left in float for them."""
-    if request.recipe in (*STATIC, "auto"):
-        return {}
-    limits = {"min_psnr": request.limits.min_psnr, "min_cosine": request.limits.min_cosine}
-    errors = list(request.limits.max_error.values())
-    return {name: limit for name, limit in {**limits, "max_error": min(errors, default=None)}.items() if limit is not None}
+def _with_limits(gates: Mapping[str, float], limits: Limits) -> dict[str, float]:
+    """Return the gates with the limits as further ones: whatever a search finds, the product itself is checked."""
+    found = dict(gates)
+    errors = {f"max_error:{output}" if output else "max_error": limit for output, limit in limits.max_error.items()}
+    for name, limit in {"min_psnr": limits.min_psnr, "min_cosine": limits.min_cosine, **errors}.items():
+        if limit is not None:
+            tighter = min if name.startswith("max") else max
+            found[name] = tighter(limit, found.get(name, limit))
+    return found
 
 
 def _overflow_note(options: OnnxOptions) -> str:
@@ -209,7 +211,7 @@ def quantize_onnx(
     given = locals()
     source = ModelFile(model)
     check_name(source)
-    options = collect(OnnxOptions, {**given, "settings": parse_settings(set_options or ())})
+    options = collect(OnnxOptions, {**given, "settings": parse_settings(set_options or (), recipe)})
     _require_sense(source, options)
     target = output or model.with_name(f"{model.stem}_{recipe}.onnx")
     if target.suffix != ".onnx":

@@ -4,7 +4,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +14,8 @@ from shared.calibration.dataset import CalibrationSet, holdout_of
 from shared.command.errors import ToolError
 from shared.command.options import InputRange, Objective
 from shared.formats.model_file import ModelFile
-from shared.quantize.product import file_beside
-from shared.quantize.request import Limits, Request, parse_max_error
+from shared.formats.onnx_graph import OnnxOp
+from shared.quantize.request import Limits, Request, file_beside, parse_max_error
 from shared.runtime.executors import choose_executor
 from tools.quantize_onnx.ranges import CalibrationMethod
 
@@ -58,6 +58,7 @@ class OnnxSettings:
 
 
 STATIC_ALONE = ("format", "activation_type", "symmetric_activations", "calibration_method")  # no meaning in other recipes
+WIDE_TYPES = ("int16", "uint16")  # of activations in recipe int16x8
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,20 @@ class OnnxRequest:
         """How ranges are found."""
         return self.settings.calibration_method or "minmax"
 
+    def why_skipped(self, op: OnnxOp) -> str:
+        """Return why an op with weights stays as it is."""
+        if op.is_inner:
+            return "inside a branch or loop, which the quantizer does not enter"
+        if op.name in self.float_layers or op.op_type in self.float_op_types:
+            return "excluded"
+        if op.dtype not in ("FLOAT", "DOUBLE"):
+            return f"weights are {op.dtype} already"
+        if self.recipe == "fp16":
+            return "float16 is not safe or not known for this op"
+        if op.op_type not in self.settings.op_types:
+            return "not among the op types to quantize, see --set op_types"
+        return "ONNX Runtime's quantizer left it"
+
     def __str__(self) -> str:
         settings = self.settings
         if self.is_auto:
@@ -120,6 +135,7 @@ class OnnxOptions:
     input_range: InputRange | None = None
     range_cache: Path | None = None
     settings: OnnxSettings = field(default_factory=OnnxSettings)
+    set_options: Sequence[str] = ()
     exclude: Sequence[str] = ()
     correct_bias: bool = True
     max_error: Sequence[str] = ()
@@ -135,8 +151,6 @@ class OnnxOptions:
         names, kinds = select(model, self.exclude)
         limits = Limits(parse_max_error(self.max_error), self.min_psnr, self.min_cosine)
         wanted = OnnxRequest(self.recipe, self.settings, self.recipe == "auto", names, kinds, self.range_cache)
-        if self.recipe == "int16x8":
-            wanted = replace(wanted, settings=replace(self.settings, activation_type="uint16"))
         is_searched = bool(limits) and self.recipe in (*STATIC, "auto")
         return Request(
             recipe=self.recipe,
@@ -155,11 +169,15 @@ class OnnxOptions:
         )
 
 
-def parse_settings(texts: Sequence[str]) -> OnnxSettings:
+def parse_settings(texts: Sequence[str], recipe: Recipe) -> OnnxSettings:
     """Return the settings of options such as `weight_type=uint8`, `op_types=Conv,Gemm` or `per_channel=no`.
 
+    Args:
+        texts: The options.
+        recipe: Whose defaults hold for settings that are not given.
+
     Raises:
-        ToolError: No such setting, or a value that it cannot have.
+        ToolError: No such setting, a value that it cannot have, or two values for one setting.
     """
     hints = typing.get_type_hints(OnnxSettings)
     found: dict[str, Any] = {}
@@ -167,18 +185,26 @@ def parse_settings(texts: Sequence[str]) -> OnnxSettings:
         name, equals, value = text.partition("=")
         if name not in hints or not equals:
             raise ToolError(f"--set {text}: no such setting", expected=f"NAME=VALUE, NAME one of {', '.join(sorted(hints))}")
-        content: object = tuple(value.split(",")) if name == "op_types" else value
+        if name in found:
+            raise ToolError(f"--set {text}: the setting has a value already", remedy="give one")
+        content: object = tuple(filter(None, value.split(","))) if name == "op_types" else value
         try:
             found[name] = TypeAdapter(hints[name]).validate_python(content)
         except ValidationError:
-            raise ToolError(f"--set {text}: no such value", expected=describe_setting(name)) from None
+            content = None
+        if not content:
+            raise ToolError(f"--set {text}: no such value", expected=describe_setting(name))
+    if recipe == "int16x8" and found.setdefault("activation_type", "uint16") not in WIDE_TYPES:
+        what = f"--set activation_type={found['activation_type']} contradicts recipe int16x8"
+        raise ToolError(what, expected=" or ".join(WIDE_TYPES), remedy="leave it out, or use --recipe int8-static")
     return OnnxSettings(**found)
 
 
 def describe_setting(name: str) -> str:
     """Return the values that a setting can have, in words."""
     hint = typing.get_type_hints(OnnxSettings)[name]
-    choices = [arg for arg in typing.get_args(hint) if arg is not type(None)] if isinstance(hint, types.UnionType) else [hint]
+    is_optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    choices = [choice for choice in typing.get_args(hint) if choice is not type(None)] if is_optional else [hint]
     literals = [value for choice in choices for value in typing.get_args(choice) if isinstance(value, str)]
     if literals:
         return " or ".join(literals)
@@ -191,12 +217,11 @@ def settings_help() -> str:
     return f"Setting of ONNX Runtime's quantizer; repeatable. {listed}."
 
 
-def unused_settings(recipe: Recipe, settings: OnnxSettings) -> list[str]:
-    """Return the settings given that do nothing in a recipe."""
+def unused_settings(recipe: Recipe, texts: Sequence[str]) -> list[str]:
+    """Return the names of the settings given, as of `parse_settings`, that do nothing in a recipe."""
     if recipe in (*STATIC, "auto"):
         return []
-    default = OnnxSettings()
-    given = [entry.name for entry in fields(OnnxSettings) if getattr(settings, entry.name) != getattr(default, entry.name)]
+    given = [text.partition("=")[0] for text in texts]
     return [name for name in given if recipe == "fp16" or name in STATIC_ALONE]
 
 
@@ -232,15 +257,15 @@ def require_op_types(model: ModelFile, settings: OnnxSettings) -> None:
         raise ToolError(f"--set op_types: the model has no {', '.join(missing)}", where=model.path, got=got)
 
 
-def require_useful_settings(recipe: Recipe, settings: OnnxSettings, others: Mapping[str, bool]) -> None:
+def require_useful_settings(recipe: Recipe, texts: Sequence[str], others: Mapping[str, bool]) -> None:
     """Raise ToolError for settings and options that would do nothing in a recipe.
 
     Args:
         recipe: The recipe.
-        settings: ONNX Runtime's own.
+        texts: The settings given, as of `parse_settings`.
         others: Further options that only static recipes know -> whether they are given.
     """
-    idle = [f"--set {name}" for name in unused_settings(recipe, settings)]
+    idle = [f"--set {name}" for name in unused_settings(recipe, texts)]
     idle += [name for name, is_given in others.items() if is_given and recipe not in (*STATIC, "auto")]
     if idle:
         what = f"{', '.join(idle)} does nothing in recipe {recipe}"

@@ -80,7 +80,7 @@ def _count(histogram: tuple[Any, ...], values: NDArray[Any]) -> None:
 
 
 def _as_ranges(limits: Mapping[str, tuple[float, float]]) -> Any:
-    """Return ranges in the library's form; however they were found, it is told that they are the smallest and largest values."""
+    """Return ranges in the library's form; it takes them as the smallest and largest values, whatever the method."""
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
 
     return TensorsData(

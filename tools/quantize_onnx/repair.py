@@ -46,7 +46,7 @@ class Repairs:
     shapes: int = 0
 
     def __str__(self) -> str:
-        told = [
+        counted = [
             (self.opset, f"opset {self.opset} upgraded to {OPSET}"),
             (self.listed_weights, f"{self.listed_weights} weights taken out of the inputs"),
             (self.nameless, f"{self.nameless} nodes named"),
@@ -54,7 +54,7 @@ class Repairs:
             (self.batchnorms, f"{self.batchnorms} batch normalizations folded"),
             (self.shapes, f"{self.shapes} stale shapes inferred anew"),
         ]
-        return ", ".join(text for count, text in told if count)
+        return ", ".join(text for count, text in counted if count)
 
 
 def repair(source: Path, target: Path) -> Repairs:
@@ -143,9 +143,9 @@ def _resize_as_before(model: Model) -> None:
 
     for node in model.graph.node:
         if node.op_type == "Resize":
-            told = {attribute.name for attribute in node.attribute}
+            given = {attribute.name for attribute in node.attribute}
             for name, value in (("coordinate_transformation_mode", "asymmetric"), ("nearest_mode", "floor")):
-                if name not in told:
+                if name not in given:
                     node.attribute.append(helper.make_attribute(name, value))
 
 

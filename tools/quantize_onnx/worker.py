@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import logging
+import uuid
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -146,18 +147,19 @@ def _dynamic(model: Path, target: Path, wanted: OnnxRequest) -> None:
     gemms = [node.name for node in read_model(model).graph.node if node.op_type == "Gemm"]
     is_gemm_float = "Gemm" in wanted.float_op_types or "Gemm" not in settings.op_types
     float_gemms = [name for name in gemms if name in wanted.float_layers or is_gemm_float]
-    quantize_dynamic(
-        model,
-        target,
-        op_types_to_quantize=kinds,
-        per_channel=settings.per_channel,
-        reduce_range=settings.reduce_range,
-        weight_type=QuantType.from_string(f"Q{_type_name(settings.weight_type)}"),
-        # The library makes a MatMul of each Gemm first, and names it so.
-        nodes_to_exclude=[*wanted.float_layers, *(f"{name}_MatMul" for name in float_gemms)],
-        use_external_data_format=_is_large(model),
-        extra_options={} if settings.symmetric_weights is None else {"WeightSymmetric": settings.symmetric_weights},
-    )
+    with _alias(model) as source:
+        quantize_dynamic(
+            source,
+            target,
+            op_types_to_quantize=kinds,
+            per_channel=settings.per_channel,
+            reduce_range=settings.reduce_range,
+            weight_type=QuantType.from_string(f"Q{_type_name(settings.weight_type)}"),
+            # The library makes a MatMul of each Gemm first, and names it so.
+            nodes_to_exclude=[*wanted.float_layers, *(f"{name}_MatMul" for name in float_gemms)],
+            use_external_data_format=_is_large(model),
+            extra_options={} if settings.symmetric_weights is None else {"WeightSymmetric": settings.symmetric_weights},
+        )
 
 
 def _static(task: QuantizeTask, target: Path) -> None:
@@ -178,22 +180,39 @@ def _static(task: QuantizeTask, target: Path) -> None:
         kinds.append("Gemm")
     if is_qdq:
         options["OpTypesToExcludeOutputQuantization"] = list(AS_FLOAT)
-    quantize_static(
-        task.rewritten,
-        target,
-        None,  # the ranges are there already
-        calibration_cache_path=str(task.ranges),
-        calibrate_method=CalibrationMethod.MinMax,  # as `tools.quantize_onnx.ranges` notes them
-        quant_format=QuantFormat.QDQ if is_qdq else QuantFormat.QOperator,
-        op_types_to_quantize=kinds,
-        per_channel=settings.per_channel,
-        reduce_range=settings.reduce_range,
-        activation_type=QuantType.from_string(f"Q{_type_name(settings.activation_type)}"),
-        weight_type=QuantType.from_string(f"Q{_type_name(settings.weight_type)}"),
-        nodes_to_exclude=[*wanted.float_layers, *idle, *matrix_products(proto)],
-        use_external_data_format=_is_large(task.rewritten),
-        extra_options=options,
-    )
+    with _alias(task.rewritten) as source:
+        quantize_static(
+            source,
+            target,
+            None,  # the ranges are there already
+            calibration_cache_path=str(task.ranges),
+            calibrate_method=CalibrationMethod.MinMax,  # as `tools.quantize_onnx.ranges` notes them
+            quant_format=QuantFormat.QDQ if is_qdq else QuantFormat.QOperator,
+            op_types_to_quantize=kinds,
+            per_channel=settings.per_channel,
+            reduce_range=settings.reduce_range,
+            activation_type=QuantType.from_string(f"Q{_type_name(settings.activation_type)}"),
+            weight_type=QuantType.from_string(f"Q{_type_name(settings.weight_type)}"),
+            nodes_to_exclude=[*wanted.float_layers, *idle, *matrix_products(proto)],
+            use_external_data_format=_is_large(task.rewritten),
+            extra_options=options,
+        )
+
+
+@contextlib.contextmanager
+def _alias(model: Path) -> Iterator[Path]:
+    """Yield a second name of a model in its folder, for one call of the quantizer.
+
+    ONNX Runtime 1.31 writes `<name>-inferred.onnx` next to the model and deletes it: candidates that are made at the same time from
+    one name take it from each other. Can go when the library writes to a folder of its own.
+    """
+    alias = model.with_name(f"{uuid.uuid4().hex}.onnx")
+    alias.symlink_to(model.name)
+    try:
+        yield alias
+    finally:
+        for path in (alias, alias.with_name(f"{alias.stem}-inferred.onnx")):
+            path.unlink(missing_ok=True)
 
 
 def _half(model: Path, target: Path, wanted: OnnxRequest) -> None:

@@ -11,8 +11,7 @@ from typing import Literal
 from shared.calibration.dataset import CalibrationSet, holdout_of
 from shared.command.errors import ToolError
 from shared.command.options import InputRange, Objective
-from shared.quantize.product import file_beside, file_stem
-from shared.quantize.request import ALL_OUTPUTS, Limits, Request, parse_max_error
+from shared.quantize.request import ALL_OUTPUTS, Limits, Request, file_beside, file_stem, parse_max_error
 from shared.runtime.executors import choose_executor
 from tools.quantize_tflite.recipes import (
     NONE,

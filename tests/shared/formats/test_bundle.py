@@ -40,10 +40,10 @@ class Part:
 
     def fields(self, lies: dict[str, object]) -> tuple[dict[str, object], bytes]:
         true = {"flags": self.flags, "method": self.method, "crc": zlib.crc32(self.data), "packed": len(self.data)}
-        told = {"signature": None, "size": len(self.data), "name": self.name, "offset": None, **true, **lies}
-        name = told["name"]
+        given = {"signature": None, "size": len(self.data), "name": self.name, "offset": None, **true, **lies}
+        name = given["name"]
         assert isinstance(name, bytes)
-        return told, name
+        return given, name
 
 
 def zipped(*parts: Part, behind: bytes = b"", directory_size: int = 0) -> bytes:
@@ -51,16 +51,16 @@ def zipped(*parts: Part, behind: bytes = b"", directory_size: int = 0) -> bytes:
     content, directory = bytearray(), bytearray()
     for part in parts:
         content += part.before
-        told, name = part.fields(part.central)
-        offset = len(content) if told["offset"] is None else told["offset"]
-        sizes = told["crc"], told["packed"], told["size"]
+        given, name = part.fields(part.central)
+        offset = len(content) if given["offset"] is None else given["offset"]
+        sizes = given["crc"], given["packed"], given["size"]
         directory += CENTRAL.pack(
-            b"PK\1\2", 20, 20, told["flags"], told["method"], 0, 33, *sizes, len(name), 0, 0, 0, 0, 0, offset
+            b"PK\1\2", 20, 20, given["flags"], given["method"], 0, 33, *sizes, len(name), 0, 0, 0, 0, 0, offset
         )  # 33: 1 January 1980
         directory += name
-        told, name = part.fields(part.local)
-        sizes = told["crc"], told["packed"], told["size"]
-        content += LOCAL.pack(told["signature"] or b"PK\3\4", 20, told["flags"], told["method"], 0, 33, *sizes, len(name), 0)
+        given, name = part.fields(part.local)
+        sizes = given["crc"], given["packed"], given["size"]
+        content += LOCAL.pack(given["signature"] or b"PK\3\4", 20, given["flags"], given["method"], 0, 33, *sizes, len(name), 0)
         content += name + part.data
     content += behind
     end = END.pack(b"PK\5\6", 0, 0, len(parts), len(parts), len(directory) + directory_size, len(content), 0)
@@ -290,10 +290,10 @@ def test_the_limits_are_what_is_still_allowed(tmp_path: Path) -> None:
 
 def test_entries_that_lie_in_another_order_come_in_the_directorys(tmp_path: Path) -> None:
     behind = LOCAL.size + 1 + len(A.data)
-    told_a, told_b = ({"name": part.name, "crc": zlib.crc32(part.data)} for part in (A, B))
+    fields_a, fields_b = ({"name": part.name, "crc": zlib.crc32(part.data)} for part in (A, B))
     swapped = zipped(
-        Part(b"a", A.data, central={**told_b, "offset": behind}),
-        Part(b"b", B.data, central={**told_a, "offset": 0}),
+        Part(b"a", A.data, central={**fields_b, "offset": behind}),
+        Part(b"b", B.data, central={**fields_a, "offset": 0}),
     )
     assert list(contents_of(unpack(swapped, tmp_path)).items()) == [("b", B.data), ("a", A.data)]
 

@@ -1,4 +1,4 @@
-"""What an .onnx file says of itself is read without its weights, and what it refers to lies beside it or is refused."""
+"""An .onnx file's ops and metadata are read without its weights, and files that it refers to lie next to it or are refused."""
 
 import hashlib
 import os
@@ -12,8 +12,9 @@ import pytest
 from onnx import helper, numpy_helper
 
 from shared.command.errors import ToolError
+from shared.formats.model_file import ModelFile
 from shared.formats.onnx_file import check_is_onnx, external_files, name_weights, read_model, tensor_bytes
-from shared.formats.onnx_graph import METADATA_KEY, declared_range, read_metadata, read_ops, without_traces, write_metadata
+from shared.formats.onnx_graph import METADATA_KEY, read_onnx, read_ops, without_traces, write_metadata
 from tests.conftest import REALDATA
 from tests.support.small_onnx import answer, save, save_picture_model, seeded, with_external_weights
 
@@ -181,7 +182,7 @@ def test_weights_of_constant_nodes_and_of_inner_graphs_are_found_too(tmp_path: P
         external_files(path)
 
 
-def test_ops_tell_their_weights_types_and_places(tmp_path: Path) -> None:
+def test_ops_have_their_weights_types_and_names(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(seeded(4, 3, 3, 3), "w")),
         helper.make_node("Conv", ["x", "w", "b"], ["c"], name="first"),
@@ -218,15 +219,16 @@ def test_metadata_comes_back_and_others_entries_stay(model: Path) -> None:
     helper.set_model_props(content, {"author": "somebody", METADATA_KEY: "old"})
     write_metadata(content, {"nbits": 32})
     model.write_bytes(content.SerializeToString())
-    assert read_metadata(model) == {"nbits": 32}
+    assert ModelFile(model).metadata == {"nbits": 32}
+    assert ModelFile(model).nbits == 32
     assert {entry.key: entry.value for entry in content.metadata_props} == {"author": "somebody", METADATA_KEY: '{"nbits": 32}'}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", "[" * 60_000, '{"a": "' + "x" * 2**16 + '"}'])
 def test_metadata_that_is_not_ours_is_none(model: Path, text: str) -> None:
     edited(model, lambda content: helper.set_model_props(content, {METADATA_KEY: text}))
-    assert read_metadata(model) == {}
-    assert declared_range(model) is None
+    found = read_onnx(model)
+    assert (found.metadata, found.input_range) == ({}, None)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +246,7 @@ def test_the_range_of_the_image_is_what_the_metadata_says(
     model: Path, content: dict[str, object], declared: tuple[float, float] | None
 ) -> None:
     edited(model, lambda proto: write_metadata(proto, content))
-    assert declared_range(model) == declared
+    assert read_onnx(model).input_range == declared
 
 
 def test_traces_of_the_exporter_are_taken_out_and_nothing_else(model: Path) -> None:

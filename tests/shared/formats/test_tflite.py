@@ -7,30 +7,29 @@ from pathlib import Path
 import pytest
 
 from shared.command.errors import ToolError
-from shared.formats.tflite import (
-    append_metadata,
-    check_is_tflite,
-    copy_appended_zip,
-    custom_ops,
-    declared_range,
-    read_dequantized_types,
-    read_metadata,
-    read_ops,
-)
+from shared.formats.tflite import check_is_tflite, read_tflite
+from shared.formats.tflite_metadata import append_metadata, copy_appended_zip
+from shared.formats.tflite_metadata import read_metadata as read_from
 from tests.conftest import REALDATA
 
 
+def read_metadata(path: Path) -> dict[str, object]:
+    with path.open("rb") as file:
+        return read_from(file)
+
+
 def test_the_weights_of_every_op_are_counted(float_model: Path) -> None:
-    ops = [op for op in read_ops(float_model) if op.size_weights]
+    ops = [op for op in read_tflite(float_model).ops if op.weight_bytes]
     counts = {kind: sum(op.op_type == kind for op in ops) for kind in ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")}
     assert counts == {"CONV_2D": 5, "DEPTHWISE_CONV_2D": 5, "FULLY_CONNECTED": 11}
-    largest = max(ops, key=lambda op: op.size_weights)
-    assert (largest.size_weights, largest.dtype) == (64 * 64 * 9 * 4, "FLOAT32")
+    largest = max(ops, key=lambda op: op.weight_bytes)
+    assert (largest.weight_bytes, largest.dtype) == (64 * 64 * 9 * 4, "FLOAT32")
     assert len({op.name for op in ops}) == len(ops)
+    assert all((op.scope, op.output) == (f"{op.name};", op.name) for op in ops), "every op has one output"
 
 
 def test_metadata_is_appended_and_read_back(float_model: Path, tmp_path: Path) -> None:
-    assert read_metadata(float_model) == {
+    assert read_tflite(float_model).metadata == read_metadata(float_model) == {
         "image_size": 64, "input_layout": "nchw", "model": "videoseal_small", "nbits": 32, "rehearsal": False, "resize": False,
     }  # fmt: skip
     plain = tmp_path / "plain.bin"
@@ -80,21 +79,21 @@ def test_a_damaged_flatbuffer_is_an_error_not_a_traceback(float_model: Path, tmp
         damaged = tmp_path / "a.tflite"
         damaged.write_bytes(content[:kept].ljust(200, b"\xff"))
         with pytest.raises(ToolError, match="damaged TFLite model"):
-            read_ops(damaged)
+            read_tflite(damaged)
 
 
 @pytest.mark.realdata
 def test_old_files_tell_their_op_types_too() -> None:
     """Files from before schema 3a keep the op in a deprecated field and leave the new one 0, which means ADD."""
-    ops = read_ops(REALDATA / "mediapipe" / "selfie_segmenter.tflite")
+    ops = read_tflite(REALDATA / "mediapipe" / "selfie_segmenter.tflite").ops
     assert sum(op.op_type == "CONV_2D" for op in ops) > 10
     assert {op.dtype for op in ops if op.op_type == "CONV_2D"} == {"FLOAT16"}
 
 
 @pytest.mark.realdata
 def test_weights_behind_dequantize_are_known_by_their_stored_type() -> None:
-    assert read_dequantized_types(REALDATA / "mediapipe" / "selfie_segmenter.tflite") == {"float16"}
-    assert read_dequantized_types(REALDATA / "tflite" / "mlperf_tiny_resnet_float.tflite") == set()
+    assert read_tflite(REALDATA / "mediapipe" / "selfie_segmenter.tflite").restored_types == ["float16"]
+    assert read_tflite(REALDATA / "tflite" / "mlperf_tiny_resnet_float.tflite").restored_types == []
 
 
 @pytest.mark.realdata
@@ -136,14 +135,14 @@ def test_the_range_of_an_input_is_read_from_the_metadata() -> None:
         "mediapipe/selfie_segmenter.tflite": (0.0, 1.0),
         "tflite/mlperf_tiny_resnet_float.tflite": None,
     }
-    assert {name: declared_range(REALDATA / name) for name in known} == known
+    assert {name: read_tflite(REALDATA / name).input_range for name in known} == known
 
 
 def test_our_own_detectors_take_pixels_from_0_to_1(float_model: Path) -> None:
-    assert declared_range(float_model) == (0.0, 1.0)
+    assert read_tflite(float_model).input_range == (0.0, 1.0)
 
 
 @pytest.mark.realdata
 def test_custom_ops_are_named() -> None:
-    assert custom_ops(REALDATA / "mediapipe" / "selfie_segmenter.tflite") == ["Convolution2DTransposeBias"]
-    assert custom_ops(REALDATA / "tflite" / "mlperf_tiny_resnet_float.tflite") == []
+    assert read_tflite(REALDATA / "mediapipe" / "selfie_segmenter.tflite").custom_ops == ["Convolution2DTransposeBias"]
+    assert read_tflite(REALDATA / "tflite" / "mlperf_tiny_resnet_float.tflite").custom_ops == []

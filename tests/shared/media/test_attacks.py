@@ -1,4 +1,4 @@
-"""Attacks do what their names say, through 8 bits, the same each time."""
+"""Attacks change images of 8 bits according to their names, repeatably."""
 
 import numpy as np
 import pytest
@@ -15,12 +15,12 @@ def picture() -> Pixels:
     return np.asarray(np.rint(255 * image), np.uint8)
 
 
-def psnr(one: Pixels, other: Pixels) -> float:
-    return metrics.psnr_db(to_image(one), to_image(other))
+def psnr(reference: Pixels, candidate: Pixels) -> float:
+    return metrics.psnr_db(to_image(reference), to_image(candidate))
 
 
 @pytest.mark.parametrize("attack", STANDARD, ids=lambda attack: attack.name)
-def test_a_standard_attack_changes_pixels_the_same_way_each_time(attack: Attack, picture: Pixels) -> None:
+def test_a_standard_attack_changes_pixels_repeatably(attack: Attack, picture: Pixels) -> None:
     once, again = attack(picture), attack(picture)
     assert (once.dtype, once.shape[2]) == (np.uint8, 3)
     np.testing.assert_array_equal(once, again)
@@ -31,12 +31,12 @@ def test_a_standard_attack_changes_pixels_the_same_way_each_time(attack: Attack,
     ("milder", "harder"),
     [("jpeg-90", "jpeg-30"), ("resize-0.9", "resize-0.3"), ("blur-0.5", "blur-2"), ("noise-0.01", "noise-0.1")],
 )
-def test_a_harder_attack_leaves_less(milder: str, harder: str, picture: Pixels) -> None:
+def test_a_harder_attack_has_a_lower_psnr(milder: str, harder: str, picture: Pixels) -> None:
     (mild,), (hard,) = parse_attacks(milder), parse_attacks(harder)
     assert psnr(picture, mild(picture)) > psnr(picture, hard(picture))
 
 
-def test_light_is_multiplied(picture: Pixels) -> None:
+def test_brightness_and_contrast_multiply(picture: Pixels) -> None:
     darker = Attack("brightness", 0.5)(picture)
     np.testing.assert_allclose(darker, picture / 2, atol=1)
     flat = np.full((8, 8, 3), 100, np.uint8)
@@ -51,7 +51,7 @@ def test_a_crop_is_a_part_of_the_image_and_its_place_depends_on_the_seed(picture
     assert len({part.tobytes() for part in parts}) > 1
 
 
-def test_noise_has_the_strength_asked_for() -> None:
+def test_noise_has_the_given_strength() -> None:
     flat = np.full((128, 128, 3), 128, np.uint8)
     assert float(Attack("noise", 0.04)(flat).std()) == pytest.approx(0.04 * 255, rel=0.05)
 
@@ -67,6 +67,6 @@ def test_attacks_are_read_from_their_names() -> None:
 
 
 @pytest.mark.parametrize("text", ["jpg-50", "jpeg", "jpeg-0", "jpeg-101", "crop-0", "noise-nan", "blur-inf", "", "resize-2"])
-def test_a_wrong_name_is_an_error_that_lists_the_right_ones(text: str) -> None:
+def test_a_wrong_attack_is_an_error_with_a_list_of_known_attacks(text: str) -> None:
     with pytest.raises(ToolError, match=r"unknown attack.*jpeg-1 to 100"):
         parse_attacks(text)

@@ -38,7 +38,7 @@ def test_an_image_is_rgb_in_0_to_1_channels_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1"])
-def test_other_modes_become_rgb(tmp_path: Path, mode: str) -> None:
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     Image.new(mode, (8, 8)).save(tmp_path / "a.png")
     assert read_pixels(tmp_path / "a.png").shape == (8, 8, 3)
 
@@ -49,7 +49,7 @@ def test_sixteen_bits_of_grey_become_eight(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_pixels(tmp_path / "a.png")[..., 1], grey)
 
 
-def test_a_turned_photograph_is_turned_back(tmp_path: Path) -> None:
+def test_a_photograph_is_turned_upright_by_its_exif(tmp_path: Path) -> None:
     picture = Image.new("RGB", (8, 8))
     picture.putpixel((0, 0), (255, 255, 255))
     exif = Image.Exif()
@@ -59,7 +59,7 @@ def test_a_turned_photograph_is_turned_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["text", "cut", "gif"])
-def test_what_is_no_whole_image_is_an_error(tmp_path: Path, kind: str) -> None:
+def test_a_damaged_or_unknown_image_is_an_error(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path, "GIF" if kind == "gif" else "PNG")
     if kind == "cut":
@@ -70,8 +70,8 @@ def test_what_is_no_whole_image_is_an_error(tmp_path: Path, kind: str) -> None:
         read_pixels(path)
 
 
-def test_no_damage_ends_in_anything_but_an_error_line(tmp_path: Path) -> None:
-    """Flip bytes of a photo with EXIF, where Pillow raises what it likes."""
+def test_any_damage_is_harmless_or_a_tool_error(tmp_path: Path) -> None:
+    """Flip bytes of a photo with EXIF, where Pillow raises errors of many types."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
     exif = Image.Exif()
     exif[0x0112], exif[0x0132] = 6, "2026:11:21 00:00:00"
@@ -99,13 +99,13 @@ def test_a_folder_is_searched_sorted_and_must_hold_images(tmp_path: Path) -> Non
         image_files(tmp_path / "empty")
 
 
-def test_made_up_pictures_repeat_and_fill_the_range() -> None:
-    one, again, other = (seeded_image(32, np.random.default_rng(seed)) for seed in (1, 1, 2))
-    assert (one.shape, one.dtype) == ((1, 3, 32, 32), np.float32)
-    np.testing.assert_array_equal(one, again)
-    assert np.abs(one - other).max() > 0.1
-    assert 0 <= one.min() < 0.1
-    assert 0.9 < one.max() <= 1
+def test_synthetic_pictures_repeat_and_fill_the_range() -> None:
+    first, again, different = (seeded_image(32, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert (first.shape, first.dtype) == ((1, 3, 32, 32), np.float32)
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - different).max() > 0.1
+    assert 0 <= first.min() < 0.1
+    assert 0.9 < first.max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_layouts_hold_the_same_pixels() -> None:
     assert to_layout(image, "nchw") is image
 
 
-def test_the_whole_image_is_stretched_nothing_is_cut_off() -> None:
+def test_the_whole_image_is_stretched_without_a_crop() -> None:
     pixels = np.zeros((20, 40, 3), np.uint8)
     pixels[:, :10] = 255  # the left quarter
     square = stretch(pixels, 16)
@@ -172,7 +172,7 @@ def test_arrays_of_callers_become_images() -> None:
         (np.full((8, 8, 3), np.nan), "out of range"),
     ],
 )
-def test_arrays_that_are_no_image_are_refused(array: object, reason: str) -> None:
+def test_arrays_of_wrong_form_or_range_are_refused(array: object, reason: str) -> None:
     with pytest.raises(ToolError, match=reason):
         as_image(array)
 
@@ -196,7 +196,7 @@ def test_arrays_that_are_no_image_are_refused(array: object, reason: str) -> Non
         ((), None),
     ],
 )
-def test_how_a_tensor_holds_an_image_is_read_from_its_shape(shape: tuple[int, ...], form: ImageForm | None) -> None:
+def test_the_form_of_an_image_tensor_is_read_from_its_shape(shape: tuple[int, ...], form: ImageForm | None) -> None:
     assert image_form(shape) == form
 
 
@@ -212,20 +212,20 @@ def test_pixels_come_back_from_the_form_of_a_model(layout: str, channels: int) -
     np.testing.assert_array_equal(np.rint(from_form(held, form) * 255).astype(np.uint8), expected)
 
 
-def test_luma_is_weighed_as_broadcasting_does() -> None:
+def test_luma_has_the_weights_of_bt_601() -> None:
     pixels = np.array([[(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]], np.uint8)
     luma = to_form(pixels, ImageForm("nchw", 1, 1, 4))
     np.testing.assert_allclose(luma.ravel(), [0.299, 0.587, 0.114, 1.0], atol=0.5 / 255)
 
 
-def test_an_image_keeps_its_size_where_any_fits_and_is_stretched_where_one_is_fixed() -> None:
+def test_an_image_is_stretched_along_fixed_axes_only() -> None:
     pixels = np.zeros((10, 14, 3), np.uint8)
     assert to_form(pixels, ImageForm("nchw", 3, None, None)).shape == (1, 3, 10, 14)
     assert to_form(pixels, ImageForm("nchw", 3, 20, None)).shape == (1, 3, 20, 14)
     assert to_form(pixels, ImageForm("nhwc", 1, None, 7)).shape == (1, 10, 7, 1)
 
 
-def test_an_image_is_stretched_to_a_width_of_its_own() -> None:
+def test_an_image_is_stretched_to_a_given_width() -> None:
     pixels = np.zeros((8, 8, 3), np.uint8)
     pixels[:, 4:] = 255
     wide = stretch(pixels, 8, 32)
@@ -239,7 +239,7 @@ def test_real_photographs_are_read() -> None:
         assert read_pixels(path).std() > 2
 
 
-def test_images_are_one_file_a_folder_or_what_a_pattern_matches(tmp_path: Path) -> None:
+def test_images_come_from_a_file_a_folder_or_a_pattern(tmp_path: Path) -> None:
     for name in ("b_lr.png", "a_lr.PNG", "a.png", "a_lr.txt", "sub/c_lr.jpg", "a[1].png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -253,7 +253,7 @@ def test_images_are_one_file_a_folder_or_what_a_pattern_matches(tmp_path: Path) 
     assert names("?.png") == ["a.png"]
     assert names("sub") == ["sub/c_lr.jpg"]
     assert len(names(".")) == 5
-    assert names("a[1].png") == ["a[1].png"], "a file of that very name is no pattern"
+    assert names("a[1].png") == ["a[1].png"], "the name of an existing file is no pattern"
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_images_are_one_file_a_folder_or_what_a_pattern_matches(tmp_path: Path) 
         ("empty", "no images"),
     ],
 )
-def test_no_images_there_are_an_error(tmp_path: Path, text: str, reason: str) -> None:
+def test_a_path_without_images_is_an_error(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.png").touch()
     with pytest.raises(ToolError, match=reason):

@@ -1,5 +1,6 @@
-"""Frames come evenly spread, in RGB, and only from files that are videos."""
+"""Frames come evenly spread, in RGB, from video files only."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -38,7 +39,7 @@ def test_frames_are_spread_evenly(video: Path, count: int, numbers: list[int]) -
     assert max(frame[..., 2].mean() for frame in frames) < 8
 
 
-def test_a_cut_off_video_gives_what_is_left_evenly(video: Path, tmp_path: Path) -> None:
+def test_a_cut_off_video_gives_its_remaining_frames_evenly(video: Path, tmp_path: Path) -> None:
     content = video.read_bytes()
     (tmp_path / "cut.avi").write_bytes(content[: int(0.9 * len(content))])
     everything = list(read_frames(tmp_path / "cut.avi", 99))
@@ -48,28 +49,43 @@ def test_a_cut_off_video_gives_what_is_left_evenly(video: Path, tmp_path: Path) 
     np.testing.assert_array_equal(last, everything[-1])
 
 
-def test_what_is_no_video_is_an_error(video: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: list(read_frames(path, 3)),
+        count_frames,
+        lambda path: scene_changes(path, 3),
+        lambda path: list(frames_at(path, {0})),
+    ],
+    ids=["read_frames", "count_frames", "scene_changes", "frames_at"],
+)
+def test_a_damaged_or_missing_video_is_an_error(video: Path, tmp_path: Path, read: Callable[[Path], object]) -> None:
     (tmp_path / "text.mp4").write_text("not a video")
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "cut.avi").write_bytes(video.read_bytes()[:300])
     for name in ("text.mp4", "empty.mp4", "cut.avi"):
         with pytest.raises(ToolError, match=r"not a video that can be decoded|the video file is empty"):
-            list(read_frames(tmp_path / name, 3))
-    for name in ("absent.mp4", "http://localhost/video.mp4"):
+            read(tmp_path / name)
+    for path in (tmp_path / "absent.mp4", Path("http://localhost/video.mp4")):
         with pytest.raises(ToolError, match="no such video file"):
-            list(read_frames(Path(name), 3))
+            read(path)
+
+
+def test_at_least_one_frame_must_be_requested(video: Path) -> None:
     with pytest.raises(ToolError, match="too few frames"):
         list(read_frames(video, 0))
 
 
-def test_frames_are_counted_and_the_rate_is_told(video: Path, tmp_path: Path) -> None:
+def test_frames_are_counted_and_the_rate_is_returned(video: Path, tmp_path: Path) -> None:
     assert count_frames(video) == (11, 10)
     content = video.read_bytes()
     (tmp_path / "cut.avi").write_bytes(content[: int(0.9 * len(content))])
     with pytest.raises(ToolError, match=r"cut off or damaged; got \d of 11 frames"):
         count_frames(tmp_path / "cut.avi")
     total, _ = count_frames(tmp_path / "cut.avi", of_whole=False)
-    assert total == len(list(read_frames(tmp_path / "cut.avi", 99))) < 11, "what can be decoded, not what the container says"
+    assert total == len(list(read_frames(tmp_path / "cut.avi", 99))) < 11, (
+        "the number of decoded frames, not the number in the container"
+    )
 
 
 def test_frames_come_by_their_numbers(video: Path) -> None:
@@ -95,24 +111,16 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("count", "numbers"), [(1, [0]), (2, [0, 20]), (3, [0, 20, 45])])
-def test_scene_changes_are_found_the_hardest_first(scenes: Path, count: int, numbers: list[int]) -> None:
+def test_the_hardest_scene_changes_come_first(scenes: Path, count: int, numbers: list[int]) -> None:
     assert scene_changes(scenes, count) == numbers
 
 
-def test_scene_changes_lie_apart(scenes: Path) -> None:
+def test_scene_changes_keep_a_distance(scenes: Path) -> None:
     found = scene_changes(scenes, 99)
     assert {0, 20, 45} <= set(found)
-    assert not {24, 25} & set(found), "the flash is too near the change before"
+    assert not {24, 25} & set(found), "the flash is too near the scene change at 20"
     assert min(np.diff(found)) >= APART
     assert found == sorted(found)
-
-
-def test_scene_changes_of_what_is_no_video_are_an_error(tmp_path: Path) -> None:
-    (tmp_path / "text.mp4").write_text("not a video")
-    for name, reason in (("text.mp4", "not a video that can be decoded"), ("absent.mp4", "no such video file")):
-        for ask in (count_frames, lambda path: scene_changes(path, 3), lambda path: list(frames_at(path, {0}))):
-            with pytest.raises(ToolError, match=reason):
-                ask(tmp_path / name)
 
 
 @pytest.mark.realdata

@@ -1,4 +1,4 @@
-"""A card says what it should, and a bad one says what is wrong with it."""
+"""A good card loads; a bad card is an error that names its wrong fields."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def test_every_shipped_card_loads_and_has_gates_for_its_recipes() -> None:
 
 
 @pytest.mark.parametrize(("name", "near"), [("chunkysea", "chunkyseal"), ("VideoSeal", "videoseal"), ("pixel-seal", "pixelseal")])
-def test_an_unknown_model_gets_the_near_miss(name: str, near: str) -> None:
+def test_an_unknown_model_gets_the_nearest_name(name: str, near: str) -> None:
     with pytest.raises(ToolError, match=f"did you mean {near}"):
         load_card(name)
 
@@ -30,8 +30,10 @@ def test_an_unknown_model_gets_the_near_miss(name: str, near: str) -> None:
         ("dims", [16, 32, 48, -1]),
         ("stem_stride", 3),
         ("image_size", 8),
-        ("output_prefix", "../elsewhere"),
-        ("colour", "blue"),
+        ("nbits", True),
+        ("nbits", 32.0),
+        ("nbits", "32"),
+        ("dims", [2**62, 1, 1, 1]),
     ],
 )
 def test_a_bad_field_is_named_with_its_file(tmp_path: Path, field: str, value: object) -> None:
@@ -40,21 +42,18 @@ def test_a_bad_field_is_named_with_its_file(tmp_path: Path, field: str, value: o
         load_card(str(card))
 
 
-def test_all_bad_fields_are_named_at_once(tmp_path: Path) -> None:
+def test_all_bad_fields_are_named_together(tmp_path: Path) -> None:
     card = write_card(tmp_path / "bad.toml", nbits=0, stem_stride=5)
     with pytest.raises(ToolError, match=r"nbits.*stem_stride"):
         load_card(str(card))
 
 
-def test_a_card_that_is_no_toml_or_not_there_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "bad.toml").write_text("nbits = = 3")
-    with pytest.raises(ToolError, match="not valid TOML"):
-        load_card(str(tmp_path / "bad.toml"))
+def test_a_missing_card_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ToolError, match="no such model card"):
         load_card(str(tmp_path / "absent.toml"))
 
 
-def test_a_checkpoint_is_found_in_the_products_folder_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_found_in_the_projects_folder_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     card = load_card("videoseal")
     places = card.checkpoint_places()
@@ -67,28 +66,21 @@ def test_a_checkpoint_is_found_in_the_products_folder_first(tmp_path: Path, monk
     assert card.find_checkpoint() == published
 
 
-def test_a_file_name_that_several_models_share_is_not_taken_for_either() -> None:
+def test_a_file_name_shared_by_several_models_is_ignored() -> None:
     assert not any(
         place.name == "checkpoint.pth" and place.parent.name == "videoseal" for place in load_card("pixelseal").checkpoint_places()
     )
 
 
-@pytest.mark.parametrize(("field", "value"), [("nbits", True), ("nbits", 32.0), ("nbits", "32"), ("dims", [2**62, 1, 1, 1])])
-def test_numbers_are_whole_and_of_a_sane_size(tmp_path: Path, field: str, value: object) -> None:
-    card = write_card(tmp_path / "bad.toml", **{field: value})
-    with pytest.raises(ToolError, match=field):
-        load_card(str(card))
-
-
 @pytest.mark.parametrize("url", ["ftp://host/file", "https://host", "https://host/", "https://hôst/file", "https://host/a b"])
-def test_an_address_that_cannot_be_one_is_refused(tmp_path: Path, url: str) -> None:
+def test_an_impossible_address_is_refused(tmp_path: Path, url: str) -> None:
     card = write_card(tmp_path / "bad.toml")
     card.write_text(card.read_text().replace("https://example.org/small.pth", url))
     with pytest.raises(ToolError, match=r"checkpoint\.url"):
         load_card(str(card))
 
 
-def test_a_checkpoint_may_lie_beside_its_card(tmp_path: Path) -> None:
+def test_a_checkpoint_may_lie_in_the_folder_of_its_card(tmp_path: Path) -> None:
     path = write_card(tmp_path / "own.toml")
     path.write_text(path.read_text().replace('url = "https://example.org/small.pth"', 'file = "weights/own.pth"'))
     card = load_card(str(path))
@@ -104,7 +96,7 @@ def test_a_checkpoint_may_lie_beside_its_card(tmp_path: Path) -> None:
     "lines",
     ["", 'url = "https://example.org/a.pth"\nfile = "a.pth"', 'file = "../a.pth"', 'file = "a/../../b.pth"', 'file = "/a.pth"'],
 )
-def test_a_card_names_one_checkpoint_address_or_file(tmp_path: Path, lines: str) -> None:
+def test_a_card_names_either_an_address_or_a_file(tmp_path: Path, lines: str) -> None:
     path = write_card(tmp_path / "bad.toml")
     path.write_text(path.read_text().replace('url = "https://example.org/small.pth"', lines))
     with pytest.raises(ToolError, match="checkpoint"):

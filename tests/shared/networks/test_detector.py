@@ -1,4 +1,4 @@
-"""The network equals the published one: keys, shapes, and outputs."""
+"""The network equals the published network in keys, shapes and outputs."""
 
 import json
 from collections.abc import Mapping
@@ -33,13 +33,13 @@ def test_keys_and_shapes_of_every_card_are_the_published_ones(card: str, publish
 
 
 @pytest.mark.parametrize("kind", ["videoseal_small", "chunkyseal_small"])
-def test_output_is_the_published_codes(kind: str, request: pytest.FixtureRequest) -> None:
+def test_the_output_equals_the_output_of_the_published_code(kind: str, request: pytest.FixtureRequest) -> None:
     """Fails also if the image is mapped to [-1, 1] never or twice: see the next test."""
     network, tensors = load(request.getfixturevalue(kind))
     torch.testing.assert_close(network(tensors["_parity.input"]), tensors["_parity.output"], atol=TORCH_TOLERANCE, rtol=0)
 
 
-def test_mapping_the_image_twice_or_never_leaves_the_published_output(videoseal_small: Small) -> None:
+def test_mapping_the_image_twice_or_never_changes_the_output(videoseal_small: Small) -> None:
     network, tensors = load(videoseal_small)
     image, published = tensors["_parity.input"], tensors["_parity.output"]
     never, _ = load(videoseal_small, maps_input=False)

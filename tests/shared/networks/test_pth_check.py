@@ -1,4 +1,4 @@
-"""A .pth file is checked as a whole before anything maps it, and what its pickle names is never imported."""
+"""A .pth file is checked as a whole before anything maps it, and no name in its pickle is imported."""
 
 import io
 import pickle
@@ -24,7 +24,7 @@ def saved(path: Path) -> Path:
     return path
 
 
-def test_what_torch_saves_passes(tmp_path: Path) -> None:
+def test_a_file_of_torch_save_passes(tmp_path: Path) -> None:
     check_pth(saved(tmp_path / "c.pth"))
 
 
@@ -42,7 +42,7 @@ def test_every_records_checksum_is_checked(tmp_path: Path) -> None:
             check_pth(tmp_path / "d.pth")
 
 
-def test_what_a_pickle_names_is_neither_imported_nor_called(tmp_path: Path) -> None:
+def test_a_callable_in_a_pickle_is_neither_imported_nor_called(tmp_path: Path) -> None:
     module = tmp_path / "would_be_imported.py"
     touch = f"__import__('pathlib').Path({str(tmp_path / 'canary')!r}).touch()"
     module.write_text(f"{touch}\ndef call(*_): {touch}\n")
@@ -53,7 +53,7 @@ def test_what_a_pickle_names_is_neither_imported_nor_called(tmp_path: Path) -> N
         assert "would_be_imported" not in sys.modules
         assert not (tmp_path / "canary").exists()
         pickle.loads(b"cwould_be_imported\ncall\n(S'x'\ntR.")
-        assert (tmp_path / "canary").exists(), "the pickle would do it"
+        assert (tmp_path / "canary").exists(), "the pickle has no effect"
     finally:
         sys.path.remove(str(tmp_path))
         sys.modules.pop("would_be_imported", None)
@@ -64,7 +64,7 @@ def test_a_storage_must_be_as_long_as_its_record(tmp_path: Path, numel: int) -> 
     torch.save({"model": {"w": torch.zeros(5)}}, tmp_path / "c.pth")
     with zipfile.ZipFile(tmp_path / "c.pth") as old, zipfile.ZipFile(tmp_path / "d.pth", "w") as new:
         for name in old.namelist():
-            content, told = old.read(name), b"K%ctq" % numel
-            new.writestr(name, content.replace(b"K\x05tq", told) if name.endswith("data.pkl") else content)
+            content, length = old.read(name), b"K%ctq" % numel
+            new.writestr(name, content.replace(b"K\x05tq", length) if name.endswith("data.pkl") else content)
     with pytest.raises(ToolError, match=rf"storage '0' is not as long as it says; got {numel} x FloatStorage in 20 bytes"):
         check_pth(tmp_path / "d.pth")

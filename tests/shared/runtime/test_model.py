@@ -1,4 +1,4 @@
-"""Any model is loaded and run the same way, and its samples fit its inputs."""
+"""Models of all formats load and run alike, and samples fit their inputs."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +14,7 @@ from shared.networks.card import InputForm, load_card
 from shared.runtime import model as module
 from shared.runtime.model import DetectorCheckpoint, choose_kernels, open_model
 from shared.runtime.processes import ChildError
-from shared.runtime.samples import FREE_SIDE, sample_inputs
+from shared.runtime.samples import FREE_SIDE, image_sample, sample_inputs
 from tests.conftest import REALDATA, Small
 from tests.support.small_onnx import answer, save_picture_model, save_vector_model, seeded, with_external_weights
 
@@ -72,8 +72,8 @@ def test_a_file_of_another_kind_is_an_error(tmp_path: Path) -> None:
 def test_our_models_tell_their_message_length(float_model: Path, videoseal_small: Small, tmp_path: Path) -> None:
     renamed = tmp_path / "anything.tflite"
     shutil.copy(float_model, renamed)
-    assert ModelFile(renamed).nbits() == 32
-    assert DetectorCheckpoint(videoseal_small.checkpoint, load_card(str(videoseal_small.card))).nbits() == 32
+    assert ModelFile(renamed).nbits == 32
+    assert DetectorCheckpoint(videoseal_small.checkpoint, load_card(str(videoseal_small.card))).nbits == 32
 
 
 def test_kernels_follow_the_free_memory(float_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_an_onnx_model_runs_as_onnx_runtime_runs_it(tmp_path: Path, is_external:
             "onnxruntime",
         )
         outputs, run_ms = model.run({"image": seeded(1, 3, 16, 16)})
-        assert model.ops_outside_delegate() == {}
+        assert model.plain_ops() == {}
     np.testing.assert_allclose(outputs["made"], expected, rtol=1e-5, atol=1e-6)
     assert run_ms > 0
 
@@ -173,11 +173,11 @@ def test_an_onnx_model_of_unknown_ops_is_an_error_of_the_child(tmp_path: Path) -
 def test_an_onnx_models_size_and_message_length_are_its_own(tmp_path: Path) -> None:
     path = save_picture_model(tmp_path / "m.onnx", metadata={"edgepress": '{"nbits": 32}'})
     source, size = ModelFile(path), path.stat().st_size
-    assert (source.size_bytes, source.nbits(), choose_kernels(source)) == (size, 32, "onnxruntime")
-    with_external_weights(path)
+    assert (source.size_bytes, source.nbits, choose_kernels(source)) == (size, 32, "onnxruntime")
+    source = ModelFile(with_external_weights(path))
     assert source.size_bytes > 0.9 * size > path.stat().st_size
-    assert source.nbits() == 32
-    assert ModelFile(save_vector_model(tmp_path / "v.onnx")).nbits() is None
+    assert source.nbits == 32
+    assert ModelFile(save_vector_model(tmp_path / "v.onnx")).nbits is None
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_an_onnx_models_size_and_message_length_are_its_own(tmp_path: Path) -> N
         ([], False),
     ],
 )
-def test_a_model_of_one_float_image_is_told_from_others(specs: list[TensorSpec], is_image: bool) -> None:
+def test_only_a_model_of_one_float_image_takes_an_image(specs: list[TensorSpec], is_image: bool) -> None:
     found = image_input(specs)
     assert (found is not None) == is_image
     assert found is None or found[0] == "x"
@@ -218,6 +218,12 @@ def test_made_up_pictures_span_the_range_that_the_model_takes(span: tuple[float,
     sample = sample_inputs([TensorSpec("x", (1, 3, 32, 32), "float32")], 0, span)["x"]
     assert span[0] <= sample.min() < sample.max() <= span[1]
     assert np.ptp(sample) > 0.9 * (span[1] - span[0])
+
+
+def test_an_image_is_stretched_to_a_model_of_one_size_only() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    for shape, expected in (((1, 3, -1, -1), (1, 3, 20, 30)), ((1, 16, 24, 3), (1, 16, 24, 3)), ((-1, 1, -1, -1), (1, 1, 20, 30))):
+        assert image_sample([TensorSpec("x", shape, "float32")], pixels)["x"].shape == expected
 
 
 @pytest.mark.realdata

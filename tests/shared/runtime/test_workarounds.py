@@ -38,7 +38,7 @@ def test_weights_over_32_mib_are_quantized_by_channel(large: np.ndarray) -> None
     assert (np.abs(quantized).max(axis=(1, 2, 3)) == 127).all()
 
 
-def test_slices_give_the_same_bytes_as_the_published_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_give_the_same_bytes_as_the_published_function(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = np.random.default_rng(0).standard_normal((7, 3, 3, 5), np.float32)
     published = quantize(weights)
     monkeypatch.setattr(workarounds, "CHUNK_BYTES", 400)  # two channels

@@ -6,13 +6,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from shared.runtime.benchmark import Measured
+from shared.metrics.gates import GateResult
+from shared.metrics.output_error import OutputError
+from shared.runtime.benchmark import Measurement
 from tools.compare.accuracy import Accuracy, Condition, Reading
-from tools.compare.comparison import Candidate, Findings, Gate
+from tools.compare.comparison import Candidate, Findings
 
 
-def measured(name: str, size: int, ms: float) -> Measured:
-    return Measured(Path(name), size, 1, ms, ms, 3, "xnnpack", 1000, ["float32 image of 64 pixels"])
+def measured(name: str, size: int, ms: float) -> Measurement:
+    return Measurement(Path(name), size, 1, ms, ms, 3, "xnnpack", 1000, ["float32 image of 64 pixels"])
 
 
 def accuracy(share: float) -> Accuracy:
@@ -21,10 +23,18 @@ def accuracy(share: float) -> Accuracy:
 
 
 def candidate(name: str, size: int, ms: float, *, ok: bool = True, is_alternative: bool = False) -> Candidate:
-    gates = [Gate("min_cosine", 0.5, 0.4 if ok else 0.9, ok)]
-    shown = measured(name, size, ms)
     return Candidate(
-        Path(name), size, 0.5, is_alternative, shown, 2, 0.5, 0.1, 0.1, 0.9, accuracy(0.75), gates=gates, verdict="fast"
+        path=Path(name),
+        size_bytes=size,
+        reduction=0.5,
+        is_alternative=is_alternative,
+        measurement=measured(name, size, ms),
+        speedup=2,
+        errors=[OutputError("bits", relative_error=0.1, cosine=0.5, max_abs_error=0.25)],
+        bit_agreement=0.9,
+        accuracy=accuracy(0.75),
+        gates=[GateResult("min_cosine", 0.5, 0.4 if ok else 0.9, ok)],
+        verdict="fast",
     )
 
 
@@ -41,13 +51,13 @@ def shown(findings: Findings) -> str:
 
 def test_the_tables_hold_every_figure() -> None:
     text = shown(FINDINGS)
-    for figure in ("900 B (50.0% smaller)", "4.0 ms", "0.500000", "75.00%", "37.50%", "0.25", "1.50", "min_cosine", "ok"):
+    for figure in ("900 B (50.0% smaller)", "4.0 ms", "0.500000", "0.1", "75.00%", "37.50%", "0.25", "1.50", "min_cosine", "ok"):
         assert figure in text, figure
     assert "alternative" not in text
     assert "recommended" not in text
 
 
-def test_a_broken_limit_fails_a_candidate_but_not_an_alternative() -> None:
+def test_a_broken_gate_fails_a_candidate_but_not_an_alternative() -> None:
     good, bad = candidate("a.tflite", 900, 4), candidate("b.tflite", 100, 1, ok=False)
     failed = replace(FINDINGS, candidates=[good, bad])
     assert not failed.ok
@@ -57,7 +67,15 @@ def test_a_broken_limit_fails_a_candidate_but_not_an_alternative() -> None:
     assert kept.ok
     assert kept.verdict() == "every gate kept"
     assert "outside" in shown(kept)
-    assert replace(FINDINGS, candidates=[replace(good, error="crashed")]).verdict() == "FAILED: a crashed"
+    assert replace(FINDINGS, candidates=[replace(good, problem="crashed")]).verdict() == "FAILED: a crashed"
+
+
+def test_the_worst_output_counts() -> None:
+    errors = [OutputError("a", 0.1, 0.9, 3.0), OutputError("b", 0.3, 0.8, 1.0), OutputError("zeros", 0.0, None, 0.0)]
+    several = replace(candidate("a.tflite", 900, 4), errors=errors)
+    assert (several.relative_error, several.cosine, several.max_abs_error) == (0.3, 0.8, 3.0)
+    none = replace(several, errors=[])
+    assert (none.relative_error, none.cosine, none.max_abs_error) == (None, None, None)
 
 
 def test_labels_are_what_a_name_adds_to_the_references() -> None:
@@ -70,20 +88,20 @@ def test_a_label_is_never_empty() -> None:
     assert replace(FINDINGS, candidates=[candidate("model_.tflite", 900, 4)]).labels() == ["model", "model_"]
 
 
-def test_models_of_one_name_are_told_apart_by_their_paths() -> None:
+def test_models_of_one_name_are_labelled_by_their_paths() -> None:
     several = replace(
         FINDINGS, candidates=[candidate(name, 900, 4, ok=False) for name in ("a/m.tflite", "b/m.tflite", "b/model.tflite")]
     )
     assert several.labels() == ["model.tflite", "a/m.tflite", "b/m.tflite", "b/model.tflite"]
     assert "b/m.tflite min_cosine" in several.verdict()
     best = replace(several, smallest=Path("b/m.tflite"), fastest=Path("b/m.tflite"))
-    assert best.advice() == ["recommended: b/m.tflite, the smallest and the fastest inside the limits"]
+    assert best.advice() == ["recommended: b/m.tflite, the smallest and the fastest inside the gates"]
 
 
 def test_advice_names_the_smallest_and_the_fastest() -> None:
     several = replace(FINDINGS, candidates=[candidate("a.tflite", 900, 4), candidate("b.tflite", 100, 9)])
-    assert several.advice() == ["recommended: none, no candidate is inside the limits"]
+    assert several.advice() == ["recommended: none, no candidate is inside the gates"]
     both = replace(several, smallest=Path("b.tflite"), fastest=Path("a.tflite"))
-    assert both.advice() == ["recommended: b, the smallest inside the limits; a is the fastest"]
+    assert both.advice() == ["recommended: b, the smallest inside the gates; a is the fastest"]
     one = replace(several, smallest=Path("a.tflite"), fastest=Path("a.tflite"))
-    assert one.advice() == ["recommended: a, the smallest and the fastest inside the limits"]
+    assert one.advice() == ["recommended: a, the smallest and the fastest inside the gates"]

@@ -8,7 +8,7 @@ from PIL import Image
 
 from shared.command.errors import ToolError
 from shared.media.images import Pixels, to_image
-from shared.metrics.fidelity import MOST_DB
+from shared.metrics.output_error import MOST_DB
 from tests.conftest import REALDATA
 from tools.compare.image_quality import SSIM_WINDOW, as_image, bicubic_scores, find_truths, score, score_against_truth
 
@@ -174,7 +174,7 @@ def test_images_without_truth_are_an_error_that_names_some(tmp_path: Path) -> No
         find_truths([Path("a.png")], tmp_path / "absent")
 
 
-def test_truths_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+def test_of_truths_of_one_name_the_folder_decides(tmp_path: Path) -> None:
     for folder in ("one", "other"):
         save(tmp_path / "truth" / folder / "1.png", noise(8, 8))
     files = [tmp_path / "small" / folder / "1.png" for folder in ("one", "other")]

@@ -175,7 +175,7 @@ def test_nothing_is_shown_of_what_makes_no_images(install: Callable[..., None], 
 
 def test_a_candidate_that_makes_none_leaves_the_others_their_names(install: Callable[..., None], files: list[Path]) -> None:
     install(model=doubled, model_b=doubled)
-    silent = replace(made("model_a.onnx", [30]), images=None, error="crashed")
+    silent = replace(made("model_a.onnx", [30]), images=None, problem="crashed")
     ((_, _, views),) = worst_views(findings(files[:1], [silent, made("model_b.onnx", [50])]), 1)
     assert [caption for caption, _ in views] == ["input", "reference", "b", "b - reference, 100 times"]
 

@@ -76,7 +76,16 @@ def test_the_page_is_whole_in_itself(findings: Findings, tmp_path: Path) -> None
 def test_the_page_shows_the_figures_and_the_worst_images_first(findings: Findings, tmp_path: Path) -> None:
     write_page(tmp_path / "r.html", findings)
     page = (tmp_path / "r.html").read_text()
-    for text in ("every gate kept", "900 B", "4.00 ms", "2.50 times as fast", "37.50%", "some CPU", "smallest margin -1.00"):
+    for text in (
+        "every gate kept",
+        "<h2>Gates</h2>",
+        "900 B",
+        "4.00 ms",
+        "2.50 times as fast",
+        "37.50%",
+        "some CPU",
+        "smallest margin -1.00",
+    ):
         assert text in page, text
     shown = re.findall(r"<h3>(marked\d\.png)", page)
     assert shown == [f"marked{number}.png" for number in range(WORST)]
@@ -84,7 +93,7 @@ def test_the_page_shows_the_figures_and_the_worst_images_first(findings: Finding
 
 def test_names_are_text_never_markup(findings: Findings, tmp_path: Path) -> None:
     hostile = Path('<script>alert("x")</script>&.tflite')
-    candidate = replace(findings.candidates[0], path=hostile, verdict="<b>bold</b>", error="<i>")
+    candidate = replace(findings.candidates[0], path=hostile, verdict="<b>bold</b>", problem="<i>")
     write_page(tmp_path / "r.html", replace(findings, candidates=[candidate], cpu="<u>"))
     page = (tmp_path / "r.html").read_text()
     parse(page)
@@ -100,8 +109,8 @@ def test_a_page_without_messages_has_bars_and_numbers_only(tmp_path: Path) -> No
     page = (tmp_path / "r.html").read_text()
     parse(page)
     assert (made.pictures, made.plots) == (0, 0)
-    assert "Limits" not in page
-    broken = replace(bare.candidates[0], measured=None, error="gone")
+    assert "Gates" not in page
+    broken = replace(bare.candidates[0], measurement=None, problem="gone")
     write_page(tmp_path / "r.html", replace(bare, candidates=[broken]))
     assert "FAILED: a gone" in (tmp_path / "r.html").read_text()
 
@@ -113,7 +122,7 @@ def test_a_picture_that_is_gone_is_an_error(findings: Findings, tmp_path: Path) 
 
 
 def test_a_candidate_without_answers_leaves_its_colour_free(findings: Findings, tmp_path: Path) -> None:
-    silent = replace(findings.candidates[0], accuracy=None, error="crashed")
+    silent = replace(findings.candidates[0], accuracy=None, problem="crashed")
     write_page(tmp_path / "r.html", replace(findings, candidates=[silent, findings.candidates[0]]))
     page = (tmp_path / "r.html").read_text()
     assert 'class="s2" points' in page

@@ -18,15 +18,13 @@ from shared.command.errors import ToolError
 from shared.files.provenance import read_provenance
 from shared.formats.model_file import ModelFile
 from shared.formats.onnx_file import external_files
-from shared.formats.onnx_graph import read_metadata as read_onnx_metadata
-from shared.formats.tflite import read_metadata
 from shared.networks.card import InputForm, load_card
 from shared.runtime.model import DetectorCheckpoint, open_model
 from tests.conftest import ROOT, Run, Small
 from tests.support.small_onnx import with_external_weights
-from tools.convert_detector import command as module
+from tools.convert_detector import conversion as module
 from tools.convert_detector import convert_detector
-from tools.convert_detector.command import InputLayout, ModelFormat, Precision, file_name
+from tools.convert_detector.request import InputLayout, ModelFormat, Precision, file_name, weights_bytes
 from tools.quantize_tflite import quantize_tflite
 from tools.verify import verify
 
@@ -75,7 +73,7 @@ def test_every_form_gives_a_model_that_verify_passes(
         assert model.inputs[0].shape == shape
     for recipe in ("int8", "int4", "fp16", "int8-weight-only"):
         assert verify(quantize_tflite(output, recipe=recipe).product.path).ok
-    metadata = read_metadata(output)
+    metadata = ModelFile(output).metadata
     assert (metadata["input_layout"], metadata["image_size"], metadata["resize"]) == (layout, size, not simple)
 
 
@@ -84,7 +82,7 @@ def test_a_rehearsal_says_so_in_name_metadata_and_on_stderr(tmp_path: Path, vide
     done = run_tool("convert_detector", "--model", videoseal_small.card, "--rehearsal", "--quantize", "int8", "-o", output)
     assert (done.returncode, done.stderr.count("\n")) == (0, 1)
     assert done.stderr.startswith("note: REHEARSAL: Small with seeded, untrained weights")
-    assert read_metadata(output)["rehearsal"] is True
+    assert ModelFile(output).metadata["rehearsal"] is True
     assert {path.name for path in tmp_path.iterdir() if path.suffix != ".json"} == {
         output.name,
         "small_detector_videoseal_small_rehearsal_64.tflite",
@@ -132,7 +130,7 @@ def test_the_size_predicted_from_a_card_is_right(card: str) -> None:
     from shared.networks.detector import detector_shapes
 
     exact = 4 * sum(int(np.prod(shape)) for shape in detector_shapes(load_card(card)).values())
-    assert module._weights_bytes(load_card(card)) == pytest.approx(exact, rel=0.01)
+    assert weights_bytes(load_card(card)) == pytest.approx(exact, rel=0.01)
 
 
 def test_a_model_that_disagrees_with_torch_never_gets_its_name(
@@ -298,10 +296,10 @@ def test_onnx_output_is_the_published_codes(onnx_model: Path, videoseal_small: S
 
 
 def test_an_onnx_detector_tells_what_it_is_and_nothing_of_where_it_was_made(onnx_model: Path) -> None:
-    metadata = read_onnx_metadata(onnx_model)
+    metadata = ModelFile(onnx_model).metadata
     assert (metadata["nbits"], metadata["image_size"], metadata["input_layout"]) == (32, 64, "nchw")
     assert (metadata["resize"], metadata["rehearsal"]) == (False, False)
-    assert ModelFile(onnx_model).nbits() == 32
+    assert ModelFile(onnx_model).nbits == 32
     assert external_files(onnx_model) == []
     for place in (str(ROOT), "site-packages", 'File "'):
         assert place.encode() not in onnx_model.read_bytes()

@@ -1,4 +1,4 @@
-"""A large file arrives whole, from servers that drop, ignore ranges, or change their mind."""
+"""A large file arrives whole from servers that drop connections, ignore ranges, or change the file."""
 
 import threading
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ CONTENT = bytes(range(256)) * 4096  # 1 MiB
 
 
 class Server(ThreadingHTTPServer):
-    """A file server with the faults that a test asks for."""
+    """A file server with the faults of a test."""
 
     content = CONTENT
-    etag = '"one"'
+    etag = '"first"'
     ranges = True
     drop_after: int | None = None  # bytes per answer after which the connection breaks
     status = 200
@@ -31,14 +31,14 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        server, asked = self.server, self.headers.get("Range")
-        server.asked.append(asked)
+        server, asked_range = self.server, self.headers.get("Range")
+        server.asked.append(asked_range)
         if server.status != 200:
             self.send_error(server.status)
             return
         start = 0
-        if asked and server.ranges and self.headers.get("If-Range") == server.etag:
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+        if asked_range and server.ranges and self.headers.get("If-Range") == server.etag:
+            start = int(asked_range.removeprefix("bytes=").removesuffix("-"))
             if start >= len(server.content):
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{len(server.content)}")
@@ -62,7 +62,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(module, "PAUSE_S", 0.0)
     with Server(("127.0.0.1", 0), Handler) as running:
         running.asked = []
-        thread = threading.Thread(target=running.serve_forever)
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()
         yield running
         running.shutdown()
@@ -79,41 +79,32 @@ def test_a_file_arrives_and_leaves_no_part(server: Server, tmp_path: Path) -> No
     assert sorted(path.name for path in (tmp_path / "sub").iterdir()) == ["c.pth", "c.pth.sha256"]
 
 
-def test_a_dropped_connection_is_taken_up_where_it_broke(server: Server, tmp_path: Path) -> None:
+def test_a_dropped_download_resumes_at_its_last_byte(server: Server, tmp_path: Path) -> None:
     server.drop_after = 400_000
     download(url(server), tmp_path / "c.pth")
     assert (tmp_path / "c.pth").read_bytes() == CONTENT
     assert server.asked == [None, "bytes=400000-", "bytes=800000-"]
 
 
-def test_a_part_of_an_earlier_run_is_taken_up(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "c.pth.part").write_bytes(CONTENT[:1000])
-    (tmp_path / "c.pth.part.etag").write_text(server.etag)
+@pytest.mark.parametrize(
+    ("part", "etag", "ranges", "asked"),
+    [
+        (CONTENT[:1000], Server.etag, True, ["bytes=1000-"]),
+        (CONTENT, Server.etag, True, [f"bytes={len(CONTENT)}-"]),
+        (b"old" * 100, '"changed"', True, ["bytes=300-"]),
+        (CONTENT[:1000], Server.etag, False, ["bytes=1000-"]),
+    ],
+    ids=["resumed", "whole already", "remote file changed", "server without ranges"],
+)
+def test_a_part_of_an_earlier_run_becomes_the_whole_file(
+    server: Server, tmp_path: Path, part: bytes, etag: str, ranges: bool, asked: list[str]
+) -> None:
+    server.ranges = ranges
+    (tmp_path / "c.pth.part").write_bytes(part)
+    (tmp_path / "c.pth.part.etag").write_text(etag)
     download(url(server), tmp_path / "c.pth")
     assert (tmp_path / "c.pth").read_bytes() == CONTENT
-    assert server.asked == ["bytes=1000-"]
-
-
-def test_a_part_that_was_whole_is_only_renamed(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "c.pth.part").write_bytes(CONTENT)
-    (tmp_path / "c.pth.part.etag").write_text(server.etag)
-    download(url(server), tmp_path / "c.pth")
-    assert (tmp_path / "c.pth").read_bytes() == CONTENT
-
-
-def test_a_changed_remote_file_starts_over(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "c.pth.part").write_bytes(b"old" * 100)
-    (tmp_path / "c.pth.part.etag").write_text('"another"')
-    download(url(server), tmp_path / "c.pth")
-    assert (tmp_path / "c.pth").read_bytes() == CONTENT
-
-
-def test_a_server_without_ranges_sends_all_again(server: Server, tmp_path: Path) -> None:
-    server.ranges = False
-    (tmp_path / "c.pth.part").write_bytes(CONTENT[:1000])
-    (tmp_path / "c.pth.part.etag").write_text(server.etag)
-    download(url(server), tmp_path / "c.pth")
-    assert (tmp_path / "c.pth").read_bytes() == CONTENT
+    assert server.asked == asked
 
 
 def test_a_server_that_never_delivers_is_an_error_and_the_part_stays(server: Server, tmp_path: Path) -> None:

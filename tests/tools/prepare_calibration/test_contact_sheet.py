@@ -1,4 +1,4 @@
-"""The pictures of a calibration set show every sample where it belongs."""
+"""The pictures of a calibration set show every sample at its place."""
 
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def test_every_sample_has_its_place_on_the_sheet(tmp_path: Path, count: int) -> 
         assert (sheet[top : top + CELL, left - GAP : left] == 255).all()
 
 
-def test_thumbnails_keep_proportions_and_small_ones_their_size(tmp_path: Path) -> None:
+def test_thumbnails_keep_proportions_and_small_images_keep_their_size(tmp_path: Path) -> None:
     wide, small = np.zeros((CELL, 2 * CELL, 3), np.uint8), np.zeros((10, 8, 3), np.uint8)
     write_contact_sheet(tmp_path / "sheet.png", iter([("a", wide), ("b", small)]), 2)
     sheet = read(tmp_path / "sheet.png")
@@ -92,7 +92,7 @@ def test_samples_lie_over_candidates(tmp_path: Path) -> None:
     assert (plot == ImageColor.getrgb(SAMPLE)).all(axis=2).any()
 
 
-def test_a_plot_of_flat_pictures_or_of_none_is_drawn(tmp_path: Path) -> None:
+def test_a_plot_of_flat_pictures_or_of_no_pictures_is_drawn(tmp_path: Path) -> None:
     for points in ([], [(0.0, 0.0, 0.0)]):
         write_coverage_plot(tmp_path / "plot.png", points, points, [])
         assert read(tmp_path / "plot.png").shape[2] == 3

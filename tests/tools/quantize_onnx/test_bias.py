@@ -1,7 +1,7 @@
 """Corrected biases take back what quantized weights shift a layer's outputs by on average."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from onnxruntime.quantization.calibrate import save_tensors_data
 from shared.command.resources import saturates
 from tests.support.small_onnx import answer, save, save_vector_model, seeded, weights_of
 from tools.quantize_onnx.bias import correct, mean_inputs
+from tools.quantize_onnx.options import OnnxRequest, OnnxSettings, Recipe
 from tools.quantize_onnx.ranges import Feed, find_ranges
 from tools.quantize_onnx.repair import repair
-from tools.quantize_onnx.rewrite import write_spelled
-from tools.quantize_onnx.settings import Settings
-from tools.quantize_onnx.worker import quantize
+from tools.quantize_onnx.rewrite import write_rewritten
+from tools.quantize_onnx.worker import QuantizeTask, quantize
 
 SAMPLES = 8
 FLOAT, QUANTIZED = "float.onnx", "quantized.onnx"
@@ -38,20 +38,22 @@ class Layer:
         self.samples: list[Feed] = [{"x": uniform(*shape, seed=number)} for number in range(SAMPLES)]
         repair(self.source, folder / FLOAT)
 
-    def quantize(self, settings: Settings, *, corrects: bool) -> int:
+    def quantize(self, recipe: Recipe = "int8-static", *, corrects: bool, excluded: tuple[str, ...] = (), **settings: Any) -> int:
+        """Quantize the layer; return how many biases were corrected."""
         model, ranges, means = self.folder / FLOAT, self.folder / "ranges.json", self.folder / "means.npz"
-        if settings.mode == "static":
-            changed, kept = write_spelled(model, self.folder / "spelled.onnx")
-            model = self.folder / "spelled.onnx" if changed else model
-            settings = replace(settings, kept=(*settings.kept, *kept))
-            save_tensors_data(find_ranges(model, self.folder / "a.onnx", settings.op_types, self.samples, "minmax"), str(ranges))
+        wanted = OnnxRequest(recipe, OnnxSettings(**settings), float_layers=excluded)
+        if wanted.needs_ranges:
+            changed, floats = write_rewritten(model, self.folder / "rewritten.onnx")
+            model = self.folder / "rewritten.onnx" if changed else model
+            wanted = replace(wanted, float_layers=(*excluded, *floats))
+            kinds = wanted.settings.op_types
+            save_tensors_data(find_ranges(model, self.folder / "a.onnx", kinds, self.samples, "minmax"), str(ranges))
         if corrects:
             found = mean_inputs(self.folder / FLOAT, self.folder / "a.onnx", self.samples)
             arrays: dict[str, Any] = {f"mean_{number}": values for number, values in enumerate(found.values())}
             np.savez(means, names=np.array(json.dumps(list(found))), **arrays)
-        paths = [str(path) for path in (model, self.folder / FLOAT, self.folder / QUANTIZED)]
-        reply = quantize(*paths, asdict(settings), str(ranges), str(means) if corrects else None, str(self.source))
-        return int(reply["corrected"])
+        task = QuantizeTask(self.source, self.folder / FLOAT, model, wanted, ranges, means if corrects else None)
+        return quantize(task, self.folder / QUANTIZED)
 
     def shift(self, axis: int) -> float:
         """Return how far the means of the output channels, along an axis, have moved on average."""
@@ -94,21 +96,17 @@ LAYERS: dict[str, tuple[Any, dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [Settings("static", reduce_range=saturates()), Settings("dynamic", reduce_range=saturates())],
-    ids=lambda settings: settings.mode,
-)
+@pytest.mark.parametrize("recipe", ["int8-static", "int8"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_the_mean_shift_of_a_layer_is_taken_back(tmp_path: Path, kind: str, settings: Settings) -> None:
+def test_the_mean_shift_of_a_layer_is_taken_back(tmp_path: Path, kind: str, recipe: Recipe) -> None:
     make, options, axis = LAYERS[kind]
     layer = make(tmp_path, **options)
-    assert layer.quantize(settings, corrects=False) == 0
+    assert layer.quantize(recipe, corrects=False, reduce_range=saturates()) == 0
     before = layer.shift(axis)
-    if settings.mode == "dynamic" and options.get("transA"):
+    if recipe == "int8" and options.get("transA"):
         assert before == 0  # the library has no integers for it
         return
-    assert layer.quantize(settings, corrects=True) == 1
+    assert layer.quantize(recipe, corrects=True, reduce_range=saturates()) == 1
     assert layer.shift(axis) < 0.2 * before
 
 
@@ -117,50 +115,51 @@ def test_the_mean_shift_of_a_layer_is_taken_back(tmp_path: Path, kind: str, sett
 )
 def test_other_forms_of_weights_are_understood(tmp_path: Path, changes: dict[str, Any]) -> None:
     layer = conv(tmp_path)
-    settings = Settings("static", **{"reduce_range": saturates(), **changes})
-    layer.quantize(settings, corrects=False)
+    settings = {"reduce_range": saturates(), **changes}
+    layer.quantize(corrects=False, **settings)
     before = layer.shift(1)
-    assert layer.quantize(settings, corrects=True) == 1
+    assert layer.quantize(corrects=True, **settings) == 1
     assert layer.shift(1) < 0.2 * before
 
 
 def test_a_scaled_product_is_shifted_by_its_scale(tmp_path: Path) -> None:
     layer = gemm(tmp_path, (4, 8), transB=1, alpha=0.5)
-    layer.quantize(Settings("static"), corrects=False)
+    layer.quantize(corrects=False)
     before = layer.shift(-1)
-    layer.quantize(Settings("static"), corrects=True)
+    layer.quantize(corrects=True)
     assert layer.shift(-1) < 0.2 * before
 
 
 def test_a_bias_that_is_scaled_or_shared_stays(tmp_path: Path) -> None:
-    assert gemm(tmp_path, beta=0.5).quantize(Settings("static"), corrects=True) == 0
+    assert gemm(tmp_path, beta=0.5).quantize(corrects=True) == 0
     nodes = [
         helper.make_node("Conv", ["x", "v", "b"], ["h"], name="one", pads=[1] * 4),
         helper.make_node("Conv", ["h", "w", "b"], ["y"], name="other"),
     ]
     weights = {"v": seeded(4, 4, 3, 3), "w": seeded(4, 4, 3, 3, seed=1), "b": seeded(4)}
-    assert Layer(tmp_path, nodes, (1, 4, 8, 8), weights).quantize(Settings("static"), corrects=True) == 0
+    assert Layer(tmp_path, nodes, (1, 4, 8, 8), weights).quantize(corrects=True) == 0
 
 
 def test_a_layer_without_a_bias_and_one_left_in_float_stay(tmp_path: Path) -> None:
     node = helper.make_node("Conv", ["x", "w"], ["y"], name="layer")
-    assert Layer(tmp_path, [node], (1, 4, 8, 8), {"w": seeded(4, 4, 3, 3)}).quantize(Settings("static"), corrects=True) == 0
+    assert Layer(tmp_path, [node], (1, 4, 8, 8), {"w": seeded(4, 4, 3, 3)}).quantize(corrects=True) == 0
     nodes = [
         helper.make_node("Conv", ["x", "v", "b"], ["h"], name="one"),
         helper.make_node("Conv", ["h", "w", "c"], ["y"], name="other"),
     ]
     weights = {"v": seeded(4, 4, 3, 3), "w": seeded(4, 4, 3, 3, seed=1), "b": seeded(4), "c": seeded(4, seed=2)}
     layer = Layer(tmp_path, nodes, (1, 4, 8, 8), weights)
-    assert layer.quantize(Settings("static", kept=("one",)), corrects=True) == 1
+    assert layer.quantize(corrects=True, excluded=("one",)) == 1
     np.testing.assert_array_equal(weights_of(tmp_path / QUANTIZED)["b"], weights["b"])
 
 
 def test_static_biases_stay_integers_and_dynamic_ones_floats(tmp_path: Path) -> None:
     layer = conv(tmp_path)
-    for mode, name, dtype in (("static", "b_quantized", np.int32), ("dynamic", "b", np.float32)):
-        layer.quantize(Settings(mode), corrects=False)  # type: ignore[arg-type]
+    forms: list[tuple[Recipe, str, type]] = [("int8-static", "b_quantized", np.int32), ("int8", "b", np.float32)]
+    for recipe, name, dtype in forms:
+        layer.quantize(recipe, corrects=False)
         before = weights_of(tmp_path / QUANTIZED)[name]
-        layer.quantize(Settings(mode), corrects=True)  # type: ignore[arg-type]
+        layer.quantize(recipe, corrects=True)
         after = weights_of(tmp_path / QUANTIZED)[name]
         assert (after.dtype, after.shape) == (before.dtype, before.shape) == (dtype, (4,))
         assert (after != before).all()
@@ -185,9 +184,9 @@ def test_mean_inputs_of_inner_layers_are_those_of_their_activations(tmp_path: Pa
 
 
 def test_weights_in_a_form_not_known_are_left_alone(tmp_path: Path) -> None:
-    """Further off than rounding can be: somebody else's idea of a scale."""
+    """A scale that is not ours puts the weights further off than rounding can."""
     layer = conv(tmp_path)
-    layer.quantize(Settings("static"), corrects=False)
+    layer.quantize(corrects=False)
     product = onnx.load(str(tmp_path / QUANTIZED))
     means = mean_inputs(tmp_path / FLOAT, tmp_path / "a.onnx", layer.samples)
     assert correct(tmp_path / FLOAT, product, means) == 1

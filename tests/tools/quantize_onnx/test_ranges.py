@@ -1,4 +1,4 @@
-"""Ranges of activations are numpy's, whatever the order of the samples and however many fit in memory."""
+"""Ranges of activations are numpy's, for any order of samples and any memory; ranges in a cache hold for one model and set."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +9,13 @@ import onnx
 import pytest
 from onnx import helper
 
+from shared.calibration.dataset import CalibrationSet
 from shared.command.errors import ToolError
+from shared.formats.model_file import ModelFile
 from tests.support.small_onnx import Array, answer, save, save_picture_model, save_vector_model, seeded, with_external_weights
 from tools.quantize_onnx import ranges as module
-from tools.quantize_onnx.ranges import Feed, activations, find_ranges
-from tools.quantize_onnx.settings import LAYERS, PASSING
+from tools.quantize_onnx.options import LAYERS, PASSING
+from tools.quantize_onnx.ranges import Feed, RangeCache, activations, cache_key, find_ranges
 
 KINDS = (*LAYERS, *PASSING)
 NAMES = ["image", "c0", "r0", "c1", "r1", "made"]
@@ -39,7 +41,7 @@ def ranges(model: Path, samples: Sequence[Feed], method: module.CalibrationMetho
 
 
 def values_of(model: Path, samples: Sequence[Feed], name: str) -> Array:
-    """Return all values that a tensor takes, as a copy of the model gives them out."""
+    """Return all values that a tensor takes, from a copy of the model in which it is an output."""
     content = onnx.load(str(model))
     content.graph.output.insert(0, helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     path = model.with_name("showing.onnx")
@@ -158,3 +160,32 @@ def test_weights_beside_the_model_and_newer_opsets_are_read(tmp_path: Path) -> N
     vectors = [{"vector": seeded(2, 8, seed=number)} for number in range(3)]
     outputs = np.stack([answer(path, **feed)[0] for feed in vectors])
     np.testing.assert_allclose(ranges(path, vectors)["out"], (outputs.min(), outputs.max()), rtol=1e-5)
+
+
+def test_what_is_kept_is_found_again_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "ranges.json"
+    RangeCache(path).put("one", {"data": 1})
+    RangeCache(path).put("other", {"data": 2})
+    assert RangeCache(path).get("one") == {"data": 1}
+    assert RangeCache(path).get("third") is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"kind": "notes", "entries": {}}', "\xff"])
+def test_a_file_of_another_kind_is_left_alone(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "ranges.json"
+    path.write_text(content)
+    with pytest.raises(ToolError, match="the range cache holds something else"):
+        RangeCache(path)
+    assert path.read_text() == content
+
+
+def test_the_key_depends_on_model_samples_method_and_op_types(tmp_path: Path) -> None:
+    samples = tmp_path / "a.npz"
+    samples.write_bytes(b"one")
+    models = [ModelFile(save_picture_model(tmp_path / f"{width}.onnx", widths=[width])) for width in (4, 8)]
+    given = CalibrationSet(samples)
+    keys = {cache_key(model, given, method, ["Conv"]) for model in models for method in ("minmax", "entropy")}
+    keys.add(cache_key(models[0], given, "minmax", ["Gemm"]))
+    samples.write_bytes(b"other")
+    keys.add(cache_key(models[0], given, "minmax", ["Conv"]))
+    assert len(keys) == 6

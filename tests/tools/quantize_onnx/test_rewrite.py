@@ -11,14 +11,14 @@ from onnx import TensorProto, helper, numpy_helper
 from shared.formats.onnx_file import read_model
 from tests.support.small_onnx import Array, Shape, answer, kinds_of, save, save_picture_model, seeded, with_external_weights
 from tools.quantize_onnx.repair import repair
-from tools.quantize_onnx.rewrite import matrix_products, write_spelled
+from tools.quantize_onnx.rewrite import matrix_products, write_rewritten
 
 
-def spelled(source: Path) -> tuple[bool, list[str], Path]:
-    """Repair a model and write it in that form; return what `write_spelled` tells, and the file."""
+def rewritten(source: Path) -> tuple[bool, list[str], Path]:
+    """Repair a model and write it with its ops replaced; return the result of `write_rewritten`, and the file."""
     repair(source, source.with_name("float.onnx"))
-    target = source.with_name("spelled.onnx")
-    return *write_spelled(source.with_name("float.onnx"), target), target
+    target = source.with_name("rewritten.onnx")
+    return *write_rewritten(source.with_name("float.onnx"), target), target
 
 
 def save_prelu(path: Path, slope: Array, shape: Shape) -> Path:
@@ -50,9 +50,9 @@ def save_dense(path: Path, shape: Shape, *, bias_first: bool = False, **changes:
         seeded(4, 6, 6),
     ],
 )
-def test_a_prelu_of_any_slope_is_spelled_out(tmp_path: Path, slope: Array) -> None:
+def test_a_prelu_of_any_slope_is_written_in_simpler_ops(tmp_path: Path, slope: Array) -> None:
     source = save_prelu(tmp_path / "m.onnx", slope, ("n", 4, 6, 6))
-    changed, kept, target = spelled(source)
+    changed, kept, target = rewritten(source)
     assert changed
     assert kinds_of(target) == ["Neg", "Mul", "Relu", "Mul", "Add"]
     assert kept == [node.name for node in onnx.load(str(target)).graph.node][1:]
@@ -63,14 +63,14 @@ def test_a_prelu_of_any_slope_is_spelled_out(tmp_path: Path, slope: Array) -> No
 def test_two_prelus_may_share_their_slopes(tmp_path: Path) -> None:
     nodes = [helper.make_node("PRelu", ["x", "slope"], ["h"]), helper.make_node("PRelu", ["h", "slope"], ["y"])]
     source = save(tmp_path / "m.onnx", nodes, {"x": (2, 4)}, {"y": (2, 4)}, {"slope": seeded(4)})
-    _, kept, target = spelled(source)
+    _, kept, target = rewritten(source)
     assert len(set(kept)) == 8
     np.testing.assert_allclose(answer(target, x=seeded(2, 4))[0], answer(source, x=seeded(2, 4))[0], rtol=1e-5)
 
 
 def test_a_prelu_of_computed_slopes_stays(tmp_path: Path) -> None:
     source = save(tmp_path / "m.onnx", [helper.make_node("PRelu", ["x", "z"], ["y"])], {"x": (2, 4), "z": (4,)}, {"y": (2, 4)})
-    changed, kept, target = spelled(source)
+    changed, kept, target = rewritten(source)
     assert (changed, kept, target.exists()) == (False, [], False)
 
 
@@ -83,7 +83,7 @@ def test_a_product_and_its_bias_become_one_gemm_whatever_the_rank(
     tmp_path: Path, shape: Shape, sample: tuple[int, ...], bias_first: bool
 ) -> None:
     source = save_dense(tmp_path / "m.onnx", shape, bias_first=bias_first)
-    changed, kept, target = spelled(source)
+    changed, kept, target = rewritten(source)
     assert (changed, kept) == (True, [])
     assert kinds_of(target) == ["Relu", "Reshape", "Gemm", "Reshape", "Relu"]
     assert [node.name for node in onnx.load(str(target)).graph.node if node.op_type == "Gemm"] == ["product"]
@@ -94,7 +94,7 @@ def test_a_product_and_its_bias_become_one_gemm_whatever_the_rank(
 
 def test_a_product_of_one_row_keeps_its_shape(tmp_path: Path) -> None:
     source = save_dense(tmp_path / "m.onnx", (8,))
-    changed, _, target = spelled(source)
+    changed, _, target = rewritten(source)
     values = seeded(8)
     np.testing.assert_allclose(
         answer(target if changed else source, x=values)[0], answer(source, x=values)[0], rtol=1e-5, atol=1e-6, strict=True
@@ -102,7 +102,7 @@ def test_a_product_of_one_row_keeps_its_shape(tmp_path: Path) -> None:
 
 
 def test_products_whose_shape_is_open_stay(tmp_path: Path) -> None:
-    changed, _, _ = spelled(save_dense(tmp_path / "m.onnx", ("n", "m", 8)))
+    changed, _, _ = rewritten(save_dense(tmp_path / "m.onnx", ("n", "m", 8)))
     assert not changed
 
 
@@ -126,7 +126,7 @@ def test_products_that_are_no_gemm_stay(tmp_path: Path, why: str) -> None:
         content.graph.node[2].input[1] = "negative"
         content.graph.node.insert(0, helper.make_node("Neg", ["c"], ["negative"], name="negation"))
         source.write_bytes(content.SerializeToString())
-    changed, _, target = spelled(source)
+    changed, _, target = rewritten(source)
     assert (changed, target.exists()) == (False, False)
 
 
@@ -137,7 +137,7 @@ def test_a_product_that_an_inner_graph_reads_stays(tmp_path: Path) -> None:
 
     choice = helper.make_node("If", ["truth"], ["z"], name="if", then_branch=branch("Abs"), else_branch=branch("Neg"))
     source = save_dense(tmp_path / "m.onnx", (2, 8), more=[choice], outputs={"z": None}, weights={"truth": np.array(True)})
-    changed, _, target = spelled(source)
+    changed, _, target = rewritten(source)
     for one, other in zip(answer(target if changed else source, x=seeded(2, 8)), answer(source, x=seeded(2, 8)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
 
@@ -150,7 +150,7 @@ def test_a_product_of_doubles_still_loads(tmp_path: Path) -> None:
     for tensor in content.graph.initializer:
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), tensor.name))
     source.write_bytes(content.SerializeToString())
-    changed, _, target = spelled(source)
+    changed, _, target = rewritten(source)
     values = seeded(2, 8).astype(np.float64)
     np.testing.assert_allclose(answer(target if changed else source, x=values)[0], answer(source, x=values)[0])
 
@@ -159,18 +159,18 @@ def test_weights_in_files_of_their_own_stay_there(tmp_path: Path) -> None:
     source = with_external_weights(save_dense(tmp_path / "m.onnx", (2, 8)))
     content = onnx.shape_inference.infer_shapes(onnx.load(str(source), load_external_data=False))
     source.write_bytes(content.SerializeToString())
-    changed, _ = write_spelled(source, tmp_path / "spelled.onnx")
+    changed, _ = write_rewritten(source, tmp_path / "rewritten.onnx")
     assert changed
-    assert {path.name for path in tmp_path.iterdir()} == {"m.onnx", "weights.data", "spelled.onnx"}
-    np.testing.assert_allclose(answer(tmp_path / "spelled.onnx", x=seeded(2, 8))[0], answer(source, x=seeded(2, 8))[0], rtol=1e-5)
+    assert {path.name for path in tmp_path.iterdir()} == {"m.onnx", "weights.data", "rewritten.onnx"}
+    np.testing.assert_allclose(answer(tmp_path / "rewritten.onnx", x=seeded(2, 8))[0], answer(source, x=seeded(2, 8))[0], rtol=1e-5)
 
 
 def test_a_model_of_neither_is_left_alone(tmp_path: Path) -> None:
-    assert write_spelled(save_picture_model(tmp_path / "m.onnx"), tmp_path / "spelled.onnx") == (False, [])
+    assert write_rewritten(save_picture_model(tmp_path / "m.onnx"), tmp_path / "rewritten.onnx") == (False, [])
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
 
 
-def test_products_of_two_activations_are_told_from_those_with_weights(tmp_path: Path) -> None:
+def test_products_of_two_activations_are_distinguished_from_those_with_weights(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["p"], name="layer"),
         helper.make_node("Transpose", ["p"], ["t"], name="turn"),

@@ -12,7 +12,7 @@ from ai_edge_litert.tools import flatbuffer_utils
 from numpy.typing import NDArray
 
 from shared.formats.tensors import TensorSpec
-from shared.formats.tflite import read_ops
+from shared.formats.tflite import read_tflite
 from shared.runtime.samples import sample_inputs
 from tools.quantize_tflite.bias import Layer, _mean_patch, _shift, correct_biases, layers, mean_patches
 from tools.quantize_tflite.recipes import Rules, assign, resolve_recipe
@@ -55,10 +55,10 @@ def mean_inputs(content: bytes) -> dict[int, Array]:
     return {index: total / SAMPLES for index, total in sums.items()}
 
 
-def channel_means(content: bytes | bytearray, scope: str) -> Array:
+def channel_means(content: bytes | bytearray, name: str) -> Array:
     """Return the mean of each channel of a layer's output, over samples and positions."""
     interpreter = open_preserving(content)
-    (index,) = [d["index"] for d in interpreter.get_tensor_details() if d["name"] == scope.removesuffix(";")]
+    (index,) = [d["index"] for d in interpreter.get_tensor_details() if d["name"] == name]
     means = []
     for _ in runs(interpreter):
         output = interpreter.get_tensor(index).astype(np.float64)
@@ -136,14 +136,14 @@ def test_the_mean_shift_of_a_quantized_layer_is_taken_back(float_model: Path, ki
     content = float_model.read_bytes()
     patches = mean_patches(content, mean_inputs(content))
     assert len(patches) == 21
-    scopes = [op.scope for op in read_ops(float_model) if op.op_type == kind]
-    for scope in (scopes[0], scopes[-1]):
+    names = [op.name for op in read_tflite(float_model).ops if op.op_type == kind]
+    for name in (names[0], names[-1]):
         chosen = "int8-weight-only" if kind == "DEPTHWISE_CONV_2D" else recipe  # the quantizer has no depthwise int4
-        plain = quantized(float_model, assign({scope: chosen}))
+        plain = quantized(float_model, assign({name: chosen}))
         corrected = bytearray(plain)
         assert correct_biases(content, corrected, patches) == 1
-        exact = channel_means(content, scope)
-        before, after = (np.abs(channel_means(model, scope) - exact).max() for model in (plain, corrected))
+        exact = channel_means(content, name)
+        before, after = (np.abs(channel_means(model, name) - exact).max() for model in (plain, corrected))
         assert before > 1e-5
         assert after < 0.02 * before
 
@@ -153,19 +153,19 @@ def test_a_model_quantized_whole_answers_better_on_average(float_model: Path) ->
     plain = quantized(float_model, resolve_recipe("weight_only_wi4_afp32")[1])
     corrected = bytearray(plain)
     assert correct_biases(content, corrected, mean_patches(content, mean_inputs(content))) == 16
-    scope = read_ops(float_model)[-1].scope
-    exact = channel_means(content, scope)
-    before, after = (np.abs(channel_means(model, scope) - exact).mean() for model in (plain, corrected))
+    name = read_tflite(float_model).ops[-1].name
+    exact = channel_means(content, name)
+    before, after = (np.abs(channel_means(model, name) - exact).mean() for model in (plain, corrected))
     assert after < 0.8 * before
 
 
 def test_only_the_bytes_of_the_quantized_layers_bias_change(float_model: Path) -> None:
     content = float_model.read_bytes()
-    scope = next(op.scope for op in read_ops(float_model) if op.op_type == "CONV_2D")
-    plain = quantized(float_model, assign({scope: "int8-weight-only"}))
+    op = next(op for op in read_tflite(float_model).ops if op.op_type == "CONV_2D")
+    plain = quantized(float_model, assign({op.name: "int8-weight-only"}))
     corrected = bytearray(plain)
     assert correct_biases(content, corrected, mean_patches(content, mean_inputs(content))) == 1
-    (layer,) = [layer for layer in layers(plain) if layer.scope == scope]
+    (layer,) = [layer for layer in layers(plain) if layer.scope == op.scope]
     assert layer.bias is not None
     changed = {place for place, (one, other) in enumerate(zip(plain, corrected, strict=True)) if one != other}
     assert changed
@@ -309,6 +309,6 @@ def test_a_convolution_in_groups_is_corrected_or_left_alone(tmp_path: Path) -> N
     plain = quantized(tmp_path / "m.tflite", resolve_recipe("int8-weight-only")[1])
     corrected = bytearray(plain)
     if correct_biases(content, corrected, mean_patches(content, mean_inputs(content))):
-        exact = channel_means(content, "y;")
-        before, after = (np.abs(channel_means(model, "y;") - exact).max() for model in (plain, corrected))
+        exact = channel_means(content, "y")
+        before, after = (np.abs(channel_means(model, "y") - exact).max() for model in (plain, corrected))
         assert after < 0.02 * before

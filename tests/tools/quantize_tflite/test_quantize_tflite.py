@@ -1,35 +1,69 @@
-"""Every layer's fate is told, and a recipe that does nothing is an error."""
+"""There is a reason for every layer that stays, a recipe that does nothing is an error, and every product is measured."""
 
 import json
 import re
 import shutil
+import subprocess
+import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from ai_edge_litert.interpreter import Interpreter
-from tools.quantize_tflite.pair import Measured
 
 from shared.command.dry_run import DryRun
 from shared.command.errors import ToolError
+from shared.files.checksums import sha256_of
 from shared.formats.model_file import ModelFile
-from shared.formats.tensors import TensorSpec
-from shared.formats.tflite import declared_range, read_metadata, read_ops
+from shared.formats.tflite import read_tflite
 from shared.media.images import image_files, read_pixels, stretch
+from shared.quantize.product import Quantized
+from shared.quantize.result import ModelResult
 from shared.runtime.model import open_model
-from shared.runtime.samples import sample_inputs
-from tests.conftest import REALDATA, Miniseal, Run
-from tools.quantize_tflite import pipeline, quantize_tflite
+from tests.conftest import REALDATA, ROOT, Miniseal, Run
+from tests.support.fork_server import Zygote
+from tools.quantize_tflite import command, quantize_tflite
 from tools.quantize_tflite.recipes import resolve_recipe
 
 LAYERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
+LABELS = {"labels.txt": b"cat\n"}
 
 
-@pytest.fixture
-def model(float_model: Path, tmp_path: Path) -> Path:
-    """A copy, so that products fall beside it."""
-    return Path(shutil.copy(float_model, tmp_path / "model.tflite"))
+Recipes = Callable[[str], Quantized]
+
+
+@pytest.fixture(scope="module")
+def quantized(float_model: Path, tiles: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipes:
+    """Return a function that gives the product of a recipe, made once, of the small network with labels in its file."""
+    folder, made = tmp_path_factory.mktemp("products"), dict[str, Quantized]()
+    source = Path(shutil.copy(float_model, folder / "model.tflite"))
+    with zipfile.ZipFile(source, "a") as archive:
+        for name, content in LABELS.items():
+            archive.writestr(name, content)
+
+    def product(recipe: str) -> Quantized:
+        if recipe not in made:
+            made[recipe] = quantize_tflite(source, recipe=recipe, calibration=tiles if recipe == "int8-static" else None)
+        return made[recipe]
+
+    return product
+
+
+def path_of(done: Quantized) -> Path:
+    assert done.product is not None
+    return done.product.path
+
+
+def result_of(done: Quantized) -> ModelResult:
+    [result] = done.result.models
+    return result
+
+
+def rows_of(done: Quantized) -> dict[str, Any]:
+    return {row.op_type: row for row in result_of(done).op_types}
 
 
 @pytest.mark.parametrize(
@@ -42,9 +76,11 @@ def model(float_model: Path, tmp_path: Path) -> Path:
         ("dynamic_wi8_afp32", {"INT8"}, 0.20, 0.45),
     ],
 )
-def test_every_layer_is_quantized_and_told(model: Path, recipe: str, dtypes: set[str], least: float, most: float) -> None:
-    result = quantize_tflite(model, recipe=recipe)
-    rows = {row.op_type: row for row in result.found.models[0].op_types}
+def test_every_layer_is_quantized_and_every_other_has_a_reason(
+    quantized: Recipes, recipe: str, dtypes: set[str], least: float, most: float
+) -> None:
+    done = quantized(recipe)
+    rows = rows_of(done)
     for op_type in LAYERS:
         row = rows[op_type]
         assert (row.quantized, row.quantized_weight_bytes, row.reason) == (row.ops, row.weight_bytes, "")
@@ -52,30 +88,39 @@ def test_every_layer_is_quantized_and_told(model: Path, recipe: str, dtypes: set
         assert row.bytes_after < row.weight_bytes
     assert rows["ADD"].quantized == 0
     assert "no rule supports this op type" in rows["ADD"].reason
-    assert least < result.product.size_bytes / model.stat().st_size < most
-    assert result.product.path == model.with_name(f"model_{recipe}.tflite")
+    assert least < path_of(done).stat().st_size / done.source.stat().st_size < most
+    assert path_of(done) == done.source.with_name(f"model_{recipe}.tflite")
 
 
-def test_int4_leaves_no_depthwise_convolution_in_float(model: Path) -> None:
-    quantize_tflite(model, recipe="int4")
-    types = {op.op_type: op.dtype for op in read_ops(model.with_name("model_int4.tflite")) if op.op_type in LAYERS}
+def test_int4_leaves_no_depthwise_convolution_in_float(quantized: Recipes) -> None:
+    types = {op.op_type: op.dtype for op in read_tflite(path_of(quantized("int4"))).ops if op.op_type in LAYERS}
     assert types == {"CONV_2D": "INT4", "DEPTHWISE_CONV_2D": "INT8", "FULLY_CONNECTED": "INT4"}
 
 
-def test_metadata_and_label_files_are_kept(model: Path) -> None:
-    with zipfile.ZipFile(model, "a") as archive:
-        archive.writestr("labels.txt", "cat\n")
-    quantize_tflite(model)
-    product = model.with_name("model_int8.tflite")
-    assert read_metadata(product) == read_metadata(model)
-    with zipfile.ZipFile(product) as archive:
-        assert archive.read("labels.txt") == b"cat\n"
+def test_metadata_and_label_files_are_kept(quantized: Recipes) -> None:
+    done = quantized("int8")
+    assert ModelFile(path_of(done)).metadata == ModelFile(done.source).metadata != {}
+    with zipfile.ZipFile(path_of(done)) as archive:
+        assert {name: archive.read(name) for name in LABELS} == LABELS
 
 
-def test_the_same_input_gives_the_same_bytes(model: Path) -> None:
-    one = quantize_tflite(model, output=model.with_name("one.tflite"))
-    other = quantize_tflite(model, output=model.with_name("other.tflite"))
-    assert one.product.sha256 == other.product.sha256
+def test_the_same_input_gives_the_same_bytes(quantized: Recipes, tmp_path: Path) -> None:
+    first = quantized("int8")
+    again = quantize_tflite(first.source, output=tmp_path / "again.tflite")
+    assert path_of(again).read_bytes() == path_of(first).read_bytes()
+
+
+def test_every_product_is_run_beside_its_original(quantized: Recipes) -> None:
+    result = result_of(quantized("int8"))
+    assert [candidate.label for candidate in result.candidates] == ["original", "int8"]
+    assert all(candidate.measurement and candidate.measurement.median_ms > 0 for candidate in result.candidates)
+    assert result.product is not None
+    assert [0 < (error.relative_error or 0) < 0.2 for error in result.product.errors] == [True]
+    assert (result.interleaved, result.measured_on, result.unmeasured) == (True, "8 seeded samples", "")
+
+
+def test_the_models_run_on_the_threads_that_are_asked_for(model: Path) -> None:
+    assert result_of(quantize_tflite(model, threads=1, recipe="fp16")).threads == 1
 
 
 def test_a_recipe_file_of_ai_edge_quantizer_is_taken_as_it_is(model: Path) -> None:
@@ -83,10 +128,18 @@ def test_a_recipe_file_of_ai_edge_quantizer_is_taken_as_it_is(model: Path) -> No
     rules[0]["operation"] = "FULLY_CONNECTED"
     path = model.with_name("fc_only.json")
     path.write_text(json.dumps(rules))
-    rows = {row.op_type: row for row in quantize_tflite(model, recipe=str(path)).found.models[0].op_types}
+    rows = rows_of(quantize_tflite(model, recipe=str(path)))
     assert rows["FULLY_CONNECTED"].quantized == rows["FULLY_CONNECTED"].ops
     assert rows["CONV_2D"].quantized == 0
     assert "no rule matches" in rows["CONV_2D"].reason
+
+
+def test_a_rule_that_only_excludes_needs_no_configuration(model: Path) -> None:
+    _, rules = resolve_recipe("int8")
+    path = model.with_name("r.json")
+    path.write_text(json.dumps([*rules, {"regex": "^.*", "operation": "CONV_2D", "algorithm_key": "no_quantize"}]))
+    rows = rows_of(quantize_tflite(model, recipe=str(path)))
+    assert (rows["CONV_2D"].quantized, rows["CONV_2D"].reason) == (0, "5 x excluded by a rule")
 
 
 def test_a_recipe_that_changes_nothing_is_an_error(model: Path) -> None:
@@ -99,16 +152,23 @@ def test_a_recipe_that_changes_nothing_is_an_error(model: Path) -> None:
     assert {file.name for file in model.parent.iterdir()} == {"model.tflite", "nothing.json"}
 
 
-def test_quantizing_twice_is_an_error(model: Path) -> None:
-    product = quantize_tflite(model).product.path
-    with pytest.raises(ToolError, match="weights are INT8, quantized already"):
-        quantize_tflite(product, output=model.with_name("twice.tflite"))
+@pytest.mark.parametrize(
+    ("before", "recipe", "says"),
+    [
+        ("int8", "int8", "weights are INT8, quantized already"),
+        ("fp16", "fp16", r"changes no op of this model; got .*weights were FLOAT16 already"),
+    ],
+)
+def test_quantizing_twice_is_an_error(quantized: Recipes, tmp_path: Path, before: str, recipe: str, says: str) -> None:
+    with pytest.raises(ToolError, match=says):
+        quantize_tflite(path_of(quantized(before)), output=tmp_path / "twice.tflite", recipe=recipe)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     "fault", ["missing", "empty", "text", "truncated", "unknown recipe", "static", "output exists", "in place"]
 )
-def test_bad_input_is_one_line_exit_2_and_nothing_written(fault: str, model: Path, run_tool: Run) -> None:
+def test_bad_input_is_one_line_exit_2_and_nothing_written(fault: str, model: Path, zygote: Zygote) -> None:
     output, options = model.with_name("out.tflite"), []
     match fault:
         case "missing":
@@ -128,39 +188,64 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(fault: str, model: Pat
         case "in place":
             output, options = model, ["--overwrite"]
     before = {path.name: path.read_bytes() for path in model.parent.iterdir()}
-    done = run_tool("quantize_tflite", model, "-o", output, *options)
-    assert (done.returncode, done.stdout) == (2, "")
+    done = zygote.run("quantize_tflite", model, "-o", output, *options, folder=model.parent)
+    assert (done.code, done.stdout) == (2, "")
     assert re.fullmatch(r"error: [^\n]+\n", done.stderr)
     assert {path.name: path.read_bytes() for path in model.parent.iterdir()} == before
 
 
 @pytest.mark.realdata
-def test_a_real_float_model_is_quantized(tmp_path: Path) -> None:
-    source = REALDATA / "tflite" / "mlperf_tiny_resnet_float.tflite"
-    result = quantize_tflite(source, output=tmp_path / "m.tflite")
-    assert {row.op_type: row.quantized for row in result.found.models[0].op_types if row.op_type in LAYERS} == {
-        "CONV_2D": 9,
-        "FULLY_CONNECTED": 1,
-    }
-    assert result.product.size_bytes < 0.5 * source.stat().st_size
+@pytest.mark.parametrize("name", sorted(path.name for path in (REALDATA / "corrupt").glob("*")))
+def test_corrupt_files_are_one_line_exit_2_and_nothing_written(name: str, tmp_path: Path, zygote: Zygote) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    done = zygote.run("quantize_tflite", REALDATA / "corrupt" / name, "-o", folder / "out", folder=folder)
+    assert (done.code, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: [^\n]+\n", done.stderr)
+    assert not list(folder.iterdir())
 
 
-def test_a_rule_that_only_excludes_needs_no_configuration(model: Path) -> None:
-    _, rules = resolve_recipe("int8")
-    path = model.with_name("r.json")
-    path.write_text(json.dumps([*rules, {"regex": "^.*", "operation": "CONV_2D", "algorithm_key": "no_quantize"}]))
-    rows = {row.op_type: row for row in quantize_tflite(model, recipe=str(path)).found.models[0].op_types}
-    assert (rows["CONV_2D"].quantized, rows["CONV_2D"].reason) == (0, "5 x excluded by a rule")
+def test_a_device_is_no_model() -> None:
+    with pytest.raises(ToolError, match="the model is no regular file"):
+        quantize_tflite(Path("/dev/null"))
+
+
+COUNT_OPENS = """
+import sys
+from pathlib import Path
+
+model, product, opens = sys.argv[1], sys.argv[2], []
+sys.addaudithook(lambda event, args: opens.append(1) if event == "open" and str(args[0]) == model else None)
+from tools.quantize_tflite import quantize_tflite
+quantize_tflite(Path(model), output=Path(product), recipe="int8")
+print(len(opens))
+"""
+
+
+def test_the_tool_opens_a_model_three_times_at_most(model: Path) -> None:
+    """To tell its type, to hash it, and to parse it; the work is done in processes of its own."""
+    run = [sys.executable, "-c", COUNT_OPENS, str(model), str(model.with_name("out.tflite"))]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert 1 <= int(done.stdout) <= 3
 
 
 # From the wild.
 
 
 @pytest.mark.realdata
+def test_a_real_float_model_is_quantized(tmp_path: Path) -> None:
+    source = REALDATA / "tflite" / "mlperf_tiny_resnet_float.tflite"
+    done = quantize_tflite(source, output=tmp_path / "m.tflite")
+    counts = {op_type: row.quantized for op_type, row in rows_of(done).items() if op_type in LAYERS}
+    assert counts == {"CONV_2D": 9, "FULLY_CONNECTED": 1}
+    assert path_of(done).stat().st_size < 0.5 * source.stat().st_size
+
+
+@pytest.mark.realdata
 @pytest.mark.parametrize(
     "name",
     [
-        "mediapipe/selfie_segmenter.tflite",  # float16 weights, and a custom op that the runtime here lacks
+        "mediapipe/selfie_segmenter.tflite",  # float16 weights, and a custom op that the plain kernels lack
         "mediapipe/face_detection_front_fp32.tflite",  # op codes in the deprecated field
         "mediapipe/pose_detection.tflite",  # sparse float16 weights
         "mediapipe/face_landmark_with_attention.tflite",  # custom ops in the middle
@@ -169,61 +254,59 @@ def test_a_rule_that_only_excludes_needs_no_configuration(model: Path) -> None:
     ],
 )
 def test_models_from_the_wild_are_covered_by_int8_weights(name: str, tmp_path: Path) -> None:
-    result = quantize_tflite(REALDATA / name, output=tmp_path / "m.tflite", recipe="int8-weight-only", require_coverage=0.99)
-    assert result.ok
-    assert result.found.models[0].coverage >= 0.99  # type: ignore[operator]
+    source, output = REALDATA / name, tmp_path / "m.tflite"
+    done = quantize_tflite(source, output=output, recipe="int8-weight-only", gate=["min_coverage=0.99"])
+    assert done.ok
+    assert (result_of(done).coverage or 0) >= 0.99
+    assert ModelFile(output).input_range == ModelFile(source).input_range
+    if "metadata" in name:
+        assert ModelFile(output).input_range == (-1.0, 1.0)
+        with zipfile.ZipFile(source) as old, zipfile.ZipFile(output) as new:
+            assert {entry: old.read(entry) for entry in old.namelist()} == {entry: new.read(entry) for entry in new.namelist()}
 
 
 @pytest.mark.realdata
-def test_metadata_and_labels_of_a_real_model_stay(tmp_path: Path) -> None:
-    source = REALDATA / "tflite" / "mobilenet_v1_0.25_224_float_metadata.tflite"
-    quantize_tflite(source, output=tmp_path / "m.tflite", recipe="int8-weight-only")
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(tmp_path / "m.tflite") as new:
-        assert {name: old.read(name) for name in old.namelist()} == {name: new.read(name) for name in new.namelist()}
-    assert declared_range(tmp_path / "m.tflite") == (-1.0, 1.0)
-
-
-@pytest.mark.realdata
-def test_what_is_quantized_already_is_refused(tmp_path: Path) -> None:
+def test_a_model_from_the_wild_that_is_quantized_already_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ToolError, match="weights are INT8, quantized already"):
         quantize_tflite(REALDATA / "tflite" / "mlperf_tiny_resnet_int8.tflite", output=tmp_path / "m.tflite")
     assert not list(tmp_path.iterdir())
 
 
-def test_float16_weights_stay_what_they_are_and_that_is_an_error(model: Path) -> None:
-    half = quantize_tflite(model, recipe="fp16").product.path  # type: ignore[union-attr]
-    with pytest.raises(ToolError, match=r"changes no op of this model; got .*weights were FLOAT16 already"):
-        quantize_tflite(half, output=model.with_name("again.tflite"), recipe="fp16")
+@pytest.mark.realdata
+def test_custom_ops_that_the_runtime_has_are_run(tmp_path: Path) -> None:
+    """XNNPACK knows MediaPipe's Convolution2DTransposeBias; the plain kernels don't."""
+    source = REALDATA / "mediapipe" / "selfie_segmenter.tflite"
+    done = quantize_tflite(source, output=tmp_path / "m.tflite", recipe="int8-weight-only", calibration=REALDATA / "images")
+    result = result_of(done)
+    assert result.product is not None and result.product.errors
+    assert "samples that were calibrated with, too" in result.measured_on
+    assert result.corrected_biases > 0
 
 
 @pytest.mark.realdata
-@pytest.mark.parametrize("name", sorted(path.name for path in (REALDATA / "corrupt").glob("*")))
-def test_corrupt_files_are_one_line_exit_2_and_nothing_written(name: str, tmp_path: Path, run_tool: Run) -> None:
-    done = run_tool("quantize_tflite", REALDATA / "corrupt" / name, "-o", tmp_path / "out")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"error: [^\n]+\n", done.stderr)
-    assert not list(tmp_path.iterdir())
+def test_custom_ops_that_the_runtime_lacks_leave_a_model_unmeasured(tmp_path: Path) -> None:
+    source = REALDATA / "mediapipe" / "face_landmark_with_attention.tflite"
+    result = result_of(quantize_tflite(source, output=tmp_path / "m.tflite"))
+    assert (result.unmeasured, result.candidates) == ("the runtime here lacks ops of this model", [])
+    with pytest.raises(ToolError, match="lacks ops of this model: samples can't be run through it"):
+        quantize_tflite(source, output=tmp_path / "n.tflite", calibration=REALDATA / "images")
 
 
-# Rules and limits.
+# Rules and gates.
 
 
-def test_rules_change_single_op_types_and_layers(model: Path) -> None:
-    result = quantize_tflite(model, rule=["FULLY_CONNECTED=fp16"], exclude=["DEPTHWISE_CONV_2D"])
-    rows = {row.op_type: row for row in result.found.models[0].op_types}
+def test_rules_change_single_op_types_and_the_written_recipe_gives_the_same_bytes(model: Path) -> None:
+    done = quantize_tflite(model, rule=["FULLY_CONNECTED=fp16"], exclude=["DEPTHWISE_CONV_2D"])
+    rows = rows_of(done)
     assert {kind: rows[kind].dtypes for kind in LAYERS} == {
         "CONV_2D": ["INT8"],
         "DEPTHWISE_CONV_2D": ["FLOAT32"],
         "FULLY_CONNECTED": ["FLOAT16"],
     }
     assert rows["DEPTHWISE_CONV_2D"].reason == "5 x excluded by a rule"
-
-
-def test_the_written_recipe_gives_the_same_bytes_again(model: Path) -> None:
-    one = quantize_tflite(model, rule=["FULLY_CONNECTED=fp16"], exclude=["DEPTHWISE_CONV_2D"])
     recipe = model.with_name("model_int8_recipe.json")
     again = quantize_tflite(model, output=model.with_name("again.tflite"), recipe=str(recipe))
-    assert one.product.sha256 == again.product.sha256  # type: ignore[union-attr]
+    assert path_of(again).read_bytes() == path_of(done).read_bytes()
 
 
 @pytest.mark.parametrize("option", ["rule", "exclude", "only"])
@@ -241,80 +324,64 @@ def test_a_rule_of_a_file_that_matches_no_op_is_an_error(model: Path) -> None:
         quantize_tflite(model, recipe=str(path))
 
 
-@pytest.mark.parametrize(
-    ("limit", "says"),
-    [({"require_coverage": 0.999}, "coverage of weight bytes"), ({"min_speedup": 1000.0}, "speed-up")],
-)
-def test_a_broken_limit_is_told_and_nothing_is_shipped(model: Path, limit: dict[str, float], says: str) -> None:
-    result = quantize_tflite(model, exclude=["DEPTHWISE_CONV_2D"], **limit)  # type: ignore[arg-type]
-    assert (result.ok, result.product) == (False, None)
-    assert says in result.message
+def test_broken_gates_are_reported_and_nothing_is_written(model: Path) -> None:
+    gates = ["min_coverage=0.999", "min_speedup=1000", "min_cosine=0.5", "max_size_mb=0.001", "max_error=1", "min_psnr=1"]
+    done = quantize_tflite(model, exclude=["DEPTHWISE_CONV_2D"], gate=gates)
+    assert (done.ok, done.product) == (False, None)
+    assert {gate.name: gate.ok for gate in done.result.gates} == {
+        "min_coverage": False,
+        "min_speedup": False,
+        "min_cosine": True,
+        "max_size_mb": False,
+        "max_error": True,
+        "min_psnr": False,  # it makes no images
+    }
+    assert re.match(
+        r"FAILED: min_coverage 0\.\d+, limit 0\.999; min_speedup .*min_psnr not measured, limit 1; nothing", done.message
+    )
     assert [file.name for file in model.parent.iterdir()] == ["model.tflite"]
 
 
-def test_a_broken_limit_exits_1_with_the_table(model: Path, run_tool: Run) -> None:
-    done = run_tool("quantize_tflite", model, "--exclude", "CONV_2D", "--require-coverage", "0.95")
+def test_a_gate_may_be_about_one_output(model: Path) -> None:
+    done = quantize_tflite(model, gate=["max_error=1", "max_error:output_0=1e-9"])
+    assert [(gate.name, gate.ok) for gate in done.result.gates] == [("max_error", True), ("max_error:output_0", False)]
+
+
+def test_an_unknown_gate_is_refused(model: Path) -> None:
+    with pytest.raises(ToolError, match=r"--gate min_beauty=1: no such gate; expected NAME=VALUE, NAME one of max_error, "):
+        quantize_tflite(model, gate=["min_beauty=1"])
+
+
+def test_a_broken_gate_exits_1_with_the_table(model: Path, run_tool: Run) -> None:
+    done = run_tool("quantize_tflite", model, "--exclude", "CONV_2D", "--gate", "min_coverage=0.95")
     assert done.returncode == 1
-    assert "FAILED: model.tflite coverage of weight bytes" in done.stdout
-
-
-def test_every_product_is_run_beside_its_original(model: Path) -> None:
-    measured = quantize_tflite(model).found.models[0].measured
-    assert isinstance(measured, Measured)
-    assert measured.before_ms > 0
-    assert [0 < answer.damage.relative_error < 0.2 for answer in measured.answers] == [True]  # type: ignore[operator]
-
-
-def test_files_beside_the_product_are_not_replaced(model: Path) -> None:
-    other = model.with_name("model_int8_recipe.json")
-    other.write_text("precious")
-    with pytest.raises(ToolError, match=r"model_int8_recipe\.json: a file beside the output would be replaced"):
-        quantize_tflite(model)
-    assert other.read_text() == "precious"
+    assert "FAILED: min_coverage 0." in done.stdout
+    assert "excluded by a rule" in done.stdout
 
 
 # Static quantization.
 
 
-@pytest.fixture
-def tiles(tmp_path: Path) -> Path:
-    """Seeded pictures as the small network takes them."""
-    path = tmp_path / "set" / "tiles.npz"
-    path.parent.mkdir()
-    specs = [TensorSpec("images", (1, 3, 64, 64), "float32")]
-    np.savez(path, images=np.concatenate([sample_inputs(specs, seed)["images"] for seed in range(8)]))
-    return path
-
-
-def test_static_int8_keeps_float_ends_and_its_statistics(model: Path, tiles: Path) -> None:
-    result = quantize_tflite(model, recipe="int8-static", calibration=tiles)
-    pressed = result.found.models[0]
-    assert {row.op_type for row in pressed.op_types if row.quantized} >= {"CONV_2D", "FULLY_CONNECTED", "ADD"}
-    assert isinstance(pressed.measured, Measured)
-    [answer] = pressed.measured.answers
-    assert answer.damage.cosine > 0.98  # type: ignore[operator]
-    statistics = model.with_name("model_int8-static_calibration.json")
-    again = quantize_tflite(model, output=model.with_name("again.tflite"), recipe="int8-static", calibration=statistics)
-    assert again.product.sha256 == result.product.sha256  # type: ignore[union-attr]
-
-
-def test_a_product_whose_statistics_are_lost_or_changed_is_made_again(model: Path, tiles: Path) -> None:
-    first = quantize_tflite(model, recipe="int8-static", calibration=tiles)
-    statistics = model.with_name("model_int8-static_calibration.json")
-    whole = statistics.read_bytes()
-    again = quantize_tflite(model, recipe="int8-static", calibration=tiles, refresh=True)
-    assert again.product.up_to_date  # type: ignore[union-attr]
-    for disturb in (statistics.unlink, lambda: statistics.write_bytes(whole.replace(b"0", b"1", 1))):
-        disturb()
-        mended = quantize_tflite(model, recipe="int8-static", calibration=tiles, refresh=True)
-        assert not mended.product.up_to_date and mended.product.sha256 == first.product.sha256  # type: ignore[union-attr]
-        assert statistics.read_bytes() == whole
+def test_static_int8_keeps_float_ends_and_its_statistics(quantized: Recipes, tmp_path: Path) -> None:
+    done = quantized("int8-static")
+    result = result_of(done)
+    assert {row.op_type for row in result.op_types if row.quantized} >= {"CONV_2D", "FULLY_CONNECTED", "ADD"}
+    assert result.product is not None
+    [error] = result.product.errors
+    assert error.cosine is not None and error.cosine > 0.98
+    statistics = path_of(done).with_name("model_int8-static_calibration.json")
+    assert result.calibration_sha256 == sha256_of(statistics)
+    again = quantize_tflite(done.source, output=tmp_path / "again.tflite", recipe="int8-static", calibration=statistics)
+    assert path_of(again).read_bytes() == path_of(done).read_bytes()
 
 
 def test_static_int8_ends_are_integers_where_asked_for(model: Path, tiles: Path) -> None:
-    quantize_tflite(model, output=model.with_name("q.tflite"), recipe="int8-static", calibration=tiles, io_dtype="int8")
-    with open_model(ModelFile(model.with_name("q.tflite"))) as opened:
+    done = quantize_tflite(model, recipe="int8-static", calibration=tiles, io_dtype="int8")
+    with open_model(ModelFile(path_of(done))) as opened:
         assert {spec.dtype for spec in (*opened.inputs, *opened.outputs)} == {"int8"}
+    result = result_of(done)
+    assert result.product is not None
+    assert (result.product.errors, result.product.problem) == ([], "")  # of other types than the reference's
 
 
 @pytest.mark.parametrize(("recipe", "io_dtype"), [("int8-static", "int16"), ("int16x8", "int8"), ("int8", "int8")])
@@ -323,17 +390,30 @@ def test_ends_that_do_not_fit_the_recipe_are_refused(model: Path, tiles: Path, r
         quantize_tflite(model, recipe=recipe, calibration=tiles, io_dtype=io_dtype)  # type: ignore[arg-type]
 
 
-def test_statistics_of_another_model_are_refused(model: Path, tiles: Path, miniseal: Miniseal) -> None:
-    quantize_tflite(model, recipe="int8-static", calibration=tiles)
-    statistics = model.with_name("model_int8-static_calibration.json")
+def test_statistics_that_fit_neither_the_model_nor_the_recipe_are_refused(
+    quantized: Recipes, miniseal: Miniseal, tmp_path: Path
+) -> None:
+    done = quantized("int8-static")
+    statistics = path_of(done).with_name("model_int8-static_calibration.json")
     with pytest.raises(ToolError, match="statistics are of another model"):
-        quantize_tflite(miniseal.float_model, output=model.with_name("m.tflite"), recipe="int8-static", calibration=statistics)
+        quantize_tflite(miniseal.float_model, output=tmp_path / "m.tflite", recipe="int8-static", calibration=statistics)
+    with pytest.raises(ToolError, match="calibration statistics are for static recipes"):
+        quantize_tflite(done.source, output=tmp_path / "m.tflite", recipe="int8", calibration=statistics)
 
 
 def test_samples_of_another_range_are_refused(model: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "wide.npz", images=np.linspace(0, 255, 2 * 3 * 64 * 64, dtype=np.float32).reshape(2, 3, 64, 64))
     with pytest.raises(ToolError, match="of another range than the model's input; got values from 0 to 255; expected 0 to 1"):
         quantize_tflite(model, recipe="int8-static", calibration=tmp_path / "wide.npz")
+
+
+def test_static_recipes_ask_for_the_memory_that_calibration_takes(model: Path, tiles: Path) -> None:
+    needs = []
+    for options in ({}, {"recipe": "int8-static", "calibration": tiles}):
+        with pytest.raises(DryRun) as caught:
+            quantize_tflite(model, **options, dry_run=True)  # type: ignore[arg-type]
+        needs.append(caught.value.result.forecasts[0].needs.memory_bytes - command.BASE_MEMORY)
+    assert needs == [int(model.stat().st_size * factor) for factor in (0.3, 4.5)]
 
 
 @pytest.mark.realdata
@@ -350,8 +430,8 @@ def test_static_int8_is_as_small_and_as_true_as_mlperfs_own(tmp_path: Path) -> N
     tiles = list(rng.permutation(np.stack(tiles)))
     np.savez(tmp_path / "tiles.npz", images=np.stack(tiles[:-50]))
     options = {"recipe": "int8-static", "calibration": tmp_path / "tiles.npz", "input_range": "0..255"}
-    result = quantize_tflite(source, output=tmp_path / "m.tflite", **options)  # type: ignore[arg-type]
-    assert result.product.size_bytes <= 1.1 * theirs.stat().st_size  # type: ignore[union-attr]
+    done = quantize_tflite(source, output=tmp_path / "m.tflite", **options)  # type: ignore[arg-type]
+    assert path_of(done).stat().st_size <= 1.1 * theirs.stat().st_size
     exact, ours, mlperf = (_answers(path, tiles[-50:]) for path in (source, tmp_path / "m.tflite", theirs))
     assert _cosine(exact, ours) >= _cosine(exact, mlperf)
 
@@ -379,134 +459,25 @@ def _cosine(one: np.ndarray, other: np.ndarray) -> float:
     return float((one * other).sum() / np.linalg.norm(one) / np.linalg.norm(other))
 
 
-# Bundles.
-
-
-@pytest.fixture
-def bundle(model: Path, tmp_path: Path) -> Path:
-    """A bundle with a model, a bundle in it, and something else."""
-    path, inner = tmp_path / "b.task", tmp_path / "inner.task"
-    with zipfile.ZipFile(inner, "w") as archive:
-        archive.write(model, "second.tflite")
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.write(model, "first.tflite")
-        archive.writestr("geometry.binarypb", b"\x00\x01\x02")
-        archive.write(inner, "inner.task")
-    inner.unlink()
-    return path
-
-
-def entries(path: Path) -> dict[str, bytes]:
-    with zipfile.ZipFile(path) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
-
-
-def test_a_bundle_without_rules_keeps_every_byte(bundle: Path, tmp_path: Path) -> None:
-    result = quantize_tflite(bundle, output=tmp_path / "out.task", recipe="none")
-    before, after = entries(bundle), entries(tmp_path / "out.task")
-    assert (before["first.tflite"], before["geometry.binarypb"]) == (after["first.tflite"], after["geometry.binarypb"])
-    (tmp_path / "in.task").write_bytes(after["inner.task"])
-    assert entries(tmp_path / "in.task")["second.tflite"] == before["first.tflite"]
-    assert result.found.unchanged == ["first.tflite", "geometry.binarypb", "inner.task/second.tflite"]
-
-
-def test_each_model_of_a_bundle_takes_its_own_rule(bundle: Path, tmp_path: Path) -> None:
-    chosen = ["inner.task/second.tflite=none", "first.tflite:FULLY_CONNECTED=fp16"]
-    result = quantize_tflite(bundle, output=tmp_path / "out.task", rule=chosen)
-    [pressed] = result.found.models
-    dtypes = {row.op_type: row.dtypes for row in pressed.op_types}
-    assert (pressed.name, dtypes["CONV_2D"], dtypes["FULLY_CONNECTED"]) == ("first.tflite", ["INT8"], ["FLOAT16"])
-    assert "inner.task/second.tflite" in result.found.unchanged
-
-
-def test_a_bundle_is_pressed_to_the_same_bytes_each_time_and_by_its_recipe_file(bundle: Path, tmp_path: Path) -> None:
-    one = quantize_tflite(bundle, output=tmp_path / "one.task", rule=["second.tflite=fp16"])
-    two = quantize_tflite(bundle, output=tmp_path / "two.task", recipe=str(tmp_path / "one_recipe.json"))
-    assert one.product.sha256 == two.product.sha256  # type: ignore[union-attr]
-
-
-def test_a_selector_that_no_model_of_a_bundle_knows_is_an_error(bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(ToolError, match="no op of any model matches 'nobody'"):
-        quantize_tflite(bundle, output=tmp_path / "out.task", exclude=["nobody"])
-    assert not (tmp_path / "out.task").exists()
-
-
-def test_a_model_that_the_recipe_leaves_alone_is_carried_over_and_told(bundle: Path, tmp_path: Path) -> None:
-    half = quantize_tflite(bundle, output=tmp_path / "half.task", rule=["first.tflite=fp16", "second.tflite=none"]).product
-    assert half is not None
-    again = quantize_tflite(half.path, output=tmp_path / "again.task", recipe="fp16")
-    assert [model.name for model in again.found.models] == ["inner.task/second.tflite"]
-    assert any(entry.startswith("first.tflite (") and "FLOAT16 already" in entry for entry in again.found.unchanged)
-    assert entries(half.path)["first.tflite"] == entries(tmp_path / "again.task")["first.tflite"]
-    with pytest.raises(ToolError, match="the recipe changes no model of the bundle"):
-        quantize_tflite(tmp_path / "again.task", output=tmp_path / "third.task", recipe="fp16")
-
-
-@pytest.mark.realdata
-def test_the_official_bundle_is_pressed_and_carried_over(tmp_path: Path) -> None:
-    source = REALDATA / "mediapipe" / "face_landmarker.task"
-    result = quantize_tflite(source, output=tmp_path / "f.task", recipe="int8-weight-only", require_coverage=0.99)
-    assert [model.name for model in result.found.models] == [
-        "face_detector.tflite",
-        "face_landmarks_detector.tflite",
-        "face_blendshapes.tflite",
-    ]
-    before, after = entries(source), entries(tmp_path / "f.task")
-    assert list(before) == list(after)
-    assert before["geometry_pipeline_metadata_landmarks.binarypb"] == after["geometry_pipeline_metadata_landmarks.binarypb"]
-    assert result.product.size_bytes < 2_200_000  # type: ignore[union-attr]
-
-
-# Searches, layers by damage, and the page.
-
-
-def test_a_search_keeps_the_limit_writes_its_recipe_and_the_page(model: Path, tiles: Path) -> None:
-    page = model.with_name("page.html")
-    result = quantize_tflite(model, calibration=tiles, max_drop=["0.02"], debug=True, html=page)
-    [pressed] = result.found.models
-    assert pressed.searched is not None
-    assert pressed.searched.drop <= 1
-    assert isinstance(pressed.measured, Measured)
-    assert pressed.measured.answers[0].damage.relative_error <= 0.02  # type: ignore[operator]
-    assert pressed.size_after_bytes < 0.5 * pressed.size_before_bytes
-    again = quantize_tflite(model, output=model.with_name("again.tflite"), recipe=str(model.with_name("model_search_recipe.json")))
-    assert again.product.size_bytes == result.product.size_bytes  # type: ignore[union-attr]
-    errors = [layer.output.relative_error for layer in pressed.damage]
-    assert errors == sorted(errors, reverse=True)  # type: ignore[type-var]
-    nodes = json.loads(model.with_name("model_search_node_data.json").read_text())["model.tflite"]["results"]
-    assert len(nodes) == len(pressed.damage) > 15
-    assert "Error at the output, each layer quantized alone" in page.read_text()
-
-
-def test_a_search_of_every_model_of_a_bundle_needs_no_recipe(bundle: Path, tiles: Path, tmp_path: Path) -> None:
-    with pytest.raises(ToolError, match="leave out --recipe, or --max-drop"):
-        quantize_tflite(bundle, output=tmp_path / "o.task", recipe="fp16", max_drop=["0.01"], calibration=tiles.parent)
-
-
-def test_a_search_needs_real_inputs(model: Path) -> None:
-    with pytest.raises(ToolError, match="a search needs real inputs"):
-        quantize_tflite(model, max_drop=["0.01"])
-
-
 # Nothing is replaced that is not the tool's, and no option is passed over in silence.
 
 
 @pytest.mark.parametrize("page", ["model.tflite", "out.tflite", "out_recipe.json", "r.json", "nowhere/page.html"])
 def test_a_page_in_the_way_of_another_file_is_refused_before_any_work(model: Path, page: str) -> None:
-    _, rules = resolve_recipe("int8")
     recipe = model.with_name("r.json")
-    recipe.write_text(json.dumps(rules))
+    recipe.write_text(json.dumps(resolve_recipe("int8")[1]))
     before = {path.name: path.read_bytes() for path in model.parent.iterdir()}
-    with pytest.raises(ToolError, match=r"the page would replace a file|no such folder"):
+    with pytest.raises(ToolError, match=r"the report would replace a file|no such folder"):
         quantize_tflite(model, output=model.with_name("out.tflite"), recipe=str(recipe), html=model.parent / page, overwrite=True)
     assert {path.name: path.read_bytes() for path in model.parent.iterdir()} == before
 
 
-def test_a_foreign_file_where_the_node_data_would_fall_is_kept(model: Path) -> None:
-    other = model.with_name("model_int8_node_data.json")
+@pytest.mark.parametrize("name", ["model_int8_recipe.json", "model_int8_node_data.json"])
+def test_a_file_of_others_next_to_the_product_is_kept(model: Path, name: str) -> None:
+    other = model.with_name(name)
     other.write_text("precious")
-    with pytest.raises(ToolError, match="a file beside the output would be replaced"):
-        quantize_tflite(model, debug=True)
+    with pytest.raises(ToolError, match=rf"{re.escape(name)}: a file next to the output would be replaced"):
+        quantize_tflite(model, sensitivity=True)
     assert other.read_text() == "precious"
 
 
@@ -521,56 +492,11 @@ def test_a_recipe_that_is_read_is_not_written_over(model: Path) -> None:
     ("options", "says"),
     [
         ({"samples": 3}, "--samples does nothing without --calibration"),
-        ({"target": "latency"}, "--target does nothing without --max-drop"),
+        ({"objective": "latency"}, "--objective does nothing without --max-error"),
         ({"correct_bias": False}, "--no-correct-bias does nothing without --calibration"),
-        ({"dask": "tcp://127.0.0.1:1"}, "--dask does nothing without --max-drop or --debug"),
+        ({"dask": "tcp://127.0.0.1:1"}, "--dask does nothing without --max-error or --sensitivity"),
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(model: Path, options: dict[str, object], says: str) -> None:
     with pytest.raises(ToolError, match=says):
         quantize_tflite(model, **options)  # type: ignore[arg-type]
-
-
-def test_statistics_for_a_recipe_that_is_not_static_are_refused(model: Path, tiles: Path) -> None:
-    quantize_tflite(model, recipe="int8-static", calibration=tiles)
-    with pytest.raises(ToolError, match="calibration statistics are for static recipes"):
-        quantize_tflite(model, recipe="int8", calibration=model.with_name("model_int8-static_calibration.json"))
-
-
-@pytest.mark.parametrize("option", [{"rule": ["first.tflite:CONV_2D=fp16"]}, {"max_drop": ["first.tflite=0.1"]}])
-def test_an_option_for_a_model_that_is_left_out_is_refused(bundle: Path, tmp_path: Path, option: dict[str, list[str]]) -> None:
-    with pytest.raises(ToolError, match="leaves out"):
-        quantize_tflite(bundle, output=tmp_path / "o.task", exclude=["first.tflite"], **option)  # type: ignore[arg-type]
-
-
-def test_coverage_of_a_model_that_the_recipe_cannot_change_is_none(bundle: Path, tmp_path: Path) -> None:
-    half = quantize_tflite(bundle, output=tmp_path / "half.task", rule=["first.tflite=fp16", "second.tflite=none"]).product
-    result = quantize_tflite(half.path, output=tmp_path / "o.task", recipe="fp16", require_coverage=0.5)  # type: ignore[union-attr]
-    first = result.found.gates[0]
-    assert (first.model, first.value, first.ok) == ("first.tflite", 0.0, False)
-    assert not (tmp_path / "o.task").exists()
-
-
-@pytest.mark.realdata
-def test_custom_ops_that_the_runtime_has_are_run(tmp_path: Path) -> None:
-    """XNNPACK knows MediaPipe's Convolution2DTransposeBias; the plain kernels don't."""
-    source = REALDATA / "mediapipe" / "selfie_segmenter.tflite"
-    result = quantize_tflite(source, output=tmp_path / "m.tflite", recipe="int8-weight-only", calibration=REALDATA / "images")
-    [model] = result.found.models
-    assert isinstance(model.measured, Measured)
-    assert not model.measured.are_seeded
-    assert model.corrected_biases > 0
-
-
-def test_static_recipes_ask_for_the_memory_that_calibration_takes(model: Path, tiles: Path) -> None:
-    needs = []
-    for options in ({}, {"recipe": "int8-static", "calibration": tiles}):
-        with pytest.raises(DryRun) as caught:
-            quantize_tflite(model, **options, dry_run=True)  # type: ignore[arg-type]
-        needs.append(caught.value.result.forecasts[0].needs.memory_bytes - pipeline.BASE_MEMORY)
-    assert needs == [int(model.stat().st_size * factor) for factor in (0.3, 4.5)]
-
-
-def test_a_device_is_no_model() -> None:
-    with pytest.raises(ToolError, match="the model is no regular file"):
-        quantize_tflite(Path("/dev/null"))

@@ -11,6 +11,8 @@ from tools.quantize_tflite.recipes import (
     FP16_RECIPE,
     INT4_RECIPE,
     NO_QUANTIZE,
+    Rules,
+    Selector,
     assign,
     build_rules,
     concatenate,
@@ -70,11 +72,16 @@ def decided(rules: list[dict[str, object]], operation: str, scope: str) -> tuple
     return str(algorithm.value if hasattr(algorithm, "value") else algorithm), bits
 
 
+def chosen(selector: str, recipe: str) -> tuple[Selector, str, Rules]:
+    """Return a selector with a recipe of its own, as `--rule SELECTOR=RECIPE` gives it."""
+    return parse_selector(selector), *resolve_recipe(recipe)
+
+
 def test_the_library_decides_as_the_choices_say() -> None:
     rules = build_rules(
         resolve_recipe("int8")[1],
         only=[],
-        rules=[(parse_selector("FULLY_CONNECTED"), "int4"), (parse_selector("stem"), "fp16")],
+        rules=[chosen("FULLY_CONNECTED", "int4"), chosen("stem", "fp16")],
         exclude=[parse_selector("head")],
     )
     assert decided(rules, "CONV_2D", "body;") == ("min_max_uniform_quantize", 8)
@@ -92,7 +99,7 @@ def test_only_restricts_the_recipe_to_what_it_selects() -> None:
 
 
 def test_none_for_a_selector_leaves_it_as_it_is() -> None:
-    rules = build_rules(resolve_recipe("int8")[1], [], [(parse_selector("CONV_2D"), "none")], [])
+    rules = build_rules(resolve_recipe("int8")[1], [], [chosen("CONV_2D", "none")], [])
     assert decided(rules, "CONV_2D", "a;")[0] == NO_QUANTIZE
     assert decided(rules, "FULLY_CONNECTED", "a;")[1] == 8
 
@@ -100,7 +107,7 @@ def test_none_for_a_selector_leaves_it_as_it_is() -> None:
 def test_a_selector_narrows_the_rules_of_its_recipe_by_their_own_regex(tmp_path: Path) -> None:
     [rule] = resolve_recipe("int8")[1]
     (tmp_path / "r.json").write_text(json.dumps([{**rule, "regex": "conv"}]))
-    rules = build_rules([], [], [(parse_selector("body"), str(tmp_path / "r.json"))], [])
+    rules = build_rules([], [], [chosen("body", str(tmp_path / "r.json"))], [])
     assert decided(rules, "CONV_2D", "body/conv;")[1] == 8
     assert decided(rules, "CONV_2D", "head/conv;")[0] == NO_QUANTIZE
     assert decided(rules, "CONV_2D", "body/other;")[0] == NO_QUANTIZE
@@ -114,7 +121,7 @@ def test_int4_falls_back_to_int8_where_it_is_not_supported() -> None:
 
 def test_a_recipe_that_does_not_support_the_selected_op_type_is_refused() -> None:
     with pytest.raises(ToolError, match="DEPTHWISE_CONV_2D: the recipe has no rule"):
-        build_rules([], [], [(parse_selector("DEPTHWISE_CONV_2D"), "dynamic_wi4_afp32")], [])
+        build_rules([], [], [chosen("DEPTHWISE_CONV_2D", "dynamic_wi4_afp32")], [])
 
 
 @pytest.mark.parametrize(
@@ -137,7 +144,7 @@ def test_concatenated_rules_survive_the_librarys_bookkeeping_by_regex() -> None:
 
 
 def test_assigned_precisions_hold_for_exactly_their_ops() -> None:
-    rules = assign({"a;": "int8", "a/b;": "fp16", "c(1)/d;e;": "int8", "f;": "none"})
+    rules = assign({"a": "int8", "a/b": "fp16", "c(1)/d;e": "int8", "f": "none"})
     assert decided(rules, "CONV_2D", "a;")[1] == 8
     assert decided(rules, "CONV_2D", "a/b;") == ("float_casting", 16)
     assert decided(rules, "CONV_2D", "c(1)/d;e;")[1] == 8

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from shared.command.errors import ToolError
 from shared.formats.bundle import models_of, unpack_bundle
 from shared.formats.model_file import ModelFile
-from shared.formats.tflite import custom_ops, enum_names, read_dequantized_types, read_ops
+from shared.formats.tflite import enum_names, read_tflite
 from shared.runtime.model import Kernels, open_model
 from shared.runtime.samples import sample_inputs
 from tests.conftest import REALDATA
@@ -95,8 +95,8 @@ def test_float16_weights_become_float32_and_no_answer_changes(half_model: Path, 
     target = tmp_path / "repaired.tflite"
     done = repair(half_model, target)
     assert done.float16 == op_kinds(half_model)[OPS.DEQUANTIZE] > 20
-    assert {op.dtype for op in read_ops(target) if op.size_weights} == {"FLOAT32"}
-    assert read_dequantized_types(target) == set()
+    assert {op.dtype for op in read_tflite(target).ops if op.weight_bytes} == {"FLOAT32"}
+    assert read_tflite(target).restored_types == []
     assert op_kinds(target)[OPS.DEQUANTIZE] == 0
     assert largest_difference(half_model, target, kernels) == 0.0
 
@@ -315,7 +315,7 @@ def test_the_part_before_custom_ops_runs_and_agrees_with_the_whole(float_model: 
 
     last = len(read(float_model).subgraphs[0].operators) - 1
     read_by = make_custom(float_model, tmp_path / "custom.tflite", last)
-    assert custom_ops(tmp_path / "custom.tflite") == ["Nobody"]
+    assert read_tflite(tmp_path / "custom.tflite").custom_ops == ["Nobody"]
     assert cut_before_custom_ops(tmp_path / "custom.tflite", tmp_path / "part.tflite")
     with open_model(ModelFile(tmp_path / "part.tflite"), kernels="reference") as model:
         assert [spec.name.encode() for spec in model.outputs] == read_by
@@ -381,10 +381,10 @@ def test_other_peoples_float16_models_give_the_same_answers(real_models: dict[st
     assert done == needed_repairs(source)
     assert done.float16 > 10
     assert needed_repairs(target) == Repairs()
-    assert read_dequantized_types(target) == set()
+    assert read_tflite(target).restored_types == []
     assert dead_tensors(target) == []
     before, after = source, target
-    if custom_ops(source):
+    if read_tflite(source).custom_ops:
         before, after = tmp_path / "before.tflite", tmp_path / "after.tflite"
         assert cut_before_custom_ops(source, before)
         assert cut_before_custom_ops(target, after)
@@ -405,7 +405,7 @@ def test_sparse_weights_become_dense(real_models: dict[str, Path], tmp_path: Pat
 @pytest.mark.realdata
 def test_the_custom_ops_of_real_models_come_late(real_models: dict[str, Path], tmp_path: Path) -> None:
     for name in ("selfie_segmenter", "face_landmark_with_attention"):
-        assert custom_ops(real_models[name])
+        assert read_tflite(real_models[name]).custom_ops
         assert cut_before_custom_ops(real_models[name], tmp_path / "part.tflite")
-        assert custom_ops(tmp_path / "part.tflite") in ([], custom_ops(real_models[name]))
+        assert read_tflite(tmp_path / "part.tflite").custom_ops in ([], read_tflite(real_models[name]).custom_ops)
         assert len(read(tmp_path / "part.tflite").subgraphs[0].operators) > 10
