@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.fork_server import Zygote
+from tests.support.fork_server import ForkServer
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -113,9 +113,9 @@ def miniseal(tmp_path_factory: pytest.TempPathFactory) -> Miniseal:
 
 
 @pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
+def fork_server() -> Iterator[ForkServer]:
     """Return what runs tools fast, as their users do."""
-    with Zygote() as process:
+    with ForkServer() as process:
         yield process
 
 

@@ -119,7 +119,7 @@ def test_every_session_has_a_docstring() -> None:
         assert session.func.__doc__, name
 
 
-def test_every_tool_is_a_session_and_the_other_way_round() -> None:
+def test_every_tool_is_a_session_and_the_other_path_round() -> None:
     places = {path.stem for path in (ROOT / "tools").iterdir() if path.suffix == ".py" or (path / "__main__.py").is_file()}
     assert places - {"__init__"} == set(noxfile.TOOLS)
 

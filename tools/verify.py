@@ -25,7 +25,7 @@ from shared.command.options import Overwrite, Refresh, Seed, Threads
 from shared.command.resources import cpu_count, size_text
 from shared.files import artifacts
 from shared.files.plan import Plan, Product
-from shared.files.provenance import require_vouched
+from shared.files.provenance import require_checksums
 from shared.formats.model_file import ModelFile
 from shared.formats.tensors import describe
 from shared.metrics.metrics import message_bits
@@ -205,7 +205,7 @@ def verify(
     source = ModelFile(model)
     with contextlib.suppress(DamagedError):  # a failed check, once it is to be loaded
         source.check()
-    require_vouched(_files(source))
+    require_checksums(_files(source))
     count = threads or cpu_count()
     nbits = bits or _nbits(source)
     if output is None:

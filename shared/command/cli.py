@@ -80,13 +80,13 @@ def _run(tool: Callable[..., Any], dependencies: str) -> NoReturn:
     except Exception as error:
         if _Ending.number:  # told already; raised within native code, an interruption comes out as any error
             sys.exit(128 + _Ending.number)
-        told = _as_tool_error(error, dependencies)
-        if told is None:
+        reported = _as_tool_error(error, dependencies)
+        if reported is None:
             raise
         if "--json" in sys.argv[1:]:
-            sys.stdout.write(json.dumps({"ok": False, "error": told.parts}) + "\n")
+            sys.stdout.write(json.dumps({"ok": False, "error": reported.parts}) + "\n")
             sys.stdout.flush()
-        _fail(str(told), code=told.exit_code)
+        _fail(str(reported), code=reported.exit_code)
     if code == INTERRUPTED:  # also how typer returns Ctrl-C
         _fail(INTERRUPTION, code=INTERRUPTED)
     sys.exit(code or 0)
@@ -94,21 +94,21 @@ def _run(tool: Callable[..., Any], dependencies: str) -> NoReturn:
 
 def _as_tool_error(error: Exception, dependencies: str) -> ToolError | None:
     """Return what a user can act on, None for a programming error."""
-    told: ToolError | None = None
+    reported: ToolError | None = None
     match error:
         case ToolError():
-            told = error
+            reported = error
         case UsageError():
-            told = ToolError(error.format_message().rstrip("."), remedy="see --help")
+            reported = ToolError(error.format_message().rstrip("."), remedy="see --help")
         case ModuleNotFoundError() if (error.name or "").partition(".")[0] not in OWN_PACKAGES:
             install = f"pip install --constraint constraints.txt --editable '.[{dependencies}]'"
-            told = ToolError(f"package {error.name} is not installed", remedy=install)
+            reported = ToolError(f"package {error.name} is not installed", remedy=install)
         case MemoryError():
-            told = ToolError("out of memory", remedy="close other programs or use a larger machine")
+            reported = ToolError("out of memory", remedy="close other programs or use a larger machine")
         case OSError():
             remedy = "check the path and its permissions"
-            told = ToolError(error.strerror or str(error), where=error.filename or "input or output", remedy=remedy)
-    return of_disk(error) or told
+            reported = ToolError(error.strerror or str(error), where=error.filename or "input or output", remedy=remedy)
+    return of_disk(error) or reported
 
 
 def _with_common_options(tool: Callable[..., Any]) -> Callable[..., None]:

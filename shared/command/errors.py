@@ -32,10 +32,10 @@ class ToolError(Exception):
     ) -> None:
         parts = {"what": what, "where": where, "got": got, "expected": expected, "remedy": remedy}
         self.parts = {name: one_line(str(part)) for name, part in parts.items() if part is not None}
-        told = {name: _shortened(part) for name, part in self.parts.items()}
-        head = f"{told['where']}: {told['what']}" if where is not None else told["what"]
+        reported = {name: _shortened(part) for name, part in self.parts.items()}
+        head = f"{reported['where']}: {reported['what']}" if where is not None else reported["what"]
         words = {"got": "got ", "expected": "expected ", "remedy": ""}
-        super().__init__("; ".join([head, *(f"{word}{told[name]}" for name, word in words.items() if name in told)]))
+        super().__init__("; ".join([head, *(f"{word}{reported[name]}" for name, word in words.items() if name in reported)]))
 
     @classmethod
     def of_parts(cls, parts: dict[str, Any]) -> Self:
@@ -76,9 +76,9 @@ def of_disk(error: BaseException) -> ToolError | None:
     Libraries written in other languages say it in their own words, with the system's inside.
     """
     number = getattr(error, "errno", None)
-    told = str(error)
-    is_full = number in DISK_FULL or any(f"os error {known}" in told for known in DISK_FULL)
-    if not (is_full or any(words in told for words in ("No space left on device", "Disk quota exceeded", "File too large"))):
+    reported = str(error)
+    is_full = number in DISK_FULL or any(f"os error {known}" in reported for known in DISK_FULL)
+    if not (is_full or any(words in reported for words in ("No space left on device", "Disk quota exceeded", "File too large"))):
         return None
     where = getattr(error, "filename", None)
     return ToolError(

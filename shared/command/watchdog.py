@@ -39,15 +39,15 @@ class _Wire:
     files: ClassVar[list[tuple[str, float, float]]] = []  # what is being read: path, seconds, bytes of memory
 
 
-def _tell(**note: Any) -> None:
+def _send_note(**note: Any) -> None:
     if _Wire.handle is not None:
         with contextlib.suppress(BrokenPipeError):  # the parent was killed; this process ends with it
             os.write(_Wire.handle, json.dumps(note).encode() + b"\n")
 
 
-def _tell_reading() -> None:
+def _send_reading() -> None:
     path, seconds, memory = _Wire.files[-1] if _Wire.files else ("", 0.0, 0.0)
-    _tell(reading=path, seconds=seconds, memory=memory)
+    _send_note(reading=path, seconds=seconds, memory=memory)
 
 
 @contextlib.contextmanager
@@ -56,26 +56,26 @@ def reading(path: Path) -> Iterator[Callable[[], None]]:
     size = path.stat().st_size if path.is_file() else 0
     seconds, memory = limit("read-seconds") + size / SLOWEST_BYTES_PER_S, limit("read-memory-gb") * GB + 2 * size
     _Wire.files.append((str(path), seconds, memory))
-    _tell_reading()
+    _send_reading()
     try:
-        yield _tell_reading
+        yield _send_reading
     finally:
         _Wire.files.pop()
-        _tell_reading()
+        _send_reading()
 
 
 @contextlib.contextmanager
 def temporary(*paths: Path) -> Iterator[None]:
     """Remove files at the end; where this process dies or is interrupted before, its parent does, with what is named after them."""
     for path in paths:
-        _tell(made=str(path))
+        _send_note(made=str(path))
     try:
         yield
     finally:
         for path in paths:
             with contextlib.suppress(OSError):
                 path.unlink()
-            _tell(gone=str(path))
+            _send_note(gone=str(path))
 
 
 def supervise(work: Callable[[], NoReturn]) -> NoReturn:
@@ -172,7 +172,7 @@ class _Watch:
                     for line in lines:
                         self._note(json.loads(line))
                 elif self._reading:
-                    self._look()
+                    self._check_limits()
 
     def _note(self, note: dict[str, Any]) -> None:
         if "reading" in note:
@@ -185,7 +185,7 @@ class _Watch:
         else:
             self._temporary.pop(note["gone"], None)
 
-    def _look(self) -> None:
+    def _check_limits(self) -> None:
         took = _anonymous_bytes(self._child) - self._before
         if time.monotonic() - self._since > self._seconds:
             self._verdict = f"reading took longer than {self._seconds:.0f} s; raise the limit with --limit read-seconds=VALUE"

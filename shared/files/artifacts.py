@@ -25,8 +25,8 @@ from shared.files.provenance import (
     provenance_path,
     read_provenance_file,
     record,
+    verified,
     versions,
-    vouched,
 )
 from shared.files.reports import embed, report_sha256
 
@@ -50,7 +50,7 @@ def build(plan: Plan, found_type: type[Found], make: Callable[[Path], Found]) ->
     inputs = _input_records(plan, old)
     current = _current(plan, old, inputs, found_type)
     if plan.dry_run:
-        raise DryRun(_foresee(plan, old, is_current=current is not None))
+        raise DryRun(_forecast(plan, old, is_current=current is not None))
     for stale in abandoned_drafts(plan.output):  # of its provenance too
         stale.unlink(missing_ok=True)
     if current is not None:
@@ -136,7 +136,7 @@ def _discard(plan: Plan, draft: Path, old: Provenance | None) -> None:
                 companion.unlink()
 
 
-def foresee(*plans: Plan) -> NoReturn:
+def end_dry_run(*plans: Plan) -> NoReturn:
     """Raise DryRun for all of several plans, as `build` does for one in a dry run."""
 
     def never(_: Path) -> NoReturn:
@@ -151,7 +151,7 @@ def foresee(*plans: Plan) -> NoReturn:
     raise DryRun(*forecasts)
 
 
-def _foresee(plan: Plan, old: Provenance | None, *, is_current: bool) -> Forecast:
+def _forecast(plan: Plan, old: Provenance | None, *, is_current: bool) -> Forecast:
     if not is_current:
         require_replaceable(plan, old)
     state = "is up to date" if is_current else "would be replaced" if plan.output.exists() else "would be written"
@@ -160,7 +160,7 @@ def _foresee(plan: Plan, old: Provenance | None, *, is_current: bool) -> Forecas
 
 
 def _input_records(plan: Plan, old: Provenance | None) -> list[FileRecord]:
-    return [vouched(path, record(path, known=old.inputs if old else ())) for path in plan.inputs]
+    return [verified(path, record(path, known=old.inputs if old else ())) for path in plan.inputs]
 
 
 def _current(plan: Plan, old: Provenance | None, inputs: list[FileRecord], found_type: type[Found]) -> tuple[Product, Found] | None:

@@ -16,7 +16,7 @@ LINE = re.compile(r"^\\?([0-9a-fA-F]{64})(?: [ *](.+))?$")
 
 
 @dataclass(frozen=True)
-class Voucher:
+class Checksum:
     """What a file's hash should be, and who says so."""
 
     sha256: str
@@ -29,7 +29,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_voucher(path: Path) -> Voucher | None:
+def find_checksum(path: Path) -> Checksum | None:
     """Return what `<file>.sha256` or SHA256SUMS say of a file, None where there is neither.
 
     Raises:
@@ -46,22 +46,22 @@ def find_voucher(path: Path) -> Voucher | None:
                 )
             for match in filter(None, found):
                 if notes.name != SUMS or (match[2] or "").removeprefix("./") == path.name:
-                    return Voucher(match[1].lower(), notes)
+                    return Checksum(match[1].lower(), notes)
     return None
 
 
-def write_voucher(path: Path, sha256: str) -> None:
+def write_checksum(path: Path, sha256: str) -> None:
     """Note a file's hash beside it."""
     path.with_name(path.name + SUFFIX).write_text(f"{sha256}  {path.name}\n", encoding="utf-8", errors="surrogateescape")
 
 
-def require_same(path: Path, sha256: str, voucher: Voucher) -> None:
+def require_same(path: Path, sha256: str, checksum: Checksum) -> None:
     """Raise ToolError unless a file has the hash that was noted."""
-    if sha256 != voucher.sha256:
+    if sha256 != checksum.sha256:
         raise ToolError(
             "the file is not the one that its checksum is of: damaged, or replaced",
             where=path,
             got=f"sha256 {sha256[:16]}...",
-            expected=f"{voucher.sha256[:16]}..., as {voucher.noted_in.name} says",
-            remedy=f"get or make it again; if it was meant to change, remove {voucher.noted_in.name}",
+            expected=f"{checksum.sha256[:16]}..., as {checksum.noted_in.name} says",
+            remedy=f"get or make it again; if it was meant to change, remove {checksum.noted_in.name}",
         )

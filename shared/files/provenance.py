@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from shared.command.errors import ToolError
-from shared.files.checksums import Voucher, find_voucher, require_same, sha256_of
+from shared.files.checksums import Checksum, find_checksum, require_same, sha256_of
 from shared.files.code_version import code_version
 from shared.files.file_type import regular_size
 from shared.files.reports import split_report
@@ -29,7 +29,7 @@ class FileRecord:
     ctime_ns: int
     inode: int
     sha256: str
-    vouched_by: str = field(default="", compare=False)
+    verified_by: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -112,24 +112,24 @@ def record(path: Path, *, known: Iterable[FileRecord] = (), name: Path | None = 
     return replace(unhashed, sha256=digest)
 
 
-def vouched(path: Path, found: FileRecord) -> FileRecord:
+def verified(path: Path, found: FileRecord) -> FileRecord:
     """Return a record with what vouches for its hash; raise ToolError where that says another."""
     own = read_provenance(path)
     noted_in = path if _read_inside(path) else provenance_path(path)
     if own is not None and found.sha256 not in (own.output.sha256, own.replaces_sha256):
-        require_same(path, found.sha256, Voucher(own.output.sha256, noted_in))
-    voucher = find_voucher(path)
-    if voucher is not None:
-        require_same(path, found.sha256, voucher)
-    by = noted_in.name if own else voucher.noted_in.name if voucher else ""
-    return replace(found, vouched_by=by)
+        require_same(path, found.sha256, Checksum(own.output.sha256, noted_in))
+    checksum = find_checksum(path)
+    if checksum is not None:
+        require_same(path, found.sha256, checksum)
+    by = noted_in.name if own else checksum.noted_in.name if checksum else ""
+    return replace(found, verified_by=by)
 
 
-def require_vouched(paths: Iterable[Path]) -> None:
+def require_checksums(paths: Iterable[Path]) -> None:
     """Raise ToolError where a file is not what its provenance or a checksum beside it says; others are not read."""
     for path in paths:
-        if read_provenance(path) is not None or find_voucher(path) is not None:
-            vouched(path, record(path))
+        if read_provenance(path) is not None or find_checksum(path) is not None:
+            verified(path, record(path))
 
 
 def versions(tool: str, packages: Sequence[str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 KEY = "provenance"
+RESULT = "found"  # of a provenance: the result, which a JSON report is itself
 ELEMENT = re.compile(r'<script type="application/json" id="edgepress-provenance">(.*?)</script>\n', re.DOTALL)
 STARTS = (b"{", b"<")
 MODELS = (".tflite", ".task", ".onnx", ".pth", ".safetensors")  # never reports: not opened to find out
@@ -25,7 +26,12 @@ def embed(path: Path, provenance: dict[str, Any]) -> None:
         head, end, tail = text.rpartition("</body>")
         path.write_text(f"{head}{element}{end}{tail}" if end else text + element, encoding="utf-8")
     else:
-        path.write_text(json.dumps({**json.loads(text), KEY: provenance}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        content = json.loads(text)
+        if all(
+            content.get(name) == value for name, value in provenance.get(RESULT, {}).items()
+        ):  # it is there once, as the report itself
+            provenance = {name: value for name, value in provenance.items() if name != RESULT}
+        path.write_text(json.dumps({**content, KEY: provenance}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def split_report(path: Path) -> tuple[dict[str, Any], str] | None:
@@ -38,7 +44,7 @@ def split_report(path: Path) -> tuple[dict[str, Any], str] | None:
             element = ELEMENT.search(text)
             return None if element is None else (json.loads(element[1]), hash_of(text[: element.start()] + text[element.end() :]))
         content = json.loads(text)
-        provenance = content.pop(KEY)
+        provenance = {RESULT: content, **content.pop(KEY)}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     return (provenance, hash_of(json.dumps(content))) if isinstance(provenance, dict) else None

@@ -42,12 +42,11 @@ class OutputError:
     problem: str = ""
 
     def __str__(self) -> str:
-        if self.problem:
-            return f"{self.output}: {self.problem}"
+        if self.problem or self.relative_error is None:
+            return f"{self.output}: {self.problem or 'empty in every sample'}"
         images = "" if self.psnr_db is None else f", PSNR {self.psnr_db:.2f} dB (worst sample {self.worst_psnr_db:.2f})"
         cosine = "-" if self.cosine is None else f"{self.cosine:.6f}"
-        error = "-" if self.relative_error is None else f"{self.relative_error:.3%}"
-        return f"{self.output}: relative error {error}, cosine {cosine}{images}"
+        return f"{self.output}: relative error {self.relative_error:.3%}, cosine {cosine}{images}"
 
 
 def measure_errors(
@@ -81,7 +80,7 @@ def measure_error(name: str, reference: Sequence[Array], candidate: Sequence[Arr
     if not all(np.isfinite(values).all() for pair in pairs for values in pair):
         return OutputError(name, problem="an output holds NaN or infinite values")
     if not any(r.size for r, _ in pairs):
-        return OutputError(name, problem="the output is empty in every sample")
+        return OutputError(name)  # empty on both sides: nothing differs, and there is nothing to measure
     signal = np.array([r @ r for r, _ in pairs])
     noise = np.array([(r - c) @ (r - c) for r, c in pairs])
     cosines = [float(np.clip(r @ c / (math.sqrt((r @ r) * (c @ c)) or 1.0), -1, 1)) for r, c in pairs if r.any() or c.any()]
@@ -114,5 +113,5 @@ def worst_error(errors: Sequence[OutputError]) -> OutputError:
 
 
 def size_of(error: OutputError) -> float:
-    """Return a relative error to sort by: infinite where there is none."""
-    return math.inf if error.relative_error is None else error.relative_error
+    """Return a relative error to sort by: infinite for an output that cannot be compared, 0 for one that is always empty."""
+    return math.inf if error.problem else error.relative_error or 0.0

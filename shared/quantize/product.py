@@ -20,7 +20,7 @@ from shared.files.provenance import read_provenance, record
 from shared.html.page import STYLE, Bar, write_template
 from shared.metrics.gates import check_gate
 from shared.quantize.coverage import number_text, short_name
-from shared.quantize.request import Request, file_beside
+from shared.quantize.request import Request, path_next_to
 from shared.quantize.result import ModelResult, QuantizationResult, errors_text, sentences, size_change
 from shared.quantize.sensitivity import LayerSensitivity, layer_cells, node_data
 
@@ -162,7 +162,7 @@ def write_quantized(order: Order, writing: Writing, folder: Path) -> Quantized:
         product, result = artifacts.build(plan, QuantizationResult, make)
     except _GateBrokenError as error:
         return Quantized(order.source, None, error.result, f"FAILED: {error.result.verdict()}; nothing was written")
-    for path, content in _files_beside(order, result, folder).items():
+    for path, content in _further_files(order, result, folder).items():
         write_whole(path, content)
     message = _message(order, result, product)
     page = _write_page(order.tool, writing, order.source, result, message) if writing.html is not None else None
@@ -185,16 +185,16 @@ def _gated(result: QuantizationResult, limits: Mapping[str, float]) -> Quantizat
 
 
 def _planned_files(order: Order) -> Iterator[Path]:
-    """Yield the files that may be written next to the product; see `_files_beside`."""
+    """Yield the files that may be written next to the product; see `_further_files`."""
     for name, request in order.requests.items():
         if request.settings.is_static():
-            yield file_beside(order.output, name, order.names, STATISTICS)
+            yield path_next_to(order.output, name, order.names, STATISTICS)
         if request.sensitivity:
-            yield file_beside(order.output, name, order.names, "node_data.json")
+            yield path_next_to(order.output, name, order.names, "node_data.json")
     yield order.output.with_name(f"{order.output.stem}_recipe.json")
 
 
-def _files_beside(order: Order, result: QuantizationResult, folder: Path) -> dict[Path, bytes]:
+def _further_files(order: Order, result: QuantizationResult, folder: Path) -> dict[Path, bytes]:
     """Return path -> content of the files next to the product: recipe, calibration statistics, sensitivity for Model Explorer."""
     output, names = order.output, order.names
     files = {}
@@ -204,17 +204,19 @@ def _files_beside(order: Order, result: QuantizationResult, folder: Path) -> dic
         files[output.with_name(f"{output.stem}_recipe.json")] = (json.dumps(recipe, indent=1) + "\n").encode()
     for model in result.models:
         if model.sensitivity:
-            path = file_beside(output, model.name, names, "node_data.json")
+            path = path_next_to(output, model.name, names, "node_data.json")
             files[path] = (node_data(model.name, model.sensitivity) + "\n").encode()
         statistics = model_folder(folder, model.name, names) / STATISTICS
         if model.calibration_sha256 and statistics.is_file():
-            files[file_beside(output, model.name, names, STATISTICS)] = statistics.read_bytes()
+            files[path_next_to(output, model.name, names, STATISTICS)] = statistics.read_bytes()
     return files
 
 
 def _has_statistics(order: Order, result: QuantizationResult) -> bool:
     """Return whether the calibration statistics are there; a run that was killed after writing the product leaves none."""
-    expected = {file_beside(order.output, model.name, order.names, STATISTICS): model.calibration_sha256 for model in result.models}
+    expected = {
+        path_next_to(order.output, model.name, order.names, STATISTICS): model.calibration_sha256 for model in result.models
+    }
     return all(path.is_file() and record(path).sha256 == sha256 for path, sha256 in expected.items() if sha256)
 
 
@@ -265,7 +267,7 @@ def write_page(path: Path, source: Path, result: QuantizationResult, message: st
         }
         for model in result.models
     ]
-    write_template(path, TEMPLATE, source=source.name, result=result, message=message, models=models)
+    write_template(path, TEMPLATE, source=source.name, result=result, message=message, models=models, short=short_name)
     return QuantizationPage(len(result.models), sum(len(model.sensitivity) for model in result.models))
 
 

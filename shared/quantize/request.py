@@ -164,7 +164,7 @@ def parse_max_error(texts: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def file_beside(output: Path, name: str, names: Sequence[str], what: str) -> Path:
+def path_next_to(output: Path, name: str, names: Sequence[str], what: str) -> Path:
     """Return the path of a file about one model that is written next to the product."""
     inner = f"_{file_stem(name, names)}" if len(names) > 1 else ""
     return output.with_name(f"{output.stem}{inner}_{what}")

@@ -103,7 +103,7 @@ def _headline(session: str) -> tuple[str, str]:
     """Return the size of a recipe's product, and its speed and outputs."""
     if session == "demo":
         reference, product = read_results("demo")["models"][:2]
-        size = f"{reference['size_mib']:.2f} -> {product['size_mib']:.2f} MiB"
+        size = f"{reference['size_mib']:.2f} MiB -> {product['size_mib']:.2f} MiB"
         return size, f"{speed_text(product['speedup'])}; {product['bit_accuracy']['none']:.1%} of the bits read right"
     if session == "face_landmarker_int8":
         found = read_results("face_landmarker")
@@ -114,7 +114,7 @@ def _headline(session: str) -> tuple[str, str]:
         return _onnx_headline(*ONNX_ROWS[session])
     for row in read_results("guide")["products"]:
         if row["recipe"] == session:
-            size = f"{row['float_mib']} -> {row['product_mib']} MiB"
+            size = f"{row['float_mib']} MiB -> {row['product_mib']} MiB"
             return size, f"{speed_text(row['speedup'])}; {row['bit_agreement']:.1%} of the bits alike"
     return NOT_MEASURED, NOT_MEASURED
 

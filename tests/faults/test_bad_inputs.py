@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import TABLE, Small
 from tests.support.bad_inputs import CANARY, SECRET, Case, Good, cases, make_good
-from tests.support.fork_server import Done, Zygote, stray
+from tests.support.fork_server import Done, ForkServer, stray
 
 MOST_CHARACTERS = 900  # of an error's line; keys that don't fit are listed all
 MOST_RSS_BYTES = 2 * 10**9
@@ -39,9 +39,9 @@ def faults_of(case: Case, done: Done, folder: Path, before: dict[str, str]) -> I
         yield f"exit code {done.code} instead of {case.code}: {done.stderr[-300:]}"
     if "Traceback" in done.stderr + done.stdout:
         yield "a traceback"
-    told = done.stderr + done.stdout
-    if case.says and not re.search(case.says, told, re.DOTALL):
-        yield f"{case.says!r} is not in {told[-400:]!r}"
+    reported = done.stderr + done.stdout
+    if case.says and not re.search(case.says, reported, re.DOTALL):
+        yield f"{case.says!r} is not in {reported[-400:]!r}"
     if done.code == 2:
         yield from _faults_of_line(done)
         if after != before:
@@ -53,7 +53,7 @@ def faults_of(case: Case, done: Done, folder: Path, before: dict[str, str]) -> I
         yield f"left behind: {stray(folder)}"
     if any(CANARY in name for name in after):
         yield "EXECUTED"
-    if SECRET in told or any(SECRET.encode() in (folder / name).read_bytes() for name in after.keys() - before.keys()):
+    if SECRET in reported or any(SECRET.encode() in (folder / name).read_bytes() for name in after.keys() - before.keys()):
         yield "the secret is told"
     if done.peak_rss_bytes > MOST_RSS_BYTES or done.seconds > MOST_SECONDS:
         yield f"took {done.peak_rss_bytes / 1e9:.1f} GB and {done.seconds:.0f} s"
@@ -73,7 +73,7 @@ def _faults_of_line(done: Done) -> Iterator[str]:
 
 def test_every_bad_input_gets_what_it_must(
     good: Good,
-    zygote: Zygote,
+    fork_server: ForkServer,
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
@@ -91,7 +91,7 @@ def test_every_bad_input_gets_what_it_must(
             (folder / name).write_bytes(content)
         arguments = case.arguments(folder)
         before = hashes(folder)
-        done = zygote.run(case.tool, *arguments, "--json", folder=folder, env=case.env)
+        done = fork_server.run(case.tool, *arguments, "--json", folder=folder, env=case.env)
         faults = list(faults_of(case, done, folder, before))
         rows[case.row] += 1
         codes[case.tool, done.code] += 1
@@ -111,13 +111,13 @@ def test_every_bad_input_gets_what_it_must(
     }
 
 
-def test_what_a_tool_does_wrong_is_found(good: Good, zygote: Zygote, tmp_path: Path) -> None:
+def test_what_a_tool_does_wrong_is_found(good: Good, fork_server: ForkServer, tmp_path: Path) -> None:
     """The judge itself: a product that was written although the tool refused, a wrong code, a canary."""
     folder = tmp_path / "in"
     folder.mkdir()
     case = Case("X22", "an error", "verify", lambda _: ["absent.tflite"], 0, "another text")
     before = hashes(folder)
-    done = zygote.run("verify", "absent.tflite", "--json", folder=folder)
+    done = fork_server.run("verify", "absent.tflite", "--json", folder=folder)
     (folder / CANARY).write_text(SECRET)
     found = " ".join(faults_of(case, done, folder, before))
     for fault in ("exit code 2 instead of 0", "is not in", "written", "EXECUTED", "the secret is told"):

@@ -21,7 +21,7 @@ from tests.conftest import REALDATA
 from tests.faults.test_interruptions import CHECKPOINT, FEW, MINISR
 from tests.support import small_onnx
 from tests.support.crash_scenarios import faults_of_refusal, hashes
-from tests.support.fork_server import Done, Zygote
+from tests.support.fork_server import Done, ForkServer
 
 OUTCOMES = ("caught", "harmless", "changed and told", "WRONG")
 
@@ -161,7 +161,7 @@ class Undisturbed:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Undisturbed]:
+def undisturbed(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Undisturbed]:
     """Return a function that gives what a format's command makes of the file as it is, made once."""
     made: dict[str, Undisturbed] = {}
 
@@ -172,7 +172,7 @@ def undisturbed(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Cal
             wanted.make(folder)
             done_in = folder.with_name("done")
             shutil.copytree(folder, done_in)
-            done = zygote.run(wanted.tool, *wanted.arguments, folder=done_in)
+            done = fork_server.run(wanted.tool, *wanted.arguments, folder=done_in)
             assert done.code == 0, done.stderr
             products = _products(done_in, folder, wanted)
             made[name] = Undisturbed(folder, (folder / wanted.flipped).read_bytes(), products)
@@ -201,17 +201,17 @@ def outcome(wanted: Format, done: Done, folder: Path, content: bytes, whole: Und
         return "caught" if not wrong else "; ".join(wrong)
     if products == whole.products:
         return "harmless"
-    return _told(wanted, folder, content)
+    return _reported(wanted, folder, content)
 
 
-def _told(wanted: Format, folder: Path, content: bytes) -> str:
+def _reported(wanted: Format, folder: Path, content: bytes) -> str:
     """Return whether the provenance of a product that a flip changed tells of it, or what is wrong."""
     provenance = read_provenance(folder / wanted.product)
     if provenance is None:
         return "no provenance"
     digest = hashlib.sha256(content).hexdigest()
-    told = [item for item in provenance.inputs if item.sha256 == digest and item.vouched_by == ""]
-    if not told:
+    reported = [item for item in provenance.inputs if item.sha256 == digest and item.verified_by == ""]
+    if not reported:
         return "changed, and the provenance does not name the flipped file"
     if wanted.has_checksums:
         return "changed although the format has checksums"
@@ -228,7 +228,7 @@ def _measured(found: object) -> bool:
 @pytest.mark.parametrize("name", ALL)
 def test_a_flipped_bit_is_caught_or_changes_nothing_or_is_on_record(
     undisturbed: Callable[[str], Undisturbed],
-    zygote: Zygote,
+    fork_server: ForkServer,
     tmp_path: Path,
     name: str,
     rounds: int,
@@ -238,7 +238,7 @@ def test_a_flipped_bit_is_caught_or_changes_nothing_or_is_on_record(
     for _ in range(rounds if wanted.is_slow and rounds <= FEW else 4 * rounds):
         bit = bits.randrange(8 * len(whole.content))
         content = whole.flip(bit, tmp_path / "run", wanted.flipped)
-        done = zygote.run(wanted.tool, *wanted.arguments, folder=tmp_path / "run")
+        done = fork_server.run(wanted.tool, *wanted.arguments, folder=tmp_path / "run")
         found = outcome(wanted, done, tmp_path / "run", content, whole)
         tally[found if found in OUTCOMES else "WRONG"] += 1
         if found not in OUTCOMES:
@@ -250,7 +250,7 @@ def test_a_flipped_bit_is_caught_or_changes_nothing_or_is_on_record(
 @pytest.mark.parametrize("name", ALL)
 def test_with_a_checksum_beside_it_every_flipped_bit_is_caught(
     undisturbed: Callable[[str], Undisturbed],
-    zygote: Zygote,
+    fork_server: ForkServer,
     tmp_path: Path,
     name: str,
     rounds: int,
@@ -263,7 +263,7 @@ def test_with_a_checksum_beside_it_every_flipped_bit_is_caught(
         content = whole.flip(bit, folder, wanted.flipped)
         notes = folder / f"{wanted.flipped}.sha256"
         notes.write_text(f"{hashlib.sha256(whole.content).hexdigest()}  {wanted.flipped}\n")
-        done = zygote.run(wanted.tool, *wanted.arguments, folder=folder)
+        done = fork_server.run(wanted.tool, *wanted.arguments, folder=folder)
         notes.unlink()
         found = outcome(wanted, done, folder, content, whole)
         tally[found if found == "caught" else "WRONG"] += 1
@@ -275,13 +275,13 @@ def test_with_a_checksum_beside_it_every_flipped_bit_is_caught(
 
 def test_the_judge_finds_a_change_that_nothing_tells(
     undisturbed: Callable[[str], Undisturbed],
-    zygote: Zygote,
+    fork_server: ForkServer,
     tmp_path: Path,
 ) -> None:
     name = ".safetensors"
     wanted, whole, folder = FORMATS[name], undisturbed(name), tmp_path / "run"
     content = whole.flip(8 * (len(whole.content) - 3), folder, wanted.flipped)  # in the last weights
-    done = zygote.run(wanted.tool, *wanted.arguments, folder=folder)
+    done = fork_server.run(wanted.tool, *wanted.arguments, folder=folder)
     product = folder / wanted.product
     good = product.read_bytes()
     product.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.test_interruptions import FEW, command_of, told
+from tests.faults.test_interruptions import FEW, command_of, reported
 from tests.support import small_onnx
 from tests.support.crash_scenarios import Command, Scene, faults_of_refusal, hashes, make_scene
-from tests.support.fork_server import Done, Zygote
+from tests.support.fork_server import Done, ForkServer
 
 KIB = 1024
 TELEMETRY = ".ses"  # ONNX Runtime 1.31.1 leaves it in the folder of temporary files
@@ -34,7 +34,7 @@ Scenes = Callable[[str], Scene]
 
 
 @pytest.fixture(scope="module")
-def scenes(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Scenes:
+def scenes(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Scenes:
     """Return a function that gives a command's scene by its name, made once."""
     made: dict[str, Scene] = {}
     place = tmp_path_factory.mktemp("full")
@@ -42,7 +42,7 @@ def scenes(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory, request: py
     def scene(name: str) -> Scene:
         if name not in made:
             command = checking(name, place) if name.startswith(("verify", "compare")) else command_of(name, place, request)
-            made[name] = make_scene(command, place / name, zygote)
+            made[name] = make_scene(command, place / name, fork_server)
         return made[name]
 
     return scene
@@ -89,7 +89,7 @@ def wholly(scene: Scene) -> int:
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_file_size_limit_is_one_line_and_leaves_all_as_it_was(
     scenes: Scenes,
-    zygote: Zygote,
+    fork_server: ForkServer,
     tmp_path: Path,
     name: str,
     rounds: int,
@@ -102,12 +102,12 @@ def test_a_file_size_limit_is_one_line_and_leaves_all_as_it_was(
         for has_old in [number % 2 == 1] if rounds <= FEW else [False, True]:
             folder = scene.set_up(tmp_path / "run", has_old=has_old)
             before = hashes(folder)
-            done = scene.run(zygote, folder, patch=f"limit_file_size [{size}]")
+            done = scene.run(fork_server, folder, patch=f"limit_file_size [{size}]")
             tally["refused" if done.code else "done"] += 1
             found += [f"{size} bytes, {'old' if has_old else 'absent'}: {fault}" for fault in faults(scene, done, folder, before)]
             if done.code == 0 and size < wholly(scene):
                 found.append(f"{size} bytes: written although that is too little")
-    told(f"{name}, file size limit", tally, found)
+    reported(f"{name}, file size limit", tally, found)
     assert not found, "\n".join(found)
 
 
@@ -138,7 +138,7 @@ def used_kib(folder: Path) -> int:
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_is_one_line_and_leaves_all_as_it_was(
     scenes: Scenes,
-    zygote: Zygote,
+    fork_server: ForkServer,
     tmp_path: Path,
     name: str,
     knows: bool,
@@ -157,10 +157,10 @@ def test_a_full_disk_is_one_line_and_leaves_all_as_it_was(
                 at = tmp_path / "link"  # what is printed is kept beside it, not on the small disk
                 at.unlink(missing_ok=True)
                 at.symlink_to(folder)
-                done = scene.run(zygote, at, patch=patch)
+                done = scene.run(fork_server, at, patch=patch)
                 tally["refused" if done.code else "done"] += 1
                 found += [f"{room} KiB, {'old' if has_old else 'absent'}: {fault}" for fault in faults(scene, done, folder, before)]
-    told(f"{name}, full disk {'' if knows else 'not '}foreseen", tally, found)
+    reported(f"{name}, full disk {'' if knows else 'not '}foreseen", tally, found)
     assert tally["refused"]
     assert not found, "\n".join(found)
 
@@ -175,7 +175,7 @@ def _fill(disk: Path, room_kib: int) -> None:
 @pytest.mark.parametrize("name", [name for name in WRITERS if name != "convert_detector"])
 def test_a_full_disk_for_temporary_files_is_one_line_and_leaves_all_as_it_was(
     scenes: Scenes,
-    zygote: Zygote,
+    fork_server: ForkServer,
     tmp_path: Path,
     name: str,
 ) -> None:
@@ -186,18 +186,18 @@ def test_a_full_disk_for_temporary_files_is_one_line_and_leaves_all_as_it_was(
         for has_old in (False, True):
             folder = scene.set_up(tmp_path / "run", has_old=has_old)
             before = hashes(folder)
-            done = scene.run(zygote, folder, patch="plenty_of_disk", env={"TMPDIR": str(disk)})
+            done = scene.run(fork_server, folder, patch="plenty_of_disk", env={"TMPDIR": str(disk)})
             tally["refused" if done.code else "done"] += 1
             found += list(faults(scene, done, folder, before))
             found += [f"left behind: {path.name}" for path in disk.iterdir() if path.name != TELEMETRY]
-    told(f"{name}, no room for temporary files", tally, found)
+    reported(f"{name}, no room for temporary files", tally, found)
     assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("name", ["extract_weights", "prepare_calibration"])
 def test_a_disk_that_is_full_from_any_step_on_leaves_all_as_it_was(
     scenes: Scenes,
-    zygote: Zygote,
+    fork_server: ForkServer,
     tmp_path: Path,
     name: str,
     rounds: int,
@@ -210,10 +210,10 @@ def test_a_disk_that_is_full_from_any_step_on_leaves_all_as_it_was(
         has_old = number % 2 == 1
         folder = scene.set_up(tmp_path / "run", has_old=has_old)
         before = hashes(folder)
-        done = scene.run(zygote, folder, patch=f"fail_at [{number}, {errno.ENOSPC}]")
+        done = scene.run(fork_server, folder, patch=f"fail_at [{number}, {errno.ENOSPC}]")
         tally["refused" if done.code else "done"] += 1
         found += [f"step {number}, {'old' if has_old else 'absent'}: {fault}" for fault in faults(scene, done, folder, before)]
         number += stride
-    told(f"{name}, full from each step on", tally, found)
+    reported(f"{name}, full from each step on", tally, found)
     assert tally["refused"] * stride > 5
     assert not found, "\n".join(found)

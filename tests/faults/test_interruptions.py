@@ -14,7 +14,7 @@ import pytest
 from shared.formats.bundle import Entry, pack_bundle
 from tests.conftest import ROOT
 from tests.support.crash_scenarios import Command, Scene, faults_of_refusal, make_scene
-from tests.support.fork_server import Done, Zygote
+from tests.support.fork_server import Done, ForkServer
 
 FEW = 3  # rounds; with more, everything is tried, however long it takes
 BEGUN_S = 0.05  # from here on the tool listens to signals; before, it ends as Python does
@@ -25,14 +25,14 @@ Scenes = Callable[[str], Scene]
 
 
 @pytest.fixture(scope="module")
-def scenes(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Scenes:
+def scenes(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Scenes:
     """Return a function that gives a command's scene by its name, made once."""
     made: dict[str, Scene] = {}
     place = tmp_path_factory.mktemp("scenes")
 
     def scene(name: str) -> Scene:
         if name not in made:
-            made[name] = make_scene(command_of(name, place, request), place / name, zygote)
+            made[name] = make_scene(command_of(name, place, request), place / name, fork_server)
         return made[name]
 
     return scene
@@ -73,20 +73,20 @@ def command_of(name: str, place: Path, request: pytest.FixtureRequest) -> Comman
     raise AssertionError(name)
 
 
-def told(name: str, tally: Counter[str], faults: list[str]) -> None:
+def reported(name: str, tally: Counter[str], faults: list[str]) -> None:
     """Print one line on a command's rounds."""
-    told = [re.sub(r"^step \d+: ", "", fault) for fault in faults]
-    lost = sum(fault.startswith("lost original") for fault in told)
-    corrupt = sum(fault.startswith(("corrupt", "provenance")) for fault in told)
-    unfinished = sum(fault.startswith(("not completed", "not as")) for fault in told)
+    reported = [re.sub(r"^step \d+: ", "", fault) for fault in faults]
+    lost = sum(fault.startswith("lost original") for fault in reported)
+    corrupt = sum(fault.startswith(("corrupt", "provenance")) for fault in reported)
+    unfinished = sum(fault.startswith(("not completed", "not as")) for fault in reported)
     counts = ", ".join(f"{count} {what}" for what, count in tally.items())
     print(f"\n{name}: {counts}; {corrupt} corrupt, {lost} lost originals, {unfinished} not completed after, {len(faults)} faults")
 
 
-def faults_after(scene: Scene, zygote: Zygote, folder: Path, *, has_old: bool, drafts: bool = True) -> Iterator[str]:
+def faults_after(scene: Scene, fork_server: ForkServer, folder: Path, *, has_old: bool, drafts: bool = True) -> Iterator[str]:
     """Yield what is wrong in a folder now, and after one more run of the command."""
     yield from scene.faults(folder, has_old=has_old, drafts=drafts)
-    again = scene.run(zygote, folder)
+    again = scene.run(fork_server, folder)
     if again.code != 0:
         yield f"not completed: {again.stderr}"
     yield from scene.faults_when_done(folder)
@@ -105,48 +105,48 @@ KILLED = [
 
 @pytest.mark.parametrize("name", KILLED)
 def test_a_tool_killed_at_any_moment_loses_nothing_and_completes_next_time(
-    scenes: Scenes, zygote: Zygote, tmp_path: Path, name: str, rounds: int
+    scenes: Scenes, fork_server: ForkServer, tmp_path: Path, name: str, rounds: int
 ) -> None:
     scene = scenes(name)
     moments, tally, faults = random.Random(f"kill {name}"), Counter[str](), []
     for turn in range(1 if scene.command.is_slow and rounds <= FEW else rounds):
         has_old = turn % 2 == 1
         folder = scene.set_up(tmp_path / "run", has_old=has_old)
-        done = scene.run(zygote, folder, kill_after_s=moments.uniform(0, scene.seconds))
+        done = scene.run(fork_server, folder, kill_after_s=moments.uniform(0, scene.seconds))
         tally["killed" if done.code == -signal.SIGKILL else "done before"] += 1
-        faults += faults_after(scene, zygote, folder, has_old=has_old)
-    told(name, tally, faults)
+        faults += faults_after(scene, fork_server, folder, has_old=has_old)
+    reported(name, tally, faults)
     assert not faults, "\n".join(faults)
 
 
 @pytest.mark.parametrize("only_worker", [False, True], ids=["all", "worker"])
 @pytest.mark.parametrize("name", ["extract_weights", "prepare_calibration", "quantize_tflite"])
 def test_a_tool_killed_at_any_step_loses_nothing_and_completes_next_time(
-    scenes: Scenes, zygote: Zygote, tmp_path: Path, name: str, only_worker: bool, rounds: int
+    scenes: Scenes, fork_server: ForkServer, tmp_path: Path, name: str, only_worker: bool, rounds: int
 ) -> None:
     """SQLite's method: at the first step, the second, and on until a run ends undisturbed; at a few where rounds are few."""
     scene = scenes(name)
     tally, faults = Counter[str](), []
-    for number in steps_of(scene, zygote, tmp_path, rounds):
+    for number in steps_of(scene, fork_server, tmp_path, rounds):
         has_old = number % 2 == 1
         folder = scene.set_up(tmp_path / "run", has_old=has_old)
-        done = scene.run(zygote, folder, patch=f"kill_at [{number}, {str(only_worker).lower()}]")
+        done = scene.run(fork_server, folder, patch=f"kill_at [{number}, {str(only_worker).lower()}]")
         tally["killed" if done.code else "done"] += 1
         if done.code and only_worker:
             faults += [f"step {number}: {fault}" for fault in faults_of_refusal(done)]
         elif done.code not in (0, -signal.SIGKILL):
             faults.append(f"step {number}: {done.code} {done.stderr}")
-        found = faults_after(scene, zygote, folder, has_old=has_old, drafts=not only_worker)
+        found = faults_after(scene, fork_server, folder, has_old=has_old, drafts=not only_worker)
         faults += [f"step {number}: {fault}" for fault in found]
-    told(f"{name}, {'worker' if only_worker else 'all'} killed at each step", tally, faults)
+    reported(f"{name}, {'worker' if only_worker else 'all'} killed at each step", tally, faults)
     assert done.code == 0, "the last number is beyond the last step"
     assert not faults, "\n".join(faults)
 
 
-def steps_of(scene: Scene, zygote: Zygote, tmp_path: Path, rounds: int) -> list[int]:
+def steps_of(scene: Scene, fork_server: ForkServer, tmp_path: Path, rounds: int) -> list[int]:
     """Return the steps to disturb, and the first number that there is no step for."""
     folder = scene.set_up(tmp_path / "counted", has_old=True)
-    assert scene.run(zygote, folder, patch=f'count_steps ["{tmp_path / "steps"}"]').code == 0
+    assert scene.run(fork_server, folder, patch=f'count_steps ["{tmp_path / "steps"}"]').code == 0
     steps = (tmp_path / "steps").read_text().splitlines()
     numbers = list(range(1, len(steps) + 1))
     if rounds <= FEW:
@@ -159,30 +159,32 @@ def steps_of(scene: Scene, zygote: Zygote, tmp_path: Path, rounds: int) -> list[
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("name", ["extract_weights", "quantize_tflite", "prepare_calibration"])
 def test_an_interrupted_tool_says_so_in_one_line_and_leaves_nothing_half_written(
-    scenes: Scenes, zygote: Zygote, tmp_path: Path, name: str, number: signal.Signals, rounds: int
+    scenes: Scenes, fork_server: ForkServer, tmp_path: Path, name: str, number: signal.Signals, rounds: int
 ) -> None:
     scene = scenes(name)
     moments, tally, faults = random.Random(f"{number} {name}"), Counter[str](), []
     for turn in range(rounds):
         has_old = turn % 2 == 1
         folder = scene.set_up(tmp_path / "run", has_old=has_old)
-        done = scene.run(zygote, folder, patch=f"signal_after [{int(number)}, {moments.uniform(BEGUN_S, BEGUN_S + scene.seconds)}]")
+        done = scene.run(
+            fork_server, folder, patch=f"signal_after [{int(number)}, {moments.uniform(BEGUN_S, BEGUN_S + scene.seconds)}]"
+        )
         tally["interrupted" if done.code else "done before"] += 1
         faults += faults_of_interruption(scene, folder, done, number, has_old=has_old)
-    told(f"{name}, {number.name}", tally, faults)
+    reported(f"{name}, {number.name}", tally, faults)
     assert not faults, "\n".join(faults)
 
 
 @pytest.mark.parametrize("name", ["extract_weights", "quantize_tflite", "prepare_calibration"])
 def test_a_tool_interrupted_within_any_step_leaves_nothing_half_written(
-    scenes: Scenes, zygote: Zygote, tmp_path: Path, name: str, rounds: int
+    scenes: Scenes, fork_server: ForkServer, tmp_path: Path, name: str, rounds: int
 ) -> None:
     """A file that was made is removed even where the signal comes before the tool has heard that it is there."""
     scene = scenes(name)
     tally, faults = Counter[str](), []
     for has_old in (True, False):
         folder = scene.set_up(tmp_path / "counted", has_old=has_old)
-        assert scene.run(zygote, folder, patch=f'count_within ["{tmp_path / "steps"}"]').code == 0
+        assert scene.run(fork_server, folder, patch=f'count_within ["{tmp_path / "steps"}"]').code == 0
         steps = list(enumerate((tmp_path / "steps").read_text().splitlines(), start=1))
         (tmp_path / "steps").unlink()
         if rounds <= FEW:
@@ -190,11 +192,11 @@ def test_a_tool_interrupted_within_any_step_leaves_nothing_half_written(
             steps = [draft, *random.Random(name).sample(steps, 1 if scene.seconds > 1 else 4 * rounds)]
         for number, step in steps:
             folder = scene.set_up(tmp_path / "run", has_old=has_old)
-            done = scene.run(zygote, folder, patch=f"signal_within [{number}, {int(signal.SIGTERM)}]")
+            done = scene.run(fork_server, folder, patch=f"signal_within [{number}, {int(signal.SIGTERM)}]")
             tally["interrupted" if done.code else "done"] += 1
             found = faults_of_interruption(scene, folder, done, signal.SIGTERM, has_old=has_old)
             faults += [f"step {number}: {fault} ({step})" for fault in found]
-    told(f"{name}, interrupted within each step", tally, faults)
+    reported(f"{name}, interrupted within each step", tally, faults)
     assert tally["interrupted"] > 1  # a run may take fewer steps than the counted one: not all measure speed as often
     assert not faults, "\n".join(faults)
 
@@ -211,7 +213,7 @@ def faults_of_interruption(scene: Scene, folder: Path, done: Done, number: signa
 @pytest.mark.parametrize("name", ["extract_weights", "prepare_calibration"])
 @pytest.mark.parametrize("same", [True, False], ids=["same", "another"])
 def test_of_two_runs_at_once_on_one_output_one_is_kept_whole(
-    scenes: Scenes, zygote: Zygote, tmp_path: Path, name: str, same: bool, rounds: int
+    scenes: Scenes, fork_server: ForkServer, tmp_path: Path, name: str, same: bool, rounds: int
 ) -> None:
     """Both end well, or one is told that the other was faster; the product is one's, with its own provenance."""
     scene = scenes(name)
@@ -219,22 +221,22 @@ def test_of_two_runs_at_once_on_one_output_one_is_kept_whole(
     other = Scene(scene.command, scene.absent, scene.new, scene.old, scene.seconds)
     delays, tally, faults = random.Random(f"two {name} {same}"), Counter[str](), []
     lines = [scene.command.arguments, scene.command.arguments if same else scene.command.former]
-    with Zygote() as second:
+    with ForkServer() as second:
         for turn in range(max(10, rounds)):
             folder = scene.set_up(tmp_path / "run", has_old=False)
-            codes = _run_both([zygote, second], scene, lines, folder, delays.uniform(0, scene.seconds), faults)
+            codes = _run_both([fork_server, second], scene, lines, folder, delays.uniform(0, scene.seconds), faults)
             tally[f"ended {' and '.join(map(str, sorted(codes)))}"] += 1
             if codes.count(0) == 0:
                 faults.append(f"round {turn}: none ended well")
             ends = [list(one.faults_when_done(folder)) for one in (scene, other)]
             if all(ends):
                 faults.append(f"round {turn}: neither one's product: {min(ends, key=len)}")
-    told(f"{name}, two at once with {'the same' if same else 'other'} arguments", tally, faults)
+    reported(f"{name}, two at once with {'the same' if same else 'other'} arguments", tally, faults)
     assert not faults, "\n".join(faults)
 
 
 def _run_both(
-    zygotes: list[Zygote], scene: Scene, lines: list[tuple[str, ...]], folder: Path, delay: float, faults: list[str]
+    zygotes: list[ForkServer], scene: Scene, lines: list[tuple[str, ...]], folder: Path, delay: float, faults: list[str]
 ) -> list[int]:
     codes = [99, 99]
 

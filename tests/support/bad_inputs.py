@@ -262,8 +262,8 @@ def _add_checkpoints(add: Add, good: Good) -> None:
     def longer(path: Path) -> None:
         """The pickle says that a storage has more elements than its record."""
         size = next(value.numel() for value in state.values() if 300 < value.numel() < 60_000)
-        told, wrong = (b"M" + struct.pack("<H", number) + b"tq" for number in (size, size + 1000))
-        repickled(lambda text: text.replace(told, wrong))(path)
+        reported, wrong = (b"M" + struct.pack("<H", number) + b"tq" for number in (size, size + 1000))
+        repickled(lambda text: text.replace(reported, wrong))(path)
 
     def nested_lists(path: Path) -> None:
         deep: list[Any] = []
@@ -435,8 +435,8 @@ def _add_tflite(add: Add, good: Good) -> None:
         def change(model: Any) -> None:
             from ai_edge_litert import schema_py_generated as schema
 
-            told = {"scale": [1.0], "zeroPoint": [0], "quantizedDimension": 0, **changes}
-            constant(model).quantization = schema.QuantizationParametersT(**told)
+            reported = {"scale": [1.0], "zeroPoint": [0], "quantizedDimension": 0, **changes}
+            constant(model).quantization = schema.QuantizationParametersT(**reported)
 
         return edited(change)
 
@@ -996,15 +996,15 @@ def _texts(good: Good) -> Iterator[Case]:
         ("messages of no bytes", b"", "messages file is empty"),
         ("messages of images elsewhere", b'{"nbits": 32, "images": [{"file": "../a.png", "message": null}]}', "lies outside"),
     ):
-        told = (str(good.tflite), str(good.tflite), "--messages", "m.json")
-        yield Case("T04", name, "compare", written("m.json", content, *told), 2, says)
+        reported = (str(good.tflite), str(good.tflite), "--messages", "m.json")
+        yield Case("T04", name, "compare", written("m.json", content, *reported), 2, says)
     for name, content, says in (
         ("a recipe of no bytes", b"", "recipe file is empty"),
         ("a recipe that is no JSON", b"[[", "not valid JSON"),
         ("a recipe with a bad regex", b'[{"regex": "(", "operation": "*", "algorithm_key": "x", "op_config": {}}]', "bad regex"),
     ):
-        told = (str(good.tflite), "--recipe", "r.json", "-o", "out/q.tflite")
-        yield Case("T05", name, "quantize_tflite", written("r.json", content, *told), 2, says)
+        reported = (str(good.tflite), "--recipe", "r.json", "-o", "out/q.tflite")
+        yield Case("T05", name, "quantize_tflite", written("r.json", content, *reported), 2, says)
     for name, value, says in (
         ("an .npz of Python objects", np.array([{}], object), "Python objects"),
         ("an .npz of another shape", np.zeros((2, 5), np.float32), "does not fit input"),

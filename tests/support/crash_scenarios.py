@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.files.provenance import Provenance, provenance_path, read_provenance
-from tests.support.fork_server import Done, Zygote
+from tests.support.fork_server import Done, ForkServer
 
 GONE_S = 30  # to wait for the processes of a tool that was killed
 SHOWN = 400  # characters of what a tool said
@@ -54,9 +54,9 @@ class Scene:
         shutil.copytree(self.old if has_old else self.absent, folder, copy_function=shutil.copy)
         return folder
 
-    def run(self, zygote: Zygote, folder: Path, **disturbed: object) -> Done:
+    def run(self, fork_server: ForkServer, folder: Path, **disturbed: object) -> Done:
         """Run the command, which may replace an old product of ours."""
-        done = zygote.run(self.command.tool, *self.command.arguments, "--refresh", folder=folder, **disturbed)  # type: ignore[arg-type]
+        done = fork_server.run(self.command.tool, *self.command.arguments, "--refresh", folder=folder, **disturbed)  # type: ignore[arg-type]
         wait_until_gone(folder)
         return done
 
@@ -106,7 +106,7 @@ def _core(provenance: Provenance) -> object:
     return provenance.tool, json.dumps(provenance.arguments, sort_keys=True), files
 
 
-def make_scene(command: Command, place: Path, zygote: Zygote) -> Scene:
+def make_scene(command: Command, place: Path, fork_server: ForkServer) -> Scene:
     """Run a command undisturbed, with its former arguments too, and keep the folders."""
     absent, old, new = (place / name for name in ("absent", "old", "new"))
     absent.mkdir(parents=True)
@@ -119,8 +119,8 @@ def make_scene(command: Command, place: Path, zygote: Zygote) -> Scene:
         _copy(command.former, old / command.product)
         _copy(provenance_path(command.former), provenance_path(old / command.product))
     elif command.former:
-        _require_done(zygote.run(command.tool, *command.former, folder=old))
-    done = _require_done(zygote.run(command.tool, *command.arguments, folder=new))
+        _require_done(fork_server.run(command.tool, *command.former, folder=old))
+    done = _require_done(fork_server.run(command.tool, *command.arguments, folder=new))
     return Scene(command, absent, old, new, done.seconds)
 
 

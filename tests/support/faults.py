@@ -1,4 +1,4 @@
-"""Faults that tests make in a tool's process before the tool runs: what `patch` of `tests.support.fork_server.Zygote.run` names.
+"""Faults that tests make in a tool's process before the tool runs: the functions that `ForkServer.run` names as its `patch`.
 
 A tool's own work is done by a child of that process. Steps are counted there: files opened for writing, renamed, removed and
 synced, and folders made and removed, all but what lies in /proc and the like.

@@ -1,7 +1,7 @@
 """Run tools as their users do, hundreds of times, without waiting for imports: a process that has imported all forks for each call.
 
 The fork runs `shared.command.cli.run`, the whole command: watched by a parent, with its exit code, stdout and stderr. As root on
-Linux it has no network. `python -m tests.support.fork_server` is the process; `Zygote` talks to it.
+Linux it has no network. `python -m tests.support.fork_server` is the process; `ForkServer` talks to it.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class Done:
     peak_rss_bytes: int
 
 
-class Zygote:
+class ForkServer:
     """The process that forks; use with `with`."""
 
     def __init__(self) -> None:

@@ -351,16 +351,16 @@ def _take_stock(outcome: Outcome, code: int, log: str, folder: Path, keep: Path)
     outcome.executions += max(counts, default=0)
     reached = [int(edges) for edges in re.findall(r"^#\d+.* cov: (\d+)", log, re.MULTILINE)]
     outcome.coverage = max([*reached, outcome.coverage or 0]) or None
-    told = dict(re.findall(r"^finding (\S+) (.*)", log, re.MULTILINE))
+    reported = dict(re.findall(r"^finding (\S+) (.*)", log, re.MULTILINE))
     if code and (current := folder / "current").exists():
         current.rename(folder / "found" / f"{'timeout' if 'Timeout (' in log else 'crash'}-current")
     deaths = 0
     for path in sorted((folder / "found").iterdir()):
         data, kind = path.read_bytes(), path.name.partition("-")[0]
-        deaths += path.name not in told
-        said = told.get(path.name) or f"{kind}: the child ended with {code}"
+        deaths += path.name not in reported
+        said = reported.get(path.name) or f"{kind}: the child ended with {code}"
         known = {other.partition(": ")[0] for other in outcome.findings.values()}
-        if path.name not in told or said.partition(": ")[0] not in known:
+        if path.name not in reported or said.partition(": ")[0] not in known:
             keep.mkdir(parents=True, exist_ok=True)
             (keep / name_of(data, kind)).write_bytes(data)
             outcome.findings[name_of(data, kind)] = said

@@ -26,7 +26,7 @@ from shared.command.options import InputRange, Overwrite, Refresh, Seed, Threads
 from shared.command.resources import cpu_count, cpu_name
 from shared.files import artifacts
 from shared.files.plan import Plan, Product, is_same, require_report_free
-from shared.files.provenance import require_vouched
+from shared.files.provenance import require_checksums
 from shared.formats.model_file import ModelFile
 from shared.media.attacks import Attack, parse_attacks
 from shared.networks.card import load_card
@@ -97,7 +97,7 @@ def _sources(given: Mapping[str, Any]) -> list[Source]:
     for source in sources:
         with contextlib.suppress(DamagedError):  # reported as a model that does not run
             source.check()
-        require_vouched(_files(source))
+        require_checksums(_files(source))
     return sources
 
 

@@ -146,7 +146,7 @@ def convert_detector(
     )
     request = ConvertRequest(weights, card, form, rehearsal, model_format, dynamic_batch)
     if dry_run:
-        _foresee(request, float_path, target, quantize, writing)
+        _forecast(request, float_path, target, quantize, writing)
     with new_folder(target.parent) if writing.makes_folder else contextlib.nullcontext():
         float_product, found = _make_float(request, float_path, seed, writing)
     remarks = _remarks(request, found, up_to_date=float_product.up_to_date)
@@ -194,7 +194,7 @@ def _plan(request: ConvertRequest, output: Path, writing: Writing) -> Plan:
     )
 
 
-def _foresee(request: ConvertRequest, float_path: Path, target: Path, quantize: Precision, writing: Writing) -> NoReturn:
+def _forecast(request: ConvertRequest, float_path: Path, target: Path, quantize: Precision, writing: Writing) -> NoReturn:
     """End a dry run with what would be written."""
     plans = [_plan(request, float_path, writing)]
     if quantize is not Precision.NONE:
@@ -213,7 +213,7 @@ def _foresee(request: ConvertRequest, float_path: Path, target: Path, quantize: 
                 makes_folder=writing.makes_folder,
             )
         )
-    artifacts.foresee(*plans)
+    artifacts.end_dry_run(*plans)
 
 
 def _make_float(request: ConvertRequest, output: Path, seed: int, writing: Writing) -> tuple[Product, FloatModel]:

@@ -176,7 +176,7 @@ def extract_weights(
     plan = _plan(request, source, target, open_once)
     plan = replace(plan, overwrite=overwrite, refresh=refresh, reproducible=reproducible, dry_run=dry_run)
     if dry_run:
-        artifacts.foresee(plan)
+        artifacts.end_dry_run(plan)
     require_place(plan)  # before its folder is made
     with new_folder(target.parent):
         product, contents = artifacts.build(plan, Contents, partial(_extract, request, target, open_once))

@@ -16,7 +16,7 @@ from shared.command.cli import byte_progress, step, warn
 from shared.command.errors import ToolError
 from shared.command.resources import MIB, require_disk
 from shared.files.atomic import alone_in, sync
-from shared.files.checksums import write_voucher
+from shared.files.checksums import write_checksum
 
 CHUNK_BYTES = 4 * MIB
 TIMEOUT_S = 60
@@ -58,7 +58,7 @@ def download(url: str, target: Path, *, sha256: str | None = None, check: Callab
             _validator(part).unlink(missing_ok=True)
             raise
         sync(part)
-        write_voucher(target, digest)
+        write_checksum(target, digest)
         part.replace(target)
         sync(target.parent)
         _validator(part).unlink(missing_ok=True)

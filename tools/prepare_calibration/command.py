@@ -134,7 +134,7 @@ def prepare_calibration(
     folder.require_free(overwrite=overwrite)
     plan = replace(_plan(job), overwrite=overwrite, refresh=refresh, reproducible=reproducible, dry_run=dry_run)
     if dry_run:
-        artifacts.foresee(plan)
+        artifacts.end_dry_run(plan)
     with folder.written(former):
         product, summary = artifacts.build(plan, SampleSummary, partial(write_set, job))
     return CalibrationSamples(output, product, summary, _message(product, summary, request))

@@ -15,7 +15,7 @@ from shared.command.errors import ToolError
 from shared.command.options import InputRange, Objective
 from shared.formats.model_file import ModelFile
 from shared.formats.onnx_graph import OnnxOp
-from shared.quantize.request import Limits, Request, file_beside, parse_max_error
+from shared.quantize.request import Limits, Request, parse_max_error, path_next_to
 from shared.runtime.executors import choose_executor
 from tools.quantize_onnx.ranges import CalibrationMethod
 
@@ -162,7 +162,7 @@ class OnnxOptions:
             corrects_bias=self.correct_bias,
             limits=limits,
             objective=self.objective,
-            ledger=file_beside(output, model.path.name, [model.path.name], "search.jsonl") if is_searched else None,
+            ledger=path_next_to(output, model.path.name, [model.path.name], "search.jsonl") if is_searched else None,
             sensitivity=self.sensitivity,
             threads=self.threads,
             executor=choose_executor(self.dask),

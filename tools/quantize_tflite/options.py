@@ -11,7 +11,7 @@ from typing import Literal
 from shared.calibration.dataset import CalibrationSet, holdout_of
 from shared.command.errors import ToolError
 from shared.command.options import InputRange, Objective
-from shared.quantize.request import ALL_OUTPUTS, Limits, Request, file_beside, file_stem, parse_max_error
+from shared.quantize.request import ALL_OUTPUTS, Limits, Request, file_stem, parse_max_error, path_next_to
 from shared.runtime.executors import choose_executor
 from tools.quantize_tflite.recipes import (
     NONE,
@@ -127,7 +127,7 @@ class TfliteOptions:
             corrects_bias=self.correct_bias,
             limits=limits,
             objective=self.objective,
-            ledger=file_beside(output, name, names, "search.jsonl") if limits else None,
+            ledger=path_next_to(output, name, names, "search.jsonl") if limits else None,
             sensitivity=self.sensitivity,
             threads=self.threads,
             in_bundle=self.in_bundle,

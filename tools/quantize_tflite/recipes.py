@@ -88,9 +88,14 @@ def resolve_recipe(recipe: str) -> tuple[str, Rules]:
         config = {"weight_tensor_config": weights, "compute_precision": "FLOAT", "explicit_dequantize": True}
         return name, [{"regex": ".*", "operation": "*", "algorithm_key": "float_casting", "op_config": config}]
     if name == INT4_RECIPE:
-        return name, concatenate([*published.dynamic_wi8_afp32(), *published.dynamic_wi4_afp32()])
-    rules: Rules = getattr(published, name)()
-    return name, rules
+        return name, concatenate([*_plain(published.dynamic_wi8_afp32()), *_plain(published.dynamic_wi4_afp32())])
+    return name, _plain(getattr(published, name)())
+
+
+def _plain(rules: Rules) -> Rules:
+    """Return rules as a recipe file holds them: the library's enumerations are texts, but don't print as such."""
+    plain: Rules = json.loads(json.dumps(rules))
+    return plain
 
 
 def read_recipe_file(path: Path) -> Any:

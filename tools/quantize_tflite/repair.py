@@ -39,13 +39,13 @@ class Repairs:
     names: int = 0
 
     def __str__(self) -> str:
-        told = {
+        counts = {
             "float16 constants folded to float32": self.float16,
             "sparse constants made dense": self.sparse,
             "op codes moved out of the deprecated field": self.op_codes,
             "tensors given a name of their own": self.names,
         }
-        return ", ".join(f"{count} {what}" for what, count in told.items() if count)
+        return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
 
 def needed_repairs(path: Path) -> Repairs:

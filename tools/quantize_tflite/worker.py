@@ -98,6 +98,7 @@ def quantize(  # noqa: PLR0917 - called by name
         ranges = load_calibration_results(statistics)[0] if statistics else None
     except (ValueError, KeyError, TypeError) as error:
         raise ToolError("AI Edge Quantizer rejects the recipe or the model", where=source, got=error) from None
+    Path(draft).touch()  # else AI Edge LiteRT's writer makes it executable
     with large_weights_quantized():
         job.quantize(ranges, serialize_to_path=draft, enable_progress_bar=False, enable_progress_report=False)
     changed = 0
@@ -109,6 +110,7 @@ def quantize(  # noqa: PLR0917 - called by name
     if short_names:
         named = Path(draft).with_name(NAMED)
         Path(draft).replace(named)
+        Path(draft).touch()
         saved = shorten_names(named, Path(draft))
     copy_appended_zip(Path(original), Path(draft))
     return {"corrected": changed, "saved": saved}

@@ -33,13 +33,13 @@ def test_a_quantized_model_is_no_larger_than_promised(miniseal: Miniseal, tmp_pa
 
 
 def test_extracted_and_converted_weights_are_no_larger_than_promised(videoseal_small: Small, tmp_path: Path) -> None:
-    weights, model, pressed = (tmp_path / name for name in ("w.safetensors", "m.tflite", "m_int8.tflite"))
+    weights, model, quantized = (tmp_path / name for name in ("w.safetensors", "m.tflite", "m_int8.tflite"))
     (most,) = promised(extract_weights, videoseal_small.checkpoint, output=weights)
     extract_weights(videoseal_small.checkpoint, output=weights)
     assert weights.stat().st_size <= most
     made = {"model": str(videoseal_small.card), "checkpoint": weights}
     (most,) = promised(convert_detector, **made, output=model)
-    both = promised(convert_detector, **made, output=pressed, quantize="int8")
+    both = promised(convert_detector, **made, output=quantized, quantize="int8")
     assert len(both) == 2
     convert_detector(**made, output=model)  # type: ignore[arg-type]
     assert model.stat().st_size <= most

@@ -111,7 +111,7 @@ def test_a_child_that_leaves_at_once_leaves_nothing_behind(command: list[str], t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.bin", "pretend.py"]
 
 
-def test_an_interruption_after_all_is_told_is_none(command: list[str], tmp_path: Path) -> None:
+def test_an_interruption_after_all_is_reported_is_none(command: list[str], tmp_path: Path) -> None:
     process = start(command, "linger", "in.bin", folder=tmp_path)
     assert process.stdout is not None
     assert process.stdout.readline() == "done\n"
@@ -158,7 +158,7 @@ def test_a_second_interruption_does_not_disturb_the_first(command: list[str], tm
     ("text", "says"),
     [("megapixels=none", "no such limit"), ("speed=3", "no such limit; got speed=3"), ("megapixels=-1", "no such limit")],
 )
-def test_a_limit_that_is_none_is_told(command: list[str], tmp_path: Path, text: str, says: str) -> None:
+def test_a_limit_that_is_none_is_reported(command: list[str], tmp_path: Path, text: str, says: str) -> None:
     done = call(command, "fine", "in.bin", "--limit", text, folder=tmp_path)
     assert done.returncode == 2
     assert says in done.stderr

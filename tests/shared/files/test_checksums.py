@@ -7,8 +7,8 @@ import pytest
 
 from shared.command.errors import ToolError
 from shared.files.artifacts import build
-from shared.files.checksums import write_voucher
-from shared.files.provenance import provenance_path, read_provenance, require_vouched
+from shared.files.checksums import write_checksum
+from shared.files.provenance import provenance_path, read_provenance, require_checksums
 from tests.shared.files.conftest import Found, Work
 
 
@@ -19,7 +19,7 @@ def test_an_input_that_is_not_what_its_checksum_says_is_refused(work: Work, note
     if noted != "provenance":
         provenance_path(path).unlink()
     if noted == "sha256":
-        write_voucher(path, product.sha256)
+        write_checksum(path, product.sha256)
     if noted == "sums":
         path.with_name("SHA256SUMS").write_text(f"{'0' * 64}  other.txt\n{product.sha256} *./{path.name}\n")
     further = replace(work.plan, output=path.with_name("further.txt"), inputs=[path])
@@ -27,19 +27,19 @@ def test_an_input_that_is_not_what_its_checksum_says_is_refused(work: Work, note
     by = {"provenance": f"{path.name}.json", "sha256": f"{path.name}.sha256", "sums": "SHA256SUMS"}[noted]
     provenance = read_provenance(further.output)
     assert provenance is not None
-    assert [item.vouched_by for item in provenance.inputs] == [by]
+    assert [item.verified_by for item in provenance.inputs] == [by]
     path.write_text("ABD")
     with pytest.raises(ToolError, match=rf"not the one that its checksum is of.*as {by} says; .*remove {by}"):
         build(replace(further, output=path.with_name("again.txt")), Found, work.make)
     with pytest.raises(ToolError, match="not the one that its checksum is of"):
-        require_vouched([path])
+        require_checksums([path])
 
 
 def test_an_input_without_a_checksum_is_on_record_as_such(work: Work) -> None:
     work.build()
     provenance = read_provenance(work.plan.output)
     assert provenance is not None
-    assert [item.vouched_by for item in provenance.inputs] == [""]
+    assert [item.verified_by for item in provenance.inputs] == [""]
 
 
 def test_a_file_of_a_hash_that_holds_none_is_an_error(work: Work) -> None:

@@ -16,7 +16,7 @@ from shared.files import reports
 from shared.files.artifacts import build
 from shared.files.atomic import write_json
 from shared.files.plan import Plan, Product
-from shared.files.provenance import as_json, provenance_path, read_provenance, record, require_vouched
+from shared.files.provenance import as_json, provenance_path, read_provenance, record, require_checksums
 from shared.files.reports import split_report
 from tests.shared.files.conftest import Found
 
@@ -133,7 +133,7 @@ def test_a_report_that_was_edited_is_not_replaced_without_overwrite(report: Repo
             report.build(refresh=refresh)
     assert (report.path.read_text(), report.times) == (edited, 1)
     with pytest.raises(ToolError, match=rf"not the one that its checksum is of.*as {report.path.name} says"):
-        require_vouched([report.path])
+        require_checksums([report.path])
     assert not report.build(overwrite=True).up_to_date
     assert report.build().up_to_date
 

@@ -180,7 +180,7 @@ def test_a_replaced_model_gets_in_at_every_depth_and_the_rest_stays(tmp_path: Pa
     assert contents_of(unpack_bundle(tmp_path / "out.task", tmp_path / "once_more")) == expected
 
 
-def test_models_are_named_by_the_way_to_them_and_known_by_their_content(tmp_path: Path) -> None:
+def test_models_are_named_by_as_to_them_and_known_by_their_content(tmp_path: Path) -> None:
     inner = official({"detector.tflite": MODEL, "card.txt": b"TFL3"})
     entries = unpack(official({"weights": MODEL, "fake.tflite": b"no model", "hand.task": inner, "pose.task": inner}), tmp_path)
     models = dict(models_of(entries))

@@ -13,8 +13,9 @@ from shared.command.errors import ToolError
 from shared.command.resources import ResourceEstimate
 from shared.metrics.gates import check_gate
 from shared.metrics.output_error import OutputError
+from shared.quantize.coverage import RuleMatches, SkippedLayer, short_name
 from shared.quantize.product import STATISTICS, Order, Quantized, Writing, model_folder, write_page, write_quantized
-from shared.quantize.request import Request, file_beside
+from shared.quantize.request import Request, path_next_to
 from shared.quantize.result import ModelResult, QuantizationResult
 from tests.shared.quantize.results import RULES, model_result, sensitive_layer
 
@@ -107,13 +108,13 @@ def factory(tmp_path: Path) -> Make:
 
 def test_names_of_files_next_to_a_product_are_made_of_its_own_and_the_inner_model() -> None:
     output = Path("out/small.task")
-    assert file_beside(output, "m.tflite", ["m.tflite"], "search.jsonl") == Path("out/small_search.jsonl")
-    assert file_beside(output, HAND, NAMES, "search.jsonl") == Path("out/small_hand_detector_search.jsonl")
+    assert path_next_to(output, "m.tflite", ["m.tflite"], "search.jsonl") == Path("out/small_search.jsonl")
+    assert path_next_to(output, HAND, NAMES, "search.jsonl") == Path("out/small_hand_detector_search.jsonl")
 
 
 def test_no_two_models_share_a_file() -> None:
     names = ["one.task/a.tflite", "two.task/a.tflite"]
-    assert len({file_beside(Path("out.task"), name, names, "search.jsonl") for name in names}) == 2
+    assert len({path_next_to(Path("out.task"), name, names, "search.jsonl") for name in names}) == 2
 
 
 def test_the_product_is_written_with_its_recipe_and_a_message(factory: Make) -> None:
@@ -169,7 +170,7 @@ def test_a_product_whose_statistics_are_lost_or_changed_is_made_again(factory: M
 
 
 @pytest.mark.parametrize("name", ["out_recipe.json", "out_calibration.json", "out_node_data.json", "out.tflite"])
-def test_a_file_of_others_in_the_way_is_kept_before_any_work(factory: Make, name: str) -> None:
+def test_a_file_of_others_in_as_is_kept_before_any_work(factory: Make, name: str) -> None:
     made = factory(is_static=True, sensitivity=True)
     (made.folder / name).write_text("precious")
     what = "a file next to the output would be replaced" if name != "out.tflite" else "the output exists"
@@ -190,7 +191,7 @@ def test_a_file_that_is_read_is_never_written_over(factory: Make) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.tflite", "out.tflite", "out.tflite.json", "out_recipe.json", "nowhere/page.html"])
-def test_a_page_in_the_way_of_another_file_is_refused_before_any_work(factory: Make, name: str) -> None:
+def test_a_page_in_as_of_another_file_is_refused_before_any_work(factory: Make, name: str) -> None:
     made = factory()
     with pytest.raises(ToolError, match=r"the report would replace a file|no such folder"):
         made.write(html=made.folder / name, overwrite=True)
@@ -291,6 +292,14 @@ def test_a_page_without_sensitivity_or_gates_has_no_empty_sections(tmp_path: Pat
     text = page_of(tmp_path, model_result(matches=[], skipped=[]))
     for part in ("Gates", "quantized alone", "All layers", "rule by rule", "Skipped", "Carried over"):
         assert part not in text
+
+
+def test_a_long_name_is_cut_on_the_page_and_whole_under_the_pointer(tmp_path: Path) -> None:
+    name, regex = "module/" * 50 + "conv", "^(?:" + "layer;|" * 50 + ")$"
+    rule = RuleMatches(regex, "*", "min_max_uniform_quantize", "int8 weights", 3, 2)
+    text = page_of(tmp_path, model_result(matches=[rule], skipped=[SkippedLayer("CONV_2D", name, 4, "excluded")]))
+    assert f'<td title="{name}">{short_name(name)}</td>' in text
+    assert f'<td title="{regex}">{short_name(regex)}</td>' in text
 
 
 def test_the_page_loads_nothing_and_shows_names_as_text(tmp_path: Path) -> None:

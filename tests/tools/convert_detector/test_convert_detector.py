@@ -159,7 +159,7 @@ def test_an_edited_card_makes_the_product_stale(videoseal_small: Small, tmp_path
         convert_detector(model=str(card), checkpoint=videoseal_small.checkpoint, output=float_model)
 
 
-def test_half_precision_weights_are_cast_and_told(videoseal_small: Small, tmp_path: Path) -> None:
+def test_half_precision_weights_are_cast_and_reported(videoseal_small: Small, tmp_path: Path) -> None:
     half = {key: value.half() for key, value in load_file(videoseal_small.checkpoint).items() if key.startswith("detector.")}
     save_file(half, tmp_path / "half.safetensors")
     result = convert_detector(
@@ -169,7 +169,7 @@ def test_half_precision_weights_are_cast_and_told(videoseal_small: Small, tmp_pa
     assert "the weights were torch.float16" in result.message
 
 
-def test_too_little_memory_or_disk_is_told_before_the_work(
+def test_too_little_memory_or_disk_is_reported_before_the_work(
     videoseal_small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = {"model": str(videoseal_small.card), "checkpoint": videoseal_small.checkpoint, "output": tmp_path / "m.tflite"}
@@ -262,14 +262,14 @@ def test_a_quantized_model_does_not_replace_its_float_one(videoseal_small: Small
 
 
 @pytest.mark.parametrize("taken", ["m.tflite", "small_detector_videoseal_small_rehearsal_64.tflite"])
-def test_a_taken_name_is_told_before_anything_is_written(videoseal_small: Small, tmp_path: Path, taken: str) -> None:
+def test_a_taken_name_is_reported_before_anything_is_written(videoseal_small: Small, tmp_path: Path, taken: str) -> None:
     (tmp_path / taken).write_text("precious")
     with pytest.raises(ToolError, match=f"{taken}: the output exists"):
         convert_detector(model=str(videoseal_small.card), rehearsal=True, output=tmp_path / "m.tflite", quantize=Precision.INT8)
     assert [path.name for path in tmp_path.iterdir()] == [taken]
 
 
-def test_an_image_too_small_for_the_network_is_told_before_anything_is_written(videoseal_small: Small, tmp_path: Path) -> None:
+def test_an_image_too_small_for_the_network_is_reported_before_anything_is_written(videoseal_small: Small, tmp_path: Path) -> None:
     with pytest.raises(ToolError, match="too small for the network; got 63 pixels; expected at least 64"):
         convert_detector(model=str(videoseal_small.card), rehearsal=True, output=tmp_path / "m.tflite", image_size=63)
     assert not list(tmp_path.iterdir())

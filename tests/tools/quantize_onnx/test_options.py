@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 from shared.command.errors import ToolError
 from shared.quantize.product import Quantized
 from tests.conftest import REALDATA, Run
-from tests.support.fork_server import Zygote
+from tests.support.fork_server import ForkServer
 from tests.support.small_onnx import PICTURE, save, save_picture_model, save_vector_model, seeded, weights_of, with_external_weights
 from tests.tools.quantize_onnx.conftest import names, only
 from tools.quantize_onnx import quantize_onnx
@@ -263,7 +263,7 @@ def damage(model: Path, fault: str) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_bad_input_is_one_line_exit_2_and_nothing_written(fault: str, model: Path, zygote: Zygote) -> None:
+def test_bad_input_is_one_line_exit_2_and_nothing_written(fault: str, model: Path, fork_server: ForkServer) -> None:
     output, options = model.with_name("out.onnx"), ["--recipe", "int8"]
     damage(model, fault)
     match fault:
@@ -278,7 +278,7 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(fault: str, model: Pat
         case "no folder":
             output = model.parent / "absent" / "out.onnx"
     before = {path.name: path.read_bytes() for path in model.parent.iterdir()}
-    done = zygote.run("quantize_onnx", model, "-o", output, *options, folder=model.parent)
+    done = fork_server.run("quantize_onnx", model, "-o", output, *options, folder=model.parent)
     assert (done.code, done.stdout) == (2, "")
     assert re.fullmatch(r"error: [^\n]+\n", done.stderr)
     assert re.search(FAULTS[fault], done.stderr)
@@ -294,10 +294,10 @@ def test_an_error_on_the_command_line_is_an_object_with_json(model: Path, run_to
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", ["external_data_missing.onnx", "mangled.onnx", "html_page.task", "mangled_a.tflite"])
-def test_corrupt_files_are_one_line_exit_2_and_nothing_written(name: str, tmp_path: Path, zygote: Zygote) -> None:
+def test_corrupt_files_are_one_line_exit_2_and_nothing_written(name: str, tmp_path: Path, fork_server: ForkServer) -> None:
     (tmp_path / "out").mkdir()
     source, output = REALDATA / "corrupt" / name, tmp_path / "out" / "out.onnx"
-    done = zygote.run("quantize_onnx", source, "-o", output, "--recipe", "int8", folder=output.parent)
+    done = fork_server.run("quantize_onnx", source, "-o", output, "--recipe", "int8", folder=output.parent)
     assert (done.code, done.stdout) == (2, "")
     assert re.fullmatch(r"error: [^\n]+\n", done.stderr)
     assert not list(output.parent.iterdir())

@@ -24,7 +24,7 @@ from shared.quantize.product import Quantized
 from shared.quantize.result import ModelResult
 from shared.runtime.model import open_model
 from tests.conftest import REALDATA, ROOT, Miniseal, Run
-from tests.support.fork_server import Zygote
+from tests.support.fork_server import ForkServer
 from tools.quantize_tflite import command, quantize_tflite
 from tools.quantize_tflite.recipes import resolve_recipe
 
@@ -104,6 +104,18 @@ def test_metadata_and_label_files_are_kept(quantized: Recipes) -> None:
         assert {name: archive.read(name) for name in LABELS} == LABELS
 
 
+@pytest.mark.parametrize("short_names", [False, True])
+def test_a_product_is_no_executable_file(model: Path, short_names: bool) -> None:
+    done = quantize_tflite(model, recipe="fp16", short_names=short_names)
+    assert path_of(done).stat().st_mode & 0o111 == 0
+    assert (result_of(done).saved_name_bytes > 0) is short_names
+    assert {row.op_type: row.quantized for row in result_of(done).op_types if row.quantized} == {
+        "CONV_2D": 5,
+        "DEPTHWISE_CONV_2D": 5,
+        "FULLY_CONNECTED": 11,
+    }
+
+
 def test_the_same_input_gives_the_same_bytes(quantized: Recipes, tmp_path: Path) -> None:
     first = quantized("int8")
     again = quantize_tflite(first.source, output=tmp_path / "again.tflite")
@@ -168,7 +180,7 @@ def test_quantizing_twice_is_an_error(quantized: Recipes, tmp_path: Path, before
 @pytest.mark.parametrize(
     "fault", ["missing", "empty", "text", "truncated", "unknown recipe", "static", "output exists", "in place"]
 )
-def test_bad_input_is_one_line_exit_2_and_nothing_written(fault: str, model: Path, zygote: Zygote) -> None:
+def test_bad_input_is_one_line_exit_2_and_nothing_written(fault: str, model: Path, fork_server: ForkServer) -> None:
     output, options = model.with_name("out.tflite"), []
     match fault:
         case "missing":
@@ -188,7 +200,7 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(fault: str, model: Pat
         case "in place":
             output, options = model, ["--overwrite"]
     before = {path.name: path.read_bytes() for path in model.parent.iterdir()}
-    done = zygote.run("quantize_tflite", model, "-o", output, *options, folder=model.parent)
+    done = fork_server.run("quantize_tflite", model, "-o", output, *options, folder=model.parent)
     assert (done.code, done.stdout) == (2, "")
     assert re.fullmatch(r"error: [^\n]+\n", done.stderr)
     assert {path.name: path.read_bytes() for path in model.parent.iterdir()} == before
@@ -196,10 +208,10 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(fault: str, model: Pat
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", sorted(path.name for path in (REALDATA / "corrupt").glob("*")))
-def test_corrupt_files_are_one_line_exit_2_and_nothing_written(name: str, tmp_path: Path, zygote: Zygote) -> None:
+def test_corrupt_files_are_one_line_exit_2_and_nothing_written(name: str, tmp_path: Path, fork_server: ForkServer) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
-    done = zygote.run("quantize_tflite", REALDATA / "corrupt" / name, "-o", folder / "out", folder=folder)
+    done = fork_server.run("quantize_tflite", REALDATA / "corrupt" / name, "-o", folder / "out", folder=folder)
     assert (done.code, done.stdout) == (2, "")
     assert re.fullmatch(r"error: [^\n]+\n", done.stderr)
     assert not list(folder.iterdir())
@@ -463,7 +475,7 @@ def _cosine(one: np.ndarray, other: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("page", ["model.tflite", "out.tflite", "out_recipe.json", "r.json", "nowhere/page.html"])
-def test_a_page_in_the_way_of_another_file_is_refused_before_any_work(model: Path, page: str) -> None:
+def test_a_page_in_as_of_another_file_is_refused_before_any_work(model: Path, page: str) -> None:
     recipe = model.with_name("r.json")
     recipe.write_text(json.dumps(resolve_recipe("int8")[1]))
     before = {path.name: path.read_bytes() for path in model.parent.iterdir()}

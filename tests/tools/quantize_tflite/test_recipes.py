@@ -32,6 +32,13 @@ def test_names_are_the_librarys_and_two_of_ours() -> None:
     assert not any("gemma" in name for name in names)
 
 
+@pytest.mark.parametrize("recipe", ["int8", "int8-static", "int4", "fp16"])
+def test_rules_are_plain_json_that_a_recipe_file_can_hold(recipe: str) -> None:
+    for rule in resolve_recipe(recipe)[1]:
+        assert (type(rule["operation"]), type(rule["algorithm_key"]), str(rule["operation"])) == (str, str, "*")
+        assert json.loads(json.dumps(rule)) == rule
+
+
 @pytest.mark.parametrize(("recipe", "near"), [("in8", "int8"), ("dynamic_wi8", "dynamic_wi8_afp32"), ("FP16", "fp16")])
 def test_an_unknown_recipe_gets_the_near_miss(recipe: str, near: str) -> None:
     with pytest.raises(ToolError, match=rf"did you mean {near}"):
