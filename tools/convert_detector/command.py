@@ -129,7 +129,7 @@ def convert_detector(
     Raises:
         ToolError: Unusable checkpoint or card, too little memory or disk, or a model that disagrees with torch.
     """
-    writing = collect(Writing, {**locals(), "makes_folder": output is None})
+    writing, quantize = collect(Writing, {**locals(), "makes_folder": output is None}), Precision(quantize)
     card = load_card(model)
     if (checkpoint is None) != rehearsal:
         raise ToolError("give either --checkpoint FILE or --rehearsal", remedy=f"the published checkpoint: {card.checkpoint.where}")

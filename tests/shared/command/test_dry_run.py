@@ -45,11 +45,11 @@ def test_extracted_and_converted_weights_are_no_larger_than_promised(videoseal_s
     assert model.stat().st_size <= most
 
 
-@pytest.mark.parametrize("mode", ["dynamic", "fp16"])
-def test_a_quantized_onnx_model_is_no_larger_than_promised(tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize("recipe", ["int8", "fp16"])
+def test_a_quantized_onnx_model_is_no_larger_than_promised(tmp_path: Path, recipe: str) -> None:
     model = save_picture_model(tmp_path / "m.onnx", widths=(64, 64))
-    (most,) = promised(quantize_onnx, model, output=tmp_path / "q.onnx", mode=mode)
-    quantize_onnx(model, output=tmp_path / "q.onnx", mode=mode)  # type: ignore[arg-type]
+    (most,) = promised(quantize_onnx, model, output=tmp_path / "q.onnx", recipe=recipe)
+    quantize_onnx(model, output=tmp_path / "q.onnx", recipe=recipe)  # type: ignore[arg-type]
     assert (tmp_path / "q.onnx").stat().st_size <= most
 
 
