@@ -84,8 +84,10 @@ def broken(gates: Sequence[GateResult]) -> str:
 
 def gate_table(gates: Sequence[GateResult]) -> Table:
     """Return all gates as a table."""
-    table = Table("model", "gate", "value", "limit", "")
+    has_models = any(gate.model for gate in gates)
+    table = Table(*(("model",) if has_models else ()), "gate", "value", "limit", "")
     for gate in gates:
         value = "not measured" if gate.value is None else f"{gate.value:.6g}"
-        table.add_row(gate.model, gate.name, value, f"{gate.limit:g}", "ok" if gate.ok else "FAILED")
+        model = (gate.model,) if has_models else ()
+        table.add_row(*model, gate.name, value, f"{gate.limit:g}", "ok" if gate.ok else "FAILED")
     return table
