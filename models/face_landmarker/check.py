@@ -110,7 +110,7 @@ def _broken(photos: Sequence[PhotoChecked], slowdown: float, limits: dict[str, f
 
 def check(
     original: Annotated[Path, typer.Argument(help="The face landmarker, .task.")],
-    candidate: Annotated[Path, typer.Argument(help="What was pressed from it, .task.")],
+    candidate: Annotated[Path, typer.Argument(help="The quantized bundle, .task.")],
     photos: Annotated[Path | None, typer.Argument(help="Folder of photos with faces, or one; default: scikit-image's.")] = None,
     *,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the result as JSON.")] = None,

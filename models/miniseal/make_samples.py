@@ -1,4 +1,4 @@
-"""Mark crops of photos that miniseal never saw, and keep them beside their originals with the true messages.
+"""Mark crops of photos that miniseal never saw, and keep them next to their originals with the true messages.
 
 Example:
     python -m models.miniseal.make_samples --output models/miniseal/samples
@@ -102,7 +102,7 @@ def make_samples(
     seed: Annotated[int, typer.Option(min=0, help="Seed of crops and messages.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the samples there.")] = False,
 ) -> Samples:
-    """Mark crops of photos that miniseal never saw, and keep them beside their originals with the true messages.
+    """Mark crops of photos that miniseal never saw, and keep them next to their originals with the true messages.
 
     Raises:
         ToolError: The checkpoint has no embedder, or the folder has samples already.

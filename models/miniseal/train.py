@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from shared.networks.detector import Detector
 
 FOLDER = CARDS / "miniseal"
-RETRAINED = PRODUCTS / "miniseal_retrained" / "checkpoint.safetensors"  # beside the shipped one
+RETRAINED = PRODUCTS / "miniseal_retrained" / "checkpoint.safetensors"  # next to the shipped one
 STEPS = 9000
 MARKED, UNMARKED = 12, 4  # images of a batch
 SAVE_EVERY = 250  # steps
@@ -214,7 +214,7 @@ def _load_state(path: Path, learner: _Learner, settings: dict[str, object]) -> t
 
 
 def _write_checkpoint(path: Path, learner: _Learner, args: dict[str, object]) -> None:
-    """Write the checkpoint in the published full layout: detector, embedder, and the arguments beside them."""
+    """Write the checkpoint in the published full layout: detector, embedder, and the arguments next to them."""
     from shared.networks.checkpoint import write_safetensors
 
     state = learner.state()

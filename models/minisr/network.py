@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SCALE = 2
 WIDTH = 32  # channels of the hidden layers
-LAYERS = 7  # with a ReLU behind each; the last one of all has none
+LAYERS = 7  # with a ReLU after each; the last one of all has none
 
 
 class SuperResolution(nn.Module):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 FOLDER = CARDS / "minisr"
 FILE_NAME = "minisr_x2.onnx"
-RETRAINED = PRODUCTS / "minisr_retrained" / FILE_NAME  # beside the shipped one
+RETRAINED = PRODUCTS / "minisr_retrained" / FILE_NAME  # next to the shipped one
 STEPS = 10_000
 BATCH = 16
 RATE = 1.5e-3

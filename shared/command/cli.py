@@ -54,7 +54,7 @@ def run(tool: Callable[..., Any], *, dependencies: str | None = None) -> NoRetur
 
     Args:
         tool: The function.
-        dependencies: Its dependency set; named after it unless told.
+        dependencies: Its dependency set; named after it by default.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -78,7 +78,7 @@ def _run(tool: Callable[..., Any], dependencies: str) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at exit
         sys.exit(1)
     except Exception as error:
-        if _Ending.number:  # told already; raised within native code, an interruption comes out as any error
+        if _Ending.number:  # reported already; raised within native code, an interruption comes out as any error
             sys.exit(128 + _Ending.number)
         reported = _as_tool_error(error, dependencies)
         if reported is None:
@@ -129,7 +129,7 @@ def _with_common_options(tool: Callable[..., Any]) -> Callable[..., None]:
                 console.width = PLAIN_WIDTH
             console.print(result)
         sys.stdout.flush()
-        _ignore_endings()  # all is done and told
+        _ignore_endings()  # all is done and reported
         if not getattr(result, "ok", True):
             raise typer.Exit(1)
 

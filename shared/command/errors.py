@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Self
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-MOST_SHOWN = 600  # characters of each part in the line; much of it may come out of a stranger's file
+MOST_SHOWN = 600  # characters of each part in the line; much of it may come from a file of unknown origin
 
 
 class ToolError(Exception):

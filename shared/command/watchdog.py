@@ -1,6 +1,6 @@
 """A tool works in a child process while its parent watches: a crash, a hang or a memory blow-up becomes one line and an exit code.
 
-Parsers of images, videos, models and checkpoints are native code, and what they read comes from strangers. Before they read, the
+Parsers of images, videos, models and checkpoints are native code, and what they read is of unknown origin. Before they read, the
 child says so (`reading`); the parent ends it when that takes too long or too much memory, tells which file it was when the child
 dies, and removes what it left half-written. In a script that calls the tools as functions, nobody watches and nothing is said.
 """
@@ -120,7 +120,7 @@ def _work_and_end(work: Callable[[], NoReturn]) -> NoReturn:
     except BaseException:  # noqa: BLE001 - as Python itself shows it
         sys.excepthook(*sys.exc_info())
     atexit._run_exitfuncs()  # noqa: SLF001 - no public name
-    with contextlib.suppress(OSError):  # the reader is gone, or the disk is full: told already
+    with contextlib.suppress(OSError):  # the reader is gone, or the disk is full: reported already
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))
@@ -130,7 +130,7 @@ def die_with_parent(parent: int | None = None) -> None:
     """Ask Linux to end this process with its parent, so that a killed tool leaves nobody writing.
 
     Args:
-        parent: Process id of the parent; default: as `shared.runtime.processes.Child` told it, or whoever it is now.
+        parent: Process id of the parent; default: as `shared.runtime.processes.Child` says, or whoever it is now.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

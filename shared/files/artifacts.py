@@ -1,4 +1,4 @@
-"""Write files whole or not at all, with their provenance beside them, and tell whether they are up to date.
+"""Write files whole or not at all, with their provenance next to them, and tell whether they are up to date.
 
 A product is up to date when its tool, arguments, inputs, versions and its own bytes are what its provenance says.
 """
@@ -36,7 +36,7 @@ Found = TypeVar("Found")
 def build(plan: Plan, found_type: type[Found], make: Callable[[Path], Found]) -> tuple[Product, Found]:
     """Write a product through `make`, or find it up to date.
 
-    `make` gets the path of a draft beside the output, writes it, and returns what it found: a dataclass, kept in the
+    `make` gets the path of a draft next to the output, writes it, and returns what it found: a dataclass, kept in the
     provenance. Only then does the draft take the output's name. A product whose `found.ok` is False is never up to date.
     A `found.peak_rss_bytes` is the peak memory of the processes that did the work.
 

@@ -1,6 +1,6 @@
-"""Files on their way to their names: drafts beside them, folders for work, and what makes a rename last.
+"""Drafts of files next to their final names, folders for work, and what makes a rename last.
 
-A run that was killed leaves its draft behind; the next run removes it.
+A run that was killed leaves its draft; the next run removes it.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ def draft_beside(output: Path) -> Iterator[Path]:
     draft = output.with_name(f".{output.name}.{_scope()}-{os.getpid()}.partial")
     for stale in abandoned_drafts(output):
         stale.unlink(missing_ok=True)
-    with temporary(draft, draft.with_name(f"{draft.name}.data")):  # weights that an exporter put beside it
+    with temporary(draft, draft.with_name(f"{draft.name}.data")):  # weights that an exporter put next to it
         try:
             draft.touch()
         except OSError as error:
@@ -47,7 +47,7 @@ def draft_beside(output: Path) -> Iterator[Path]:
 
 
 def abandoned_drafts(output: Path) -> list[Path]:
-    """Return the drafts of a file, and what an exporter put beside them, that runs which are gone have left."""
+    """Return the drafts of a file, and what an exporter put next to them, that runs which are gone have left."""
     return [draft for draft in output.parent.glob(f".{glob.escape(output.name)}.*.partial*") if is_abandoned(draft)]
 
 
@@ -70,7 +70,7 @@ def kept_aside(paths: Iterable[Path]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def begun(output: Path, note: str) -> Iterator[None]:
-    """Leave a mark with a note beside a file while several are written; a run that is killed leaves it behind."""
+    """Leave a mark with a note next to a file while several are written; a run that is killed leaves it."""
     mark = output.with_name(f".{output.name}.{_scope()}-{os.getpid()}.begun")
     try:
         mark.write_text(note, encoding="utf-8")
@@ -94,7 +94,7 @@ def new_folder(folder: Path) -> Iterator[None]:
 
 
 def abandoned_marks(output: Path) -> list[Path]:
-    """Return the marks that runs which are gone have left beside a file."""
+    """Return the marks that runs which are gone have left next to a file."""
     return [mark for mark in output.parent.glob(f".{glob.escape(output.name)}.*.begun") if is_abandoned(mark)]
 
 
@@ -119,7 +119,7 @@ def _scope() -> str:
 
 @contextlib.contextmanager
 def workspace() -> Iterator[Path]:
-    """Yield a temporary folder; those that killed runs left behind are removed first."""
+    """Yield a temporary folder; those that killed runs left are removed first."""
     for stale in Path(tempfile.gettempdir()).glob(f"{WORKSPACE}-*-*"):
         pid = stale.name.split("-")[1]
         if pid.isdigit() and not _is_running(pid):  # others may call their folders something like it

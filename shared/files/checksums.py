@@ -1,4 +1,4 @@
-"""What a file's sha256 should be, where somebody has noted it beside the file: formats of weights have no checksum of their own.
+"""The sha256 that a file should have, where it is noted next to the file: formats of weights have no checksum of their own.
 
 Noted in our own provenance (`<file>.json`), in `<file>.sha256` or in SHA256SUMS, both as sha256sum writes them.
 """
@@ -51,7 +51,7 @@ def find_checksum(path: Path) -> Checksum | None:
 
 
 def write_checksum(path: Path, sha256: str) -> None:
-    """Note a file's hash beside it."""
+    """Note a file's hash next to it."""
     path.with_name(path.name + SUFFIX).write_text(f"{sha256}  {path.name}\n", encoding="utf-8", errors="surrogateescape")
 
 

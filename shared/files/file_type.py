@@ -1,4 +1,4 @@
-"""The one way to a stranger's file: a regular file, not empty, not too large, and what its first bytes say it is."""
+"""Access to a file of unknown origin: a regular file, not empty, not too large, and what its first bytes say it is."""
 
 import contextlib
 import os
@@ -89,7 +89,7 @@ def regular_size(path: Path, kind: str) -> int:
 
 
 def is_regular(path: Path) -> bool:
-    """Return whether a file of that name can be read; a name out of a stranger's list may be none at all."""
+    """Return whether a file of that name can be read; a name from a list of unknown origin may be none at all."""
     try:
         regular_size(path, "")
     except ToolError:

@@ -83,7 +83,7 @@ def record(path: Path, *, known: Iterable[FileRecord] = (), name: Path | None = 
 
     Args:
         path: The file.
-        known: Earlier records, beside the one in the file's own provenance.
+        known: Earlier records, next to the one in the file's own provenance.
         name: The name to record, where it is about to change.
         sha256: The hash, where the caller has just computed it.
 
@@ -113,7 +113,7 @@ def record(path: Path, *, known: Iterable[FileRecord] = (), name: Path | None = 
 
 
 def verified(path: Path, found: FileRecord) -> FileRecord:
-    """Return a record with what vouches for its hash; raise ToolError where that says another."""
+    """Return a record with the name of the checksum that its hash was compared with; raise ToolError where they differ."""
     own = read_provenance(path)
     noted_in = path if _read_inside(path) else provenance_path(path)
     if own is not None and found.sha256 not in (own.output.sha256, own.replaces_sha256):
@@ -126,7 +126,7 @@ def verified(path: Path, found: FileRecord) -> FileRecord:
 
 
 def require_checksums(paths: Iterable[Path]) -> None:
-    """Raise ToolError where a file is not what its provenance or a checksum beside it says; others are not read."""
+    """Raise ToolError where a file is not what its provenance or a checksum next to it says; others are not read."""
     for path in paths:
         if read_provenance(path) is not None or find_checksum(path) is not None:
             verified(path, record(path))

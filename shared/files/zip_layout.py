@@ -55,7 +55,7 @@ def locate(archive: zipfile.ZipFile, content: mmap.mmap, *, zero_gaps: bool) -> 
         zero_gaps: Whether nothing but zeros may lie between entries; else anything may, as no reader looks there.
 
     Raises:
-        LayoutError: Headers that differ, entries over each other or outside, something behind the directory, a comment.
+        LayoutError: Headers that differ, entries over each other or outside, something after the directory, a comment.
     """
     if archive.comment or content[-END_RECORD_BYTES:][:4] != b"PK\5\6":
         raise LayoutError("something lies behind the zip's directory")

@@ -50,7 +50,7 @@ class Entry:
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether a file looks like a zip file rather than a model with a zip behind it; the official ones don't start with 'PK'."""
+    """Whether a file looks like a zip file rather than a model with a zip after it; the official ones don't start with 'PK'."""
     with path.open("rb") as file:
         if file.read(8)[4:] == IDENTIFIER:
             return False
@@ -70,7 +70,7 @@ def unpack_bundle(path: Path, folder: Path, name: str | None = None, depth: int 
         depth: How deep it lies in others.
 
     Raises:
-        ToolError: Anything but a plain zip of stored, checksummed entries that lie one behind the other.
+        ToolError: Anything but a plain zip of stored, checksummed entries that follow each other.
     """
     name = name or str(path)
     if depth > MAX_DEPTH:

@@ -22,7 +22,7 @@ DYNAMIC_OPS = {"DynamicQuantizeLinear", "ConvInteger", "MatMulInteger", "Dynamic
 
 
 class ModelFile:
-    """A .tflite or .onnx file. The name tells the format; a draft's is the name of the product, with more behind it.
+    """A .tflite or .onnx file. The name tells the format; a draft's is the name of the product, with more after it.
 
     The file is parsed when its content is asked for the first time, and the content is kept.
 
@@ -55,7 +55,7 @@ class ModelFile:
 
     @property
     def files(self) -> list[Path]:
-        """The model's file and those beside it that hold its weights."""
+        """The model's file and those next to it that hold its weights."""
         return [self.path, *(self.content.files if isinstance(self.content, OnnxContent) else ())]
 
     @property

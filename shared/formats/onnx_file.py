@@ -1,4 +1,4 @@
-"""The way to an .onnx file and to the files beside it that hold its weights, all inside its folder; weights are not loaded."""
+"""Access to an .onnx file and to the files next to it that hold its weights, all inside its folder; weights are not loaded."""
 
 import hashlib
 import math
@@ -34,7 +34,7 @@ def read_checked(path: Path) -> tuple[Model, list[Path]]:
 
 
 def check_is_onnx(path: Path) -> list[Path]:
-    """Return the files beside a model that hold its weights; errors as of `read_checked`."""
+    """Return the files next to a model that hold its weights; errors as of `read_checked`."""
     return read_checked(path)[1]
 
 
@@ -62,7 +62,7 @@ def read_model(path: Path) -> Model:
 
 
 def name_weights(draft: Path, output: Path) -> None:
-    """Give the file `<draft>.data` that a draft's weights lie in, if any, its final name beside the output, and tell the draft.
+    """Give the file `<draft>.data` that a draft's weights lie in, if any, its final name next to the output, and tell the draft.
 
     The name holds the start of the content's sha256: so a new model's weights never replace those of the model it replaces, and
     either is whole at any moment.
@@ -116,7 +116,7 @@ def _node_tensors(nodes: Iterable[Any]) -> Iterator[Any]:
 
 
 def external_files(path: Path) -> list[Path]:
-    """Return the files beside a model that hold its weights, sorted; errors as of `files_of`."""
+    """Return the files next to a model that hold its weights, sorted; errors as of `files_of`."""
     return files_of(read_model(path), path)
 
 

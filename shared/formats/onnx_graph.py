@@ -64,7 +64,7 @@ class OnnxContent:
     Args:
         ops: Its nodes in their order, those of graphs inside of nodes last.
         constants: Name of each initializer -> type, such as FLOAT, and bytes.
-        files: The files beside the model that hold its weights.
+        files: The files next to the model that hold its weights.
         metadata: Metadata of one of our models; empty for others.
         input_range: Range of the image input, as that metadata gives it.
     """
@@ -97,7 +97,7 @@ def content_of(model: Model, files: Sequence[Path]) -> OnnxContent:
 
 
 def read_ops(model: Model) -> list[OnnxOp]:
-    """Return the nodes of a model in their order, those of graphs inside of nodes behind the main ones."""
+    """Return the nodes of a model in their order, those of graphs inside of nodes after the main ones."""
     return _ops_of(model.graph, {}, prefix="")
 
 

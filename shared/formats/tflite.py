@@ -50,7 +50,7 @@ class Op:
 
     @property
     def scope(self) -> str:
-        """What rules of a recipe match: the name of each output with ';' behind it."""
+        """What rules of a recipe match: the name of each output followed by ';'."""
         return f"{self.name};"
 
 
@@ -204,7 +204,7 @@ def op_type(code: Any) -> str:
 
 
 def constant_span(model: Any, tensor: Any) -> tuple[int, int] | None:
-    """Return where a tensor's constant lies in the file, in the flatbuffer or behind it: start and end; None for activations."""
+    """Return where a tensor's constant lies in the file, in the flatbuffer or after it: start and end; None for activations."""
     buffer = model.Buffers(tensor.Buffer())
     if length := buffer.DataLength():
         table = buffer._tab  # noqa: SLF001 - the generated code has no public way to a vector's place
@@ -220,6 +220,6 @@ def _elements(tensor: Any) -> int:
 
 
 def _buffer_bytes(model: Any, tensor: Any) -> int:
-    """Return the bytes of a tensor's constant, inside the flatbuffer or behind it; 0 for activations."""
+    """Return the bytes of a tensor's constant, inside the flatbuffer or after it; 0 for activations."""
     buffer = model.Buffers(tensor.Buffer())
     return int(buffer.DataLength() or (buffer.Size() if buffer.Offset() > 1 else 0))

@@ -1,6 +1,6 @@
 """Whether the tables of a .tflite file hold together: every index and every constant inside the file, before anything follows them.
 
-The runtime verifies the flatbuffer's own structure only; places of weights behind it, indices between tables and the sizes of
+The runtime verifies the flatbuffer's own structure only; places of weights after it, indices between tables and the sizes of
 constants it takes as they are (seen in LiteRT 2.3), and so does AI Edge Quantizer.
 
 Source: https://github.com/google-ai-edge/LiteRT/blob/v2.1.6/tflite/converter/schema/schema.fbs
@@ -92,7 +92,7 @@ def _require_places(places: Sequence[int], count: int, what: str, *, least: int)
 
 
 def _span(buffer: Any, size_bytes: int) -> tuple[int, int, bool] | None:
-    """Return where a buffer's content lies, and whether behind the flatbuffer; None for an empty one."""
+    """Return where a buffer's content lies, and whether after the flatbuffer; None for an empty one."""
     if length := buffer.DataLength():
         table = buffer._tab  # noqa: SLF001 - the generated code has no public way to a vector's place
         start, is_behind = int(table.Vector(table.Offset(4))), False

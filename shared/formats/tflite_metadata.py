@@ -1,4 +1,4 @@
-"""What a .tflite file says of itself beside its graph: the metadata of our models and of TFLite's task library.
+"""What a .tflite file says of itself next to its graph: the metadata of our models and of TFLite's task library.
 
 The metadata of our models is a small zip appended to the flatbuffer, the way TFLite models carry associated files. Runtimes ignore
 it; `unzip -p model.tflite edgepress.json` shows it.
@@ -93,7 +93,7 @@ def _buffer_content(buffer: Any) -> bytes:
     if buffer.DataLength():
         return bytes(buffer.DataAsNumpy())
     start = buffer.Offset()
-    return bytes(buffer._tab.Bytes[start : start + buffer.Size()])  # noqa: SLF001 - the generated code has no public way to a buffer behind the flatbuffer
+    return bytes(buffer._tab.Bytes[start : start + buffer.Size()])  # noqa: SLF001 - the generated code has no public way to a buffer after the flatbuffer
 
 
 def _normalised_range(content: bytes) -> tuple[float, float] | None:

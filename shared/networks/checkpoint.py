@@ -50,7 +50,7 @@ class Checkpoint:
         path: The file.
         state: Keys to tensors, in the file's order.
         container: Key of the state dict in the file; None where the file is the state dict itself.
-        beside: The tensors of every further top-level entry with tensors, for example the optimizer.
+        next to: The tensors of every further top-level entry with tensors, for example the optimizer.
         notes: Texts of `NOTES`, out of the dict or the metadata of a .safetensors file.
     """
 

@@ -1,6 +1,6 @@
 """The one path of a model through a quantizer, whatever its format.
 
-repair -> settle samples -> plan or search -> calibrate -> quantize -> benchmark beside the original -> result. The two formats
+repair -> settle samples -> plan or search -> calibrate -> quantize -> benchmark next to the original -> result. The two formats
 differ in their backends, `tools.quantize_tflite.backend` and `tools.quantize_onnx.backend`.
 """
 

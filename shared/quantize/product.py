@@ -77,7 +77,7 @@ class Order:
         make: Writes the product to a draft, with a folder for intermediate files.
         reopen: Reads a draft as its consumer will, and returns the files it refers to.
         settle: Gives the files that a draft refers to their final names, once every gate is kept.
-        note: A warning behind the message.
+        note: A warning after the message.
     """
 
     tool: str

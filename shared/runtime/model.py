@@ -24,9 +24,9 @@ from shared.runtime.processes import Arrays, Child, ChildError
 Kernels = Literal["xnnpack", "reference", "onnxruntime", "torch"]
 
 TIMEOUT_S = 600.0  # for one load or one run; the largest network known here needs under one minute
-# XNNPACK keeps a packed copy of every float weight beside the mapped file.
+# XNNPACK keeps a packed copy of every float weight next to the mapped file.
 XNNPACK_MEMORY = 1.3  # times the file's size
-ONNX_MEMORY = 2.0  # times the model's size: ONNX Runtime keeps packed weights beside the loaded ones
+ONNX_MEMORY = 2.0  # times the model's size: ONNX Runtime keeps packed weights next to the loaded ones
 BASE_MEMORY = 700 * MIB  # interpreter, libraries and activations; measured with the 2.9 GiB network
 
 

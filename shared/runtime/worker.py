@@ -1,4 +1,4 @@
-"""The process behind `shared.runtime.model`: loads one model at the first message, runs it at every later one."""
+"""The worker process of `shared.runtime.model`: loads one model at the first message, runs it at every later one."""
 
 import contextlib
 import time
@@ -66,7 +66,7 @@ def ops_outside_delegate(interpreter: Any) -> dict[str, int]:
 
 
 def _specs(interpreter: Any, tensors: list[dict[str, Any]]) -> Specs:
-    """Return name, shape and dtype of tensors; a name that comes twice gets its place behind it."""
+    """Return name, shape and dtype of tensors; a name that comes twice gets its place appended."""
     of_signature = signature_names(interpreter)
     specs: Specs = []
     for place, tensor in enumerate(tensors):

@@ -1,4 +1,4 @@
-"""What a comparison found: the object behind compare's table, its JSON and its HTML page."""
+"""What a comparison found: the object that compare's table, JSON and HTML page are made from."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

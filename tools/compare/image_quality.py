@@ -1,7 +1,7 @@
 """How good images are that models make: against the reference's, and against the truth where it is known.
 
 Against the truth as super-resolution papers measure: PSNR and SSIM of the luma, rounded to 8 bits, without a border as wide as the
-image was enlarged; bicubic enlargement beside it, the least that a network must beat.
+image was enlarged; bicubic enlargement next to it, the least that a network must beat.
 """
 
 import itertools
@@ -56,7 +56,7 @@ class TruthScores:
 def find_truths(files: Sequence[Path], folder: Path) -> list[Path]:
     """Return for each image the one in a folder that it should become: of its name, or of the longest that its name begins with.
 
-    A name goes on behind what is no letter or digit: img1_lr belongs to img1, img10 does not.
+    A name continues after a character that is no letter or digit: img1_lr belongs to img1, img10 does not.
 
     Raises:
         ToolError: There is none for an image.

@@ -46,7 +46,7 @@ PACKAGES = ("litert-torch", "litert-converter", "ai-edge-litert", "torch")
 # Measured at 33.4 M and 773.7 M parameters: libraries, and four times the largest convolution while it is transposed.
 BASE_MEMORY = int(0.9 * GIB)
 MEMORY_PER_BYTE = 0.3
-SCALES_SHARE, GRAPH_BYTES = 0.03, 2**19  # of a product beside its weights, at most: norms and the like; tables and names
+SCALES_SHARE, GRAPH_BYTES = 0.03, 2**19  # of a product next to its weights, at most: norms and the like; tables and names
 SHARES = {  # of the float32 weights' bytes, at most
     Precision.NONE: 1.0,
     Precision.FP16: 0.52,

@@ -83,7 +83,7 @@ def _in_child(message: Message, where: Path) -> Message:
 
 
 def convert(request: ConvertRequest, draft: Path, folded: Path, output: Path) -> FloatModel:
-    """Write the float32 model to `draft`, by way of `folded`, and check it; weights of a large ONNX model go beside `output`."""
+    """Write the float32 model to `draft`, by way of `folded`, and check it; weights of a large ONNX model go next to `output`."""
     start = time.monotonic()
     message = {"task": "convert", "card": asdict(request.card), "form": asdict(request.form), "rehearsal": request.rehearsal}
     message |= {"format": request.model_format.value, "dynamic_batch": request.dynamic_batch, "metadata": request.metadata()}

@@ -1,4 +1,4 @@
-"""The process behind `tools.convert_detector`: seeded weights, and the float32 export to TFLite or ONNX, all in little memory.
+"""The worker process of `tools.convert_detector`: seeded weights, and the float32 export to TFLite or ONNX, all in little memory.
 
 litert-torch holds constants as it finds them. Weights that are memory-mapped, already folded (`tools.convert_detector.fusion`) and
 left alone (`shared.runtime.workarounds`) stay on disk until the exporter copies them into the model.

@@ -1,4 +1,4 @@
-"""Fold the detector's affine steps into the linear layers behind them, tensor by tensor.
+"""Fold the detector's affine steps into the linear layers after them, tensor by tensor.
 
 A converter does the same to constants, but holds every weight in memory twice while it does. Done here, on weights that come
 one at a time, it costs the memory of one tensor, and the converted graph keeps one multiplication less per pixel and block.
@@ -7,7 +7,7 @@ Folded, all exact in real arithmetic because none of these layers pads its input
     x -> 2 x - 1 before the stem convolution; layer norm before `pwconv1`; GRN's beta before `pwconv2`; channel norm before the
     2x2 convolutions. With s and t the scale and shift of the input channels, W (s x + t) + b = (W s) x + (b + W t).
 
-What is left behind is the neutral element (weight 1, bias 0), which the converter drops.
+The steps become the neutral element (weight 1, bias 0), which the converter drops.
 """
 
 import re

@@ -25,7 +25,7 @@ def mean_inputs(model: Path, augmented: Path, samples: Iterable[Mapping[str, Arr
 
     Args:
         model: The repaired float32 model.
-        augmented: A file to write a copy to that gives the means out; in the same folder, as weights may lie beside it.
+        augmented: A file to write a copy to that gives the means out; in the same folder, as weights may lie next to it.
         samples: Inputs by name.
     """
     import onnx

@@ -1,4 +1,4 @@
-"""Options of quantize_onnx: recipes, ONNX Runtime's own settings behind `--set`, and what they ask for a model."""
+"""Options of quantize_onnx: recipes, ONNX Runtime's own settings after `--set`, and what they ask for a model."""
 
 import re
 import types

@@ -39,7 +39,7 @@ def find_ranges(model: Path, augmented: Path, op_types: Sequence[str], samples: 
 
     Args:
         model: The repaired float32 model.
-        augmented: A file to write a copy to that gives its activations out; in the same folder, as weights may lie beside it.
+        augmented: A file to write a copy to that gives its activations out; in the same folder, as weights may lie next to it.
         op_types: Whose inputs and outputs count.
         samples: Inputs by name; iterated over twice.
         method: `minmax` takes the smallest and the largest value, the others may cut off rare ones.

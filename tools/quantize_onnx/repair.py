@@ -2,7 +2,7 @@
 
 What is met there, and what ONNX Runtime 1.31 makes of it otherwise: opsets before 13 (per-channel scales that do not load), weights
 listed as inputs (nothing is folded, and the float32 model itself is several times slower), nameless nodes (excluding one excludes
-all), shapes noted by exporters that contradict inference, weights in Constant nodes (not seen), batch normalization behind
+all), shapes noted by exporters that contradict inference, weights in Constant nodes (not seen), batch normalization after
 convolutions (stays between them in float).
 """
 
@@ -21,7 +21,7 @@ LAST_PLAIN_RESIZE = 10  # up to this opset Resize and Upsample knew one way only
 LEAST_IR = 4  # initializers need not be inputs from here on
 IR = 8  # belongs to OPSET
 ONNX_DOMAINS = ("", "ai.onnx")
-NARROW = 2**20  # bytes that the protobuf holds beside weights, at most a little more
+NARROW = 2**20  # bytes that the protobuf holds next to weights, at most a little more
 DATA = ".data"  # suffix of the file that holds the weights of a large model
 
 
@@ -58,7 +58,7 @@ class Repairs:
 
 
 def repair(source: Path, target: Path) -> Repairs:
-    """Write the repaired model to `target`, the weights of a large one beside it, and return what was repaired.
+    """Write the repaired model to `target`, the weights of a large one next to it, and return what was repaired.
 
     Raises:
         ToolError: The opset can't be upgraded, or the graph is inconsistent.
@@ -83,13 +83,13 @@ def repair(source: Path, target: Path) -> Repairs:
 
 
 def write(model: Model, target: Path, *, weights_of: Path | None = None, is_large: bool = False) -> None:
-    """Write a model; weights of a large one into one file beside it.
+    """Write a model; weights of a large one into one file next to it.
 
     Args:
         model: The model.
         target: The file to write.
         weights_of: The model whose external weights this one refers to, not loaded.
-        is_large: Whether to write weights beside the model although they are loaded.
+        is_large: Whether to write weights next to the model although they are loaded.
     """
     import onnx
 
@@ -168,7 +168,7 @@ def _hoist_constants(model: Model) -> int:
 
 
 def _fold_batchnorms(model: Model) -> int:
-    """Fold each BatchNormalization behind a Conv that nothing else reads into that Conv's weights; return how many.
+    """Fold each BatchNormalization after a Conv that nothing else reads into that Conv's weights; return how many.
 
     y = (conv(x) - mean) / sqrt(variance + epsilon) * scale + bias, so weights and bias take one factor per output channel.
     """

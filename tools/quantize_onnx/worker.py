@@ -1,4 +1,4 @@
-"""The process behind `tools.quantize_onnx`: onnx and onnxruntime.quantization on files of unknown origin."""
+"""The worker process of `tools.quantize_onnx`: onnx and onnxruntime.quantization on files of unknown origin."""
 
 import contextlib
 import io

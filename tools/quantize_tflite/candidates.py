@@ -187,7 +187,7 @@ def _feed(interpreter: Any, sample: Sample, inputs: Sequence[TensorSpec]) -> Non
 
 
 def _run(model: Path | bytearray, subject: Subject, tensor: str | None) -> list[Outputs]:
-    """Return the outputs for every sample, and behind them the tensor asked for."""
+    """Return the outputs for every sample, followed by the requested tensor."""
     interpreter = _interpreter(model, preserve=tensor is not None)
     inputs = _inputs(interpreter)
     wanted = [d["index"] for d in interpreter.get_output_details()]

@@ -58,8 +58,8 @@ PACKAGES = ("ai-edge-quantizer", "ai-edge-litert", "numpy")
 BASE_MEMORY = 300 * MIB
 MEMORY_PER_BYTE = 0.3
 REPAIR_MEMORY_PER_BYTE = 2.0  # folded weights take twice their bytes
-STATIC_MEMORY_PER_BYTE = 4.5  # the calibrator holds the model twice beside XNNPACK's copy; measured at 134 M parameters
-ROOM_BYTES = 2**16  # for what the quantizer adds beside scales
+STATIC_MEMORY_PER_BYTE = 4.5  # the calibrator holds the model twice next to XNNPACK's copy; measured at 134 M parameters
+ROOM_BYTES = 2**16  # for what the quantizer adds next to scales
 
 Recipe = Annotated[
     str | None,
@@ -260,7 +260,7 @@ def quantize_tflite(
     """Quantize a TFLite model or a MediaPipe bundle, and say what became of every layer.
 
     Float16 and sparse weights are unfolded first, exactly. Inputs and outputs stay float32, metadata is kept. The product is run
-    beside the original before it gets its name: latency, and how far the outputs moved. The recipe is written next to it.
+    next to the original before it gets its name: latency, and how far the outputs moved. The recipe is written next to it.
 
     Raises:
         ToolError: Damaged or hostile file, unknown or unfit recipe, a rule that matches no op, nothing changed, no place to write.

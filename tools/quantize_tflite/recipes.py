@@ -43,7 +43,7 @@ class Selector:
 
     Args:
         text: As the user wrote it.
-        regex: Matches an op's scope: the names of its outputs, each with ';' behind it.
+        regex: Matches an op's scope: the names of its outputs, each followed by ';'.
         operation: The library's name of an op type, or '*'.
     """
 

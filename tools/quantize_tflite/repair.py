@@ -1,6 +1,6 @@
 """Rewrite a TFLite model the way the quantizer can read it, with exactly the same answers.
 
-Models from the wild hold what AI Edge Quantizer passes over in silence: float16 weights behind DEQUANTIZE, sparse weights behind
+Published models hold constants that AI Edge Quantizer skips without a message: float16 weights after DEQUANTIZE, sparse weights after
 DENSIFY, op codes in the schema's deprecated field, tensors that share a name. Constant ops are evaluated by the runtime itself, so
 that the weights are those it would have used.
 
@@ -161,7 +161,7 @@ def shorten_names(source: Path, target: Path) -> int:
 
 
 def write_model(model: Any, target: Path) -> None:
-    """Write a model's objects as a flatbuffer; weights behind it where the whole is large, as the quantizer writes its own."""
+    """Write a model's objects as a flatbuffer; weights after it where the whole is large, as the quantizer writes its own."""
     from ai_edge_quantizer.model_modifier import ModelModifier
 
     ModelModifier(model).modify_model({}, serialize_to_path=str(target))

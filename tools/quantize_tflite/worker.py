@@ -1,4 +1,4 @@
-"""The process behind `tools.quantize_tflite`: AI Edge Quantizer, with both files memory-mapped."""
+"""The worker process of `tools.quantize_tflite`: AI Edge Quantizer, with both files memory-mapped."""
 
 import mmap
 import os
@@ -15,7 +15,7 @@ from shared.runtime.workarounds import large_weights_quantized
 from tools.quantize_tflite.candidates import Subject, corrected
 from tools.quantize_tflite.repair import cut_before_custom_ops, needed_repairs, repair, shorten_names
 
-NAMED = "named.tflite"  # beside a draft with short names: the same with its own
+NAMED = "named.tflite"  # next to a draft with short names: the same with its own
 
 
 def repair_model(source: str, target: str, *, add_signature: bool) -> Message:
