@@ -1,7 +1,7 @@
 """Rewrite a TFLite model the way the quantizer can read it, with exactly the same answers.
 
-Published models hold constants that AI Edge Quantizer skips without a message: float16 weights after DEQUANTIZE, sparse weights after
-DENSIFY, op codes in the schema's deprecated field, tensors that share a name. Constant ops are evaluated by the runtime itself, so
+Published models hold constants that AI Edge Quantizer skips without a message: float16 weights before DEQUANTIZE, sparse weights
+before DENSIFY, op codes in the schema's deprecated field, tensors that share a name. The runtime itself evaluates constant ops, so
 that the weights are those it would have used.
 
 Source: https://github.com/google-ai-edge/LiteRT/blob/v2.1.6/tflite/converter/schema/schema.fbs (OperatorCode, SparsityParameters)
