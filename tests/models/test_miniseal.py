@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import cv2
@@ -16,6 +17,7 @@ from models.miniseal.train import train
 from shared.command.errors import ToolError
 from shared.media.images import Pixels, image_files, read_pixels, stretch, to_image
 from shared.metrics import metrics
+from shared.metrics.gates import flat_gates
 from shared.networks.card import load_card
 from shared.networks.checkpoint import open_checkpoint
 from shared.watermark import WatermarkDetector
@@ -124,11 +126,11 @@ def test_it_keeps_its_gates_on_the_samples(miniseal: Miniseal) -> None:
         ("fp32", miniseal.checkpoint, miniseal.float_model, "miniseal"),
         ("int8", miniseal.float_model, miniseal.int8, None),
     ):
-        limits = {name: limit for name, limit in gates[precision].__dict__.items() if limit and name != "min_speedup"}
-        under = [f"{attack}={share}" for attack, share in limits.pop("min_accuracy_under").items()]
-        found = compare(reference, [candidate], model=card, messages=MESSAGES, min_accuracy_under=under, **limits)
+        limits = flat_gates(asdict(gates[precision]))
+        gate = [f"{name}={limit}" for name, limit in limits.items() if limit is not None and name != "min_speedup"]
+        found = compare(reference, [candidate], model=card, messages=MESSAGES, gate=gate)
         assert found.ok, found.message
-        assert len(found.findings.candidates[0].gates) == len(limits) + len(under)
+        assert len(found.findings.candidates[0].gates) == len(gate)
 
 
 @pytest.mark.realdata

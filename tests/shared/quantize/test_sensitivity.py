@@ -53,7 +53,14 @@ def strictly(text: str) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
 
 
 def layer(name: str, error: float | None) -> LayerSensitivity:
-    return LayerSensitivity("CONV_2D", f"{name};2", name, 10, OutputError(name, 0.1), OutputError("y", error))
+    return LayerSensitivity(
+        "CONV_2D",
+        f"{name};2",
+        name,
+        10,
+        OutputError(name, 0.1),
+        OutputError("y", error, problem="" if error is not None else "NaN"),
+    )
 
 
 def test_node_data_is_json_by_output_tensor() -> None:

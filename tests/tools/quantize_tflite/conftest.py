@@ -12,7 +12,7 @@ from shared.runtime import benchmark
 from shared.runtime.samples import sample_inputs
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _few_runs() -> Iterator[None]:
     """Time every model a few times only: no test is about how long it takes."""
     with pytest.MonkeyPatch.context() as patch:
