@@ -6,7 +6,8 @@ Models that do not fit in memory together run one after the other.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -93,7 +94,7 @@ class Protocol:
         samples: Inputs of the timed runs, in turn; each is run once at least.
         threads: Threads of the runtime.
         runs: Timed runs of each model; as many as fit in BUDGET_S where it is None.
-        further: Inputs that are run once each, untimed.
+        further: Inputs that are run once each, untimed, by all models at the same time.
     """
 
     samples: Sequence[Inputs]
@@ -141,18 +142,18 @@ class _Trial:
     outputs: list[list[Array]] = field(default_factory=list)
     further_outputs: list[list[Array]] = field(default_factory=list)
 
-    def run(self, inputs: Inputs) -> tuple[list[Array], float]:
-        outputs, ms = self.model.run(inputs(self.model.inputs))
+    def run(self, inputs: dict[str, Array]) -> tuple[list[Array], float]:
+        outputs, ms = self.model.run(inputs)
         return [outputs[spec.name] for spec in self.model.outputs], ms
 
     def time(self, inputs: Inputs, *, is_new: bool) -> None:
-        outputs, ms = self.run(inputs)
+        outputs, ms = self.run(inputs(self.model.inputs))
         self.latencies.append(ms)
         if is_new:
             self.outputs.append(outputs)
 
-    def run_further(self, inputs: Inputs) -> None:
-        self.further_outputs.append(self.run(inputs)[0])
+    def run_further(self, made: Mapping[tuple[TensorSpec, ...], dict[str, Array]]) -> None:
+        self.further_outputs.append(self.run(made[tuple(self.model.inputs)])[0])
 
     def finish(self) -> ModelRun:
         model = self.model
@@ -185,7 +186,7 @@ def _describe(spec: TensorSpec) -> str:
 
 def _in_turns(sources: Sequence[Source], protocol: Protocol, name: str) -> list[ModelRun | ChildError]:
     with ExitStack() as stack:
-        trials = _Trials()
+        trials = _Trials(stack.enter_context(ThreadPoolExecutor(len(sources))))
         with step(name):
             for source in sources:
                 trials.add(stack, source, protocol)
@@ -197,7 +198,7 @@ def _in_turns(sources: Sequence[Source], protocol: Protocol, name: str) -> list[
         if protocol.further:
             with step_progress(f"{name}: further samples", len(protocol.further)) as advance:
                 for inputs in protocol.further:
-                    trials.each(partial(_Trial.run_further, inputs=inputs))
+                    trials.run_further(inputs)
                     advance("")
         trials.each(_Trial.finish)
         return trials.results()
@@ -215,8 +216,9 @@ def _wanted_runs(protocol: Protocol, done: int, seconds: float, models: int) -> 
 class _Trials:
     """Models side by side; one that fails drops out with its error."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: ThreadPoolExecutor) -> None:
         self._all: list[_Trial | ModelRun | ChildError] = []
+        self._threads = threads
 
     def add(self, stack: ExitStack, source: Source, protocol: Protocol) -> None:
         try:
@@ -225,20 +227,33 @@ class _Trials:
             self._all.append(error)
 
     def each(self, work: Callable[[_Trial], ModelRun | None]) -> None:
-        for index, trial in enumerate(self._all):
-            if isinstance(trial, _Trial):
-                try:
-                    self._all[index] = work(trial) or trial
-                except ChildError as error:
-                    self._all[index] = error
+        self._all = [_after(work, trial) for trial in self._all]
+
+    def run_further(self, inputs: Inputs) -> None:
+        """Run all models at the same time, as nothing is timed here, on one copy of the inputs for each kind of input."""
+        made: dict[tuple[TensorSpec, ...], dict[str, Array]] = {}
+        for trial in self._all:
+            if isinstance(trial, _Trial) and (specs := tuple(trial.model.inputs)) not in made:
+                made[specs] = inputs(list(specs))
+        self._all = list(self._threads.map(partial(_after, partial(_Trial.run_further, made=made)), self._all))
 
     def results(self) -> list[ModelRun | ChildError]:
         return [trial for trial in self._all if not isinstance(trial, _Trial)]
+
+
+def _after(work: Callable[[_Trial], ModelRun | None], trial: _Trial | ModelRun | ChildError) -> _Trial | ModelRun | ChildError:
+    """Return what a trial is after a piece of work: its result, itself, or its error."""
+    if not isinstance(trial, _Trial):
+        return trial
+    try:
+        return work(trial) or trial
+    except ChildError as error:
+        return error
 
 
 @contextmanager
 def _open(source: Source, protocol: Protocol) -> Iterator[_Trial]:
     with open_model(source, threads=protocol.threads) as model:
         trial = _Trial(source, model)
-        trial.run(protocol.samples[0])  # the first run allocates and is not timed
+        trial.run(protocol.samples[0](model.inputs))  # the first run allocates and is not timed
         yield trial
