@@ -56,6 +56,16 @@ def write_card(path: Path, **changes: object) -> Path:
     return path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_runs() -> Iterator[None]:
+    """Time every model a few times only; modules about timing replace this."""
+    from shared.runtime import benchmark
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "BUDGET_S", 0.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def videoseal_small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     """VideoSeal's kind: stem stride 4, 32 bits."""

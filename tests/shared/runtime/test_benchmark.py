@@ -21,6 +21,11 @@ from shared.runtime.samples import sample_inputs
 SIZE_BYTES = 10
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_runs() -> None:
+    """Leave the times as they are: how often models run is tested here."""
+
+
 @dataclass
 class Machine:
     """Models that only add up their input, a clock that only they move, and a list of everything that happens.

@@ -1,23 +1,13 @@
 """The small network and its samples, as every test of this tool takes them."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from shared.formats.tensors import TensorSpec
-from shared.runtime import benchmark
 from shared.runtime.samples import sample_inputs
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_runs() -> Iterator[None]:
-    """Time every model a few times only: no test is about how long it takes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "BUDGET_S", 0.0)
-        yield
 
 
 @pytest.fixture
