@@ -7,8 +7,9 @@ Nothing here says whether the model is any good: that takes a reference, see com
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Table
 
+from shared.calibration.dataset import CalibrationSet
 from shared.command.cli import run, step, to_json
 from shared.command.errors import DamagedError
 from shared.command.options import Overwrite, Refresh, Seed, Threads
@@ -27,11 +29,11 @@ from shared.files import artifacts
 from shared.files.plan import Plan, Product
 from shared.files.provenance import require_checksums
 from shared.formats.model_file import ModelFile
-from shared.formats.tensors import describe
+from shared.formats.tensors import TensorSpec, describe
 from shared.metrics.metrics import message_bits
 from shared.runtime.model import Model, open_model
 from shared.runtime.processes import ChildError
-from shared.runtime.samples import sample_inputs
+from shared.runtime.samples import GUESSES, Guess, guess_inputs, needs_guess, sample_inputs
 
 PACKAGES = ("ai-edge-litert", "onnxruntime", "numpy")
 REPEATS = 3
@@ -89,9 +91,31 @@ class Verification:
         return Lines(table, self.message)
 
 
-def _run(model: Model, seed: int) -> tuple[Outputs, float]:
-    """Run one seeded sample; outputs in the model's order, and milliseconds."""
-    outputs, run_ms = model.run(sample_inputs(model.inputs, seed))
+@dataclass(frozen=True)
+class _Inputs:
+    """Where inputs come from.
+
+    Args:
+        seed: Of made-up inputs.
+        guess: What these look like.
+        file: An .npz with real inputs, one array for each; None for made-up ones.
+    """
+
+    seed: int
+    guess: Guess = GUESSES[0]
+    file: Path | None = None
+
+    def make(self, specs: list[TensorSpec], number: int) -> dict[str, NDArray[Any]]:
+        """Return the inputs of one sample; of a file, those after the last are the first again."""
+        if self.file is None:
+            return sample_inputs(specs, self.seed + number, guess=self.guess)
+        samples = list(itertools.islice(CalibrationSet(self.file).samples(specs), number + 1))
+        return samples[number % len(samples)]
+
+
+def _run(model: Model, inputs: _Inputs, number: int = 0) -> tuple[Outputs, float]:
+    """Run one sample; outputs in the model's order, and milliseconds."""
+    outputs, run_ms = model.run(inputs.make(model.inputs, number))
     return [outputs[spec.name] for spec in model.outputs], run_ms
 
 
@@ -132,7 +156,7 @@ def _check_detector(output: NDArray[Any], nbits: int) -> Iterator[Check]:
         yield Check("bits that are one", f"{ones} of {nbits}", f"1 to {nbits - 1}", 0 < ones < nbits)
 
 
-def _verify(source: ModelFile, threads: int, seed: int, nbits: int | None) -> Findings:
+def _verify(source: ModelFile, threads: int, inputs: _Inputs, nbits: int | None) -> Findings:
     """Go through the checks in order; stop at the first that makes the next ones pointless."""
     checks: list[Check] = []
     is_onnx = source.kind == "onnx"
@@ -150,16 +174,18 @@ def _verify(source: ModelFile, threads: int, seed: int, nbits: int | None) -> Fi
             if not all(check.ok for check in checks):
                 return Findings(checks, load_ms, run_ms, model.peak_rss_bytes)
             stage = "runs"
-            first, _ = _run(model, seed)
-            timed = [_run(model, seed) for _ in range(REPEATS - 1)]
-            other, _ = _run(model, seed + 1)
+            if inputs.file is None and needs_guess(model.inputs):
+                inputs = replace(inputs, guess=guess_inputs(source, threads))
+            first, _ = _run(model, inputs)
+            timed = [_run(model, inputs) for _ in range(REPEATS - 1)]
+            other, _ = _run(model, inputs, 1)
             run_ms, peak = min(ms for _, ms in timed), model.peak_rss_bytes
             checks.append(Check("runs", f"{run_ms:.1f} ms", "", ok=True))
         checks += _check_outputs(first, other, [outputs for outputs, _ in timed])
         stage = "threads"
         if threads > 1:
             with step("run with 1 thread"), open_model(source, threads=1) as model:
-                alone, _ = _run(model, seed)
+                alone, _ = _run(model, inputs)
             error = _largest_difference(first, alone) / (_largest(first) or 1.0)
             value = f"1 and {threads} threads differ by {error:.2g} of the largest output"
             checks.append(Check("threads", value, f"{MAX_THREADS_ERROR:g}", error <= MAX_THREADS_ERROR))
@@ -190,6 +216,7 @@ def verify(
     *,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the checks as JSON.")] = None,
     threads: Threads = None,
+    inputs: Annotated[Path | None, typer.Option(help="An .npz with one array for each input; default: made-up inputs.")] = None,
     bits: Annotated[int | None, typer.Option(min=1, help="Message bits of a detector without our metadata.")] = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -206,19 +233,20 @@ def verify(
     with contextlib.suppress(DamagedError):  # a failed check, once it is to be loaded
         source.check()
     require_checksums(_files(source))
-    count = threads or cpu_count()
+    count, taken = threads or cpu_count(), _Inputs(seed, file=inputs)
     nbits = bits or _nbits(source)
     if output is None:
-        findings, report = _verify(source, count, seed, nbits), None
+        findings, report = _verify(source, count, taken, nbits), None
     else:
 
         def make(draft: Path) -> Findings:
-            found = _verify(source, count, seed, nbits)
+            found = _verify(source, count, taken, nbits)
             draft.write_text(to_json(found) + "\n", encoding="utf-8")
             return found
 
         arguments = {"threads": count, "seed": seed, "bits": nbits}
-        plan = Plan(output, "verify", arguments, _files(source), PACKAGES, overwrite=overwrite, refresh=refresh, is_report=True)
+        read = [*_files(source), *([inputs] if inputs else [])]
+        plan = Plan(output, "verify", arguments, read, PACKAGES, overwrite=overwrite, refresh=refresh, is_report=True)
         report, findings = artifacts.build(plan, Findings, make)
     failed = [check.name for check in findings.checks if not check.ok]
     verdict = f"FAILED: {', '.join(failed)}" if failed else f"all {len(findings.checks)} checks passed"

@@ -7,6 +7,7 @@ import tokenize
 import warnings
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -75,6 +76,20 @@ def npz_length(path: Path) -> int:
     if len(lengths) != 1:
         raise ToolError("the arrays of the calibration set differ in length", where=path, got=sorted(lengths), remedy=AGAIN)
     return int(lengths.pop())
+
+
+def single_specs(path: Path, inputs: list[TensorSpec]) -> list[TensorSpec] | None:
+    """Return the specs of one sample, where a model takes several at once and the set holds them one by one; else None."""
+    batches = {spec.shape[0] if spec.shape else 1 for spec in inputs}
+    if len(batches) != 1 or max(batches) <= 1:
+        return None
+    singles = [replace(spec, shape=(1, *spec.shape[1:])) for spec in inputs]
+    with contextlib.suppress(*ZIP_DAMAGE, ToolError), zipfile.ZipFile(path) as archive, contextlib.ExitStack() as streams:
+        arrays = _npz_arrays(archive, path, streams)
+        known = arrays.get(inputs[0].name, arrays.get(IMAGES_KEY))
+        if known is not None and len(known[1]) <= len(inputs[0].shape):
+            return singles
+    return None
 
 
 def read_npz(path: Path, inputs: list[TensorSpec]) -> Iterator[Sample]:

@@ -6,6 +6,7 @@ become what the model takes only when the range of its input is known: from the 
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,16 +15,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shared.calibration.arrays import AGAIN, Sample, npz_length, read_npz
+from shared.calibration.arrays import AGAIN, Sample, npz_length, read_npz, single_specs
 from shared.command.errors import ToolError
 from shared.command.options import InputRange
 from shared.files.file_type import is_regular, read_head
 from shared.formats.tensors import TensorSpec, describe, image_input
-from shared.media.images import image_files, read_pixels, to_form
+from shared.media.images import ImageForm, Pixels, image_files, read_pixels, to_form, to_values
 
 RANGES: dict[str, tuple[float, float]] = {"0..1": (0.0, 1.0), "-1..1": (-1.0, 1.0), "0..255": (0.0, 255.0)}
 TOLERANCE = 0.05  # of the range's width: interpolation overshoots, and normalisation constants are rounded
 LEAST_SPAN = 0.1  # of the range's width: below it, all samples together are likelier of another scale
+TILE_SIZE, TILE_STEP = 256, 16  # pixels of a tile; networks halve sides a few times
 MANIFEST_NAME = "manifest.json"
 Part = Literal["samples", "holdout"]
 PARTS: dict[Part, tuple[str, ...]] = {"samples": ("samples", "tiles"), "holdout": ("holdout",)}  # names in a manifest
@@ -90,11 +92,13 @@ class CalibrationSet:
             ToolError: The set does not fit the model, is damaged, or holds NaN.
         """
         if self.path.suffix == ".npz":
-            yield from _spread(read_npz(self.path, inputs), npz_length(self.path), self.most)
+            singles = single_specs(self.path, inputs)
+            single = _spread(read_npz(self.path, singles or inputs), npz_length(self.path), self.most)
+            yield from single if singles is None else _batches(single, inputs[0].shape[0])
             return
-        files = _listed_images(self.path, self.part)
-        for file in _spread(iter(files), len(files), self.most):
-            yield _from_image(file, inputs, self.input_range)
+        files, found = _listed_images(self.path, self.part), image_input(inputs)
+        images = (_from_image(file, inputs, self.input_range) for file in _spread(iter(files), len(files), self.most))
+        yield from _batches(images, 1 if found is None else found[1].batch)
 
     def check(self, inputs: list[TensorSpec], declared: tuple[float, float] | None) -> int:
         """Read every sample once, and raise ToolError unless they fit the model; return how many there are.
@@ -199,9 +203,32 @@ def _from_image(file: Path, inputs: list[TensorSpec], input_range: InputRange | 
     if found is None:
         remedy = "give an .npz with one array per input"
         raise ToolError("images don't fit this model's inputs", where=file.parent, got=describe(inputs), remedy=remedy)
+    if inputs[0].dtype == "uint8":
+        input_range = "0..255"
     if input_range is None:
         remedy = "say --input-range 0..1, -1..1 or 0..255"
         raise ToolError("the model does not tell the range of its input", where=file.parent, remedy=remedy)
     name, form = found
-    low, high = RANGES[input_range]
-    return {name: to_form(read_pixels(file), form) * np.float32(high - low) + np.float32(low)}
+    pixels = _tile(read_pixels(file), form)
+    return {name: to_values(to_form(pixels, form), inputs[0].dtype, RANGES[input_range])}
+
+
+def _tile(pixels: Pixels, form: ImageForm) -> Pixels:
+    """Return the middle of an image along axes of free length: TILE_SIZE pixels, or as many as it has, a multiple of TILE_STEP."""
+    sides = [slice(None), slice(None)]
+    for axis, fixed in enumerate((form.height, form.width)):
+        length = pixels.shape[axis]
+        if fixed is None and length >= TILE_STEP:
+            side = min(TILE_SIZE, length // TILE_STEP * TILE_STEP)
+            sides[axis] = slice((length - side) // 2, (length - side) // 2 + side)
+    return np.ascontiguousarray(pixels[tuple(sides)])
+
+
+def _batches(samples: Iterator[Sample], size: int) -> Iterator[Sample]:
+    """Yield samples joined to batches; the last one is filled up with its last sample."""
+    if size == 1:
+        yield from samples
+        return
+    while batch := list(itertools.islice(samples, size)):
+        filled = [*batch, *[batch[-1]] * (size - len(batch))]
+        yield {name: np.concatenate([sample[name] for sample in filled]) for name in filled[0]}

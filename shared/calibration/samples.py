@@ -7,11 +7,13 @@ from pathlib import Path
 from shared.calibration.arrays import Sample
 from shared.calibration.dataset import RANGES, CalibrationSet, choose_range
 from shared.command.cli import step
+from shared.command.errors import ToolError
 from shared.command.options import InputRange
-from shared.formats.tensors import TensorSpec, image_input
-from shared.media.images import image_form
+from shared.formats.model_file import ModelFile
+from shared.formats.tensors import TensorSpec, image_input, makes_image
 from shared.runtime.benchmark import Inputs, sample_count
-from shared.runtime.samples import sample_inputs
+from shared.runtime.processes import ChildError
+from shared.runtime.samples import Guess, guess_inputs, sample_inputs
 
 SLACK = 0.05  # that values may lie outside a range: interpolation overshoots
 
@@ -23,22 +25,24 @@ class HeldSamples:
     Args:
         dataset: Real inputs; None for seeded ones.
         count: How many there are at most.
-        pixel_range: Range of seeded pictures.
+        pixel_range: Range of made-up pictures.
+        guess: What made-up inputs look like.
     """
 
     dataset: CalibrationSet | None
     count: int
     pixel_range: tuple[float, float] = (0.0, 1.0)
+    guess: Guess = Guess()  # noqa: RUF009 - frozen
 
     def load(self, inputs: Sequence[TensorSpec]) -> list[Sample]:
         """Return the samples, each input in its spec's shape and dtype."""
         if self.dataset is None:
-            return [sample_inputs(list(inputs), seed, self.pixel_range) for seed in range(self.count)]
+            return [sample_inputs(list(inputs), seed, self.pixel_range, self.guess) for seed in range(self.count)]
         return list(self.dataset.samples(list(inputs)))
 
     def sha256(self) -> str:
         """Return a hash of everything that decides the samples."""
-        return f"{self.count} seeded in {self.pixel_range}" if self.dataset is None else self.dataset.sha256()
+        return f"{self.count} made up in {self.pixel_range}, {self.guess}" if self.dataset is None else self.dataset.sha256()
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,10 @@ def settle_samples(
         ToolError: Samples don't fit the model, or their range is not known.
     """
     takes_image = image_input(list(inputs)) is not None
-    makes_image = takes_image and bool(outputs) and image_form(outputs[0].shape) is not None
+    are_images = [makes_image(list(inputs), spec) for spec in outputs]
     real = calibration or holdout
+    if takes_image and inputs[0].dtype == "uint8":
+        declared = RANGES["0..255"]
     known = choose_range(input_range, declared, real.path if real else where)
     assumes = assumed is not None and known is None and takes_image and real is not None and real.path.suffix != ".npz"
     chosen = assumed if assumes else known
@@ -110,12 +116,12 @@ def settle_samples(
         held = HeldSamples(dataset, len(samples), (low, high))
         is_apart = dataset.part == "holdout" or calibration is None or dataset.path != calibration.path
         note = f"{len(samples)} samples that were {'not calibrated with' if is_apart else 'calibrated with, too'}"
-        if makes_image and chosen is None:
+        if are_images[:1] == [True] and chosen is None:
             low, high = _seen_range(samples)
             note += f"; PSNR of values from {low:g} to {high:g}, as the samples have them, say --input-range if that is wrong"
     if assumes:
         note += f"; pixels taken as {chosen}, say --input-range if the model wants another range"
-    peaks = [high - low if makes_image and image_form(spec.shape) is not None else None for spec in outputs]
+    peaks = [high - low if is_image else None for is_image in are_images]
     return Samples(settled, count, held, note, peaks)
 
 
@@ -150,3 +156,16 @@ def sample_for(sample: Sample, of: Sequence[TensorSpec]) -> Inputs:
         return {to.name: sample[known.name] for known, to in zip(of, specs, strict=True)}
 
     return inputs
+
+
+def guess_held(held: HeldSamples, model: ModelFile, where: str, threads: int) -> HeldSamples:
+    """Return made-up samples that a model runs with.
+
+    Raises:
+        ToolError: It runs with none.
+    """
+    try:
+        return replace(held, guess=guess_inputs(model, threads, held.pixel_range))
+    except ChildError as error:
+        remedy = "give real inputs with --calibration FILE.npz, one array for each input"
+        raise ToolError("the model does not run", where=where, got=error, remedy=remedy) from None

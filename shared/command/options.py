@@ -60,6 +60,9 @@ ObjectiveOption = Annotated[Objective, typer.Option("--objective", help="What th
 SensitivityOption = Annotated[
     bool, typer.Option("--sensitivity", help="Measure what each layer alone does to the outputs when it is quantized.")
 ]
+AllowLargeError = Annotated[
+    bool, typer.Option("--allow-large-error", help="Write the product although its outputs are far from the original's.")
+]
 Dask = Annotated[str | None, typer.Option("--dask", help="Measure candidates on the Dask cluster at this address.")]
 Html = Annotated[Path | None, typer.Option("--html", help="Also write the result as one HTML page.")]
 

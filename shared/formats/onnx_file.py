@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,6 +17,22 @@ from shared.files.file_type import is_regular, name_kind, read_head, regular_siz
 MAX_PROTOBUF_BYTES = 2**31 - 1
 MOST_ELEMENTS = 2**42
 AGAIN = "export or download it again"
+# Op type -> places of the inputs that are weights, biases, or parameters of a normalization.
+LAYER_CONSTANTS = {
+    "Conv": (1, 2),
+    "ConvTranspose": (1, 2),
+    "Gemm": (0, 1, 2),
+    "MatMul": (0, 1),
+    "BatchNormalization": (1, 2, 3, 4),
+    "InstanceNormalization": (1, 2),
+    "LayerNormalization": (1, 2),
+    "GroupNormalization": (1, 2),
+    "PRelu": (1,),
+    "LSTM": (1, 2, 3),
+    "GRU": (1, 2, 3),
+    "RNN": (1, 2, 3),
+}
+SCALES = {"Mul": (0, 1), "Div": (0, 1)}  # what a product or quotient with a constant scales
 Model = Any  # onnx.ModelProto; the package has no stubs that mypy would follow
 
 
@@ -178,24 +194,66 @@ def tensor_bytes(tensor: Any) -> int:
     return int((math.prod(tensor.dims) * bits + 7) // 8)
 
 
-def require_finite(path: Path) -> None:
-    """Raise ToolError where a float weight of a model is NaN or infinite, wherever it lies; reads all of them once."""
+def check_constants(path: Path) -> None:
+    """Raise ToolError where the values of a constant can't be read; reads all of them once."""
+    with reading(path):
+        for tensor in tensors(read_model(path)):
+            values_of(tensor, path)
+
+
+def require_finite(path: Path, where: Path | None = None) -> None:
+    """Raise ToolError where a weight, a bias, a scale or a parameter of a normalization is NaN or infinite.
+
+    Other constants may be infinite: masks of attention, limits and paddings are.
+
+    Args:
+        path: The model.
+        where: The file to name in the error; default: the model.
+    """
     import onnx
 
     floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
     faults = []
     with reading(path):
-        for tensor in tensors(read_model(path)):
-            if tensor.data_type not in floats:
-                continue
-            try:
-                values = onnx.numpy_helper.to_array(tensor, str(path.absolute().parent))
-            except (ValueError, TypeError, OSError, onnx.checker.ValidationError) as error:
-                got = f"{tensor.name}: {first_line(error)}"
-                raise ToolError("a constant of the model is damaged", where=path, got=got, remedy=AGAIN) from None
-            with np.errstate(all="ignore"):
-                is_finite = bool(np.isfinite(values.sum(dtype=np.float64)) or np.isfinite(values).all())
-            faults += [] if is_finite else [tensor.name]
+        for tensor in _layer_constants(read_model(path).graph, {}):
+            if tensor.data_type in floats:
+                values = values_of(tensor, path)
+                with np.errstate(all="ignore"):
+                    is_finite = bool(np.isfinite(values.sum(dtype=np.float64)) or np.isfinite(values).all())
+                faults += [] if is_finite else [tensor.name]
     if faults:
         got = f"{len(faults)} tensors, the first {faults[0]}"
-        raise ToolError("the model holds NaN or infinite weights", where=path, got=got, remedy="train or export it again")
+        raise ToolError("the model holds NaN or infinite weights", where=where or path, got=got, remedy="train or export it again")
+
+
+def values_of(tensor: Any, path: Path) -> Any:
+    """Return the values of a constant of the model in `path`, wherever they lie.
+
+    Raises:
+        ToolError: They can't be read.
+    """
+    import onnx
+
+    try:
+        return onnx.numpy_helper.to_array(tensor, str(path.absolute().parent))
+    except (ValueError, TypeError, OSError, onnx.checker.ValidationError) as error:
+        got = f"{tensor.name}: {first_line(error)}"
+        raise ToolError("a constant of the model is damaged", where=path, got=got, remedy=AGAIN) from None
+
+
+def _layer_constants(graph: Any, outer: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield each constant that a layer or a normalization reads, once, of a graph and of the graphs inside its nodes."""
+    constants = {**outer, **{tensor.name: tensor for tensor in graph.initializer}}
+    for node in graph.node:
+        for attribute in node.attribute if node.op_type == "Constant" else ():
+            if attribute.HasField("t"):
+                constants[node.output[0]] = attribute.t
+                attribute.t.name = node.output[0]
+    read: dict[str, None] = {}
+    for node in graph.node:
+        places = LAYER_CONSTANTS.get(node.op_type, SCALES.get(node.op_type, ()))
+        read |= dict.fromkeys(name for place, name in enumerate(node.input) if place in places and name in constants)
+        for attribute in node.attribute:
+            for inner in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
+                yield from _layer_constants(inner, constants)
+    yield from (constants[name] for name in read)

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from shared.media.images import ImageForm, image_form, image_layout
+from shared.media.images import CHANNELS, ImageForm, image_form, image_layout
+
+IMAGE_DTYPES = ("float32", "float16", "uint8")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,16 @@ def image_spec(specs: list[TensorSpec]) -> tuple[str, str, int] | None:
 
 
 def image_input(specs: list[TensorSpec]) -> tuple[str, ImageForm] | None:
-    """Return name and form of a model's input, or None where it does not take just one float32 image, RGB or luma, of any size."""
-    if len(specs) != 1 or specs[0].dtype != "float32" or (form := image_form(specs[0].shape)) is None:
+    """Return name and form of a model's input, or None where it does not take just one image, RGB or luma, of any size.
+
+    An image is of float32, of float16, or of uint8, whose range is 0 to 255.
+    """
+    if len(specs) != 1 or specs[0].dtype not in IMAGE_DTYPES or (form := image_form(specs[0].shape)) is None:
         return None
     return specs[0].name, form
+
+
+def makes_image(inputs: list[TensorSpec], output: TensorSpec) -> bool:
+    """Return whether a model makes an image of an image: one of RGB, or of as many channels as it takes; a mask is none."""
+    given, made = image_input(inputs), image_form(output.shape)
+    return given is not None and made is not None and made.channels in (CHANNELS, given[1].channels)

@@ -26,6 +26,10 @@ IDENTIFIER = b"TFL3"  # at byte 4
 DAMAGE = (struct.error, LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError, RecursionError)
 AGAIN = "convert or download it again"
 CHUNK_BYTES = 2**24
+# Op types whose constants are weights, biases or scales.
+LAYERS = {"CONV_2D", "CONV_3D", "CONV_3D_TRANSPOSE", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV", "BATCH_MATMUL"}
+LAYERS |= {"EMBEDDING_LOOKUP", "MUL", "DIV", "PRELU", "UNIDIRECTIONAL_SEQUENCE_LSTM", "BIDIRECTIONAL_SEQUENCE_LSTM"}
+CARRIERS = {"DEQUANTIZE", "DENSIFY", "RESHAPE", "TRANSPOSE", "CAST"}  # that a constant may pass on its way to a layer
 
 
 @dataclass(frozen=True)
@@ -131,11 +135,15 @@ def _opened(path: Path) -> Iterator[tuple[Any, IO[bytes]]]:
 
 
 def require_finite(path: Path) -> None:
-    """Raise ToolError where a float weight is NaN or infinite; reads all of them once, at the speed of memory."""
+    """Raise ToolError where a weight, a bias or a scale of a layer is NaN or infinite; reads all once, at the speed of memory.
+
+    Other constants may be infinite: masks of attention, limits and paddings are.
+    """
     with _opened(path) as (model, file):
+        kinds = [op_type(model.OperatorCodes(i)) for i in range(model.OperatorCodesLength())]
         faults = []
         for graph in (model.Subgraphs(g) for g in range(model.SubgraphsLength())):
-            for tensor in (graph.Tensors(t) for t in range(graph.TensorsLength())):
+            for tensor in (graph.Tensors(t) for t in _layer_constants(graph, kinds)):
                 dtype = {"FLOAT32": np.float32, "FLOAT16": np.float16}.get(enum_names("TensorType")[tensor.Type()])
                 if dtype is not None and (span := constant_span(model, tensor)) is not None:
                     bad = _count_not_finite(file, span, np.dtype(dtype))
@@ -143,6 +151,23 @@ def require_finite(path: Path) -> None:
     if faults:
         got = f"{len(faults)} tensors, the first {faults[0]}"
         raise ToolError("the model holds NaN or infinite weights", where=path, got=got, remedy="train or export it again")
+
+
+def _layer_constants(graph: Any, kinds: list[str]) -> list[int]:
+    """Return the numbers of the tensors that layers read, and of those that ops turn into these."""
+    ops = [graph.Operators(i) for i in range(graph.OperatorsLength())]
+    makers = {op.Outputs(k): op for op in ops for k in range(op.OutputsLength())}
+    found: dict[int, None] = {}
+    waiting = [op.Inputs(k) for op in ops if kinds[op.OpcodeIndex()] in LAYERS for k in range(op.InputsLength())]
+    while waiting:
+        number = waiting.pop()
+        if number < 0 or number in found:
+            continue
+        found[number] = None
+        maker = makers.get(number)
+        if maker is not None and kinds[maker.OpcodeIndex()] in CARRIERS:
+            waiting += [maker.Inputs(k) for k in range(maker.InputsLength())]
+    return sorted(found)
 
 
 def _count_not_finite(file: IO[bytes], span: tuple[int, int], dtype: np.dtype[Any]) -> int:

@@ -1,14 +1,18 @@
-"""Images -> float32 arrays in a model's layout; seeded samples where there are no images."""
+"""Image files -> pixels -> arrays as models take them."""
 
+import functools
+import os
 import struct
 import warnings
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.command.cli import warn
 from shared.command.errors import ToolError, first_line
 from shared.command.limits import limit
 from shared.command.watchdog import reading
@@ -16,9 +20,12 @@ from shared.files.file_type import name_kind, read_head
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+MACOS_FOLDER = "__MACOSX"  # holds attributes of files, under their names, in archives from a Mac
+BACKGROUND, WHITE = "EDGEPRESS_BACKGROUND", "white"
 AGAIN = "open it in an image editor and save it again, or leave it out"
 END_OF_JPEG = b"\xff\xd9"
 CHANNELS = 3
+MOST_BATCH = 64  # images in one tensor
 LEAST_SIDE = 8  # pixels; a tensor of one channel with shorter axes is no image
 # Errors that Pillow raises on damaged files; its UnidentifiedImageError is an OSError.
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, struct.error, EOFError, LookupError, OverflowError, ArithmeticError)
@@ -34,11 +41,20 @@ def image_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise ToolError("no such image folder", where=folder, remedy="check the path")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = sorted(visible_files(folder, SUFFIXES))
     if not files:
         expected = "files ending in " + ", ".join(SUFFIXES)
         raise ToolError("no images in this folder", where=folder, expected=expected, remedy="name another folder")
     return files
+
+
+def visible_files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
+    """Yield the files with given suffixes in a folder and below; hidden ones and what macOS adds to copies are left out."""
+    for path in folder.rglob("*"):
+        parts = path.relative_to(folder).parts
+        is_hidden = any(part.startswith(".") or part == MACOS_FOLDER for part in parts)
+        if not is_hidden and path.suffix.lower() in suffixes and path.is_file():
+            yield path
 
 
 def images_at(path: Path) -> list[Path]:
@@ -50,7 +66,8 @@ def images_at(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir() and any(sign in path.name for sign in "*?["):
-        if files := sorted(file for file in path.parent.glob(path.name) if file.suffix.lower() in SUFFIXES and file.is_file()):
+        matching = set(path.parent.glob(path.name))
+        if files := sorted(file for file in visible_files(path.parent, SUFFIXES) if file in matching):
             return files
         expected = "files ending in " + ", ".join(SUFFIXES)
         raise ToolError("no images match", where=path, expected=expected, remedy="correct the pattern")
@@ -58,7 +75,9 @@ def images_at(path: Path) -> list[Path]:
 
 
 def read_pixels(path: Path) -> Pixels:
-    """Return an image file as uint8 (H, W, 3) RGB at its own size, turned upright by its EXIF.
+    """Return an image file as uint8 (H, W, 3) RGB at its own size, turned upright by its EXIF, transparent parts on a background.
+
+    The background is white, or the colour that `set_background` has set.
 
     Raises:
         ToolError: The file is no image of an accepted format, or cut off.
@@ -80,7 +99,7 @@ def read_pixels(path: Path) -> Pixels:
                 upright = ImageOps.exif_transpose(file)
                 if upright.mode.startswith("I;16"):  # Pillow would cut off at 255
                     upright = pillow.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-                return np.asarray(upright.convert("RGB"))
+                return _opaque(upright)
     except pillow.DecompressionBombError as error:
         remedy = "make it smaller, or raise the limit with --limit megapixels=VALUE"
         raise ToolError("the image has too many pixels", where=path, got=first_line(error), remedy=remedy) from None
@@ -88,6 +107,45 @@ def read_pixels(path: Path) -> Pixels:
         raise ToolError("unreadable image", where=path, got=kind, expected=", ".join(FORMATS), remedy=AGAIN) from None
     except DAMAGE as error:
         raise ToolError("unreadable image", where=path, got=first_line(error), remedy=AGAIN) from None
+
+
+def set_background(colour: str) -> None:
+    """Lay images with transparent parts on a colour from now on, in this process and in those it starts.
+
+    Args:
+        colour: A name such as black, or a code such as #808080.
+
+    Raises:
+        ToolError: No such colour.
+    """
+    from PIL import ImageColor
+
+    try:
+        ImageColor.getrgb(colour)
+    except ValueError:
+        expected = "a name such as black, or a code such as #808080"
+        raise ToolError("--background is no colour", got=colour, expected=expected) from None
+    os.environ[BACKGROUND] = colour
+
+
+def _opaque(image: Any) -> Pixels:
+    """Return a Pillow image as uint8 (H, W, 3) RGB; transparent parts are laid on the background, which is said once a process."""
+    from PIL import Image as pillow
+    from PIL import ImageColor
+
+    if not image.has_transparency_data:
+        return np.asarray(image.convert("RGB"))
+    cut_out = image.convert("RGBA")
+    if cut_out.getextrema()[3][0] < 255:
+        _say_background(os.environ.get(BACKGROUND, WHITE))
+        ground = pillow.new("RGBA", cut_out.size, ImageColor.getrgb(os.environ.get(BACKGROUND, WHITE)))
+        cut_out = pillow.alpha_composite(ground, cut_out)
+    return np.asarray(cut_out.convert("RGB"))
+
+
+@functools.cache
+def _say_background(colour: str) -> None:
+    warn(f"images with transparent parts are laid on {colour}")
 
 
 def _require_whole(path: Path, kind: str) -> None:
@@ -151,26 +209,6 @@ def stretch_image(image: Image, size: int) -> Image:
     return np.stack([np.asarray(plane, dtype=np.float32) for plane in planes])[np.newaxis]
 
 
-def seeded_image(size: int, rng: np.random.Generator) -> Image:
-    """Return a synthetic picture as float32 (1, 3, size, size), RGB in [0, 1].
-
-    Waves whose strength falls with frequency, as in photographs, plus a little noise: they give every layer activations of a
-    natural range. Not for accuracy claims.
-    """
-    y, x = np.mgrid[0:size, 0:size] / size
-    image = np.zeros((CHANNELS, size, size))
-    for frequency in (1, 2, 4, 8, 16, 32):
-        for channel in range(CHANNELS):
-            angle, phase = rng.uniform(0, 2 * np.pi, 2)
-            wave = np.cos(2 * np.pi * frequency * (x * np.cos(angle) + y * np.sin(angle)) + phase)
-            image[channel] += wave / frequency
-    image += image.mean(axis=0)  # channels of photographs move together
-    image = (image - image.min()) / (image.max() - image.min())
-    image = np.clip(image + rng.normal(0, 0.02, image.shape), 0, 1)
-    pixels: Image = image.astype(np.float32)[np.newaxis]
-    return pixels
-
-
 def image_layout(shape: tuple[int, ...]) -> tuple[str, int] | None:
     """Return layout ('nchw' or 'nhwc') and size of a square RGB image input, or None for a different shape; the batch may be -1."""
     match shape:
@@ -186,21 +224,23 @@ class ImageForm:
     """Layout, channels and size of an image tensor.
 
     Args:
-        layout: 'nchw' is (1, channels, height, width), 'nhwc' is (1, height, width, channels).
+        layout: 'nchw' is (batch, channels, height, width), 'nhwc' is (batch, height, width, channels).
         channels: 3 for RGB, 1 for luma.
         height: Pixels; None where any height fits.
         width: Pixels; None where any width fits.
+        batch: Images in the tensor.
     """
 
     layout: Literal["nchw", "nhwc"]
     channels: int
     height: int | None
     width: int | None
+    batch: int = 1
 
 
 def image_form(shape: tuple[int, ...]) -> ImageForm | None:
     """Return the form of an image tensor from its shape, or None where it holds no image; an axis of -1 may have any length."""
-    if len(shape) != 4 or shape[0] not in (1, -1):
+    if len(shape) != 4 or not (shape[0] == -1 or 1 <= shape[0] <= MOST_BATCH):
         return None
     layouts: tuple[tuple[Literal["nchw", "nhwc"], int, int, int], ...] = (
         ("nchw", shape[1], shape[2], shape[3]),
@@ -209,7 +249,8 @@ def image_form(shape: tuple[int, ...]) -> ImageForm | None:
     for layout, channels, height, width in layouts:
         least = 1 if channels == CHANNELS else LEAST_SIDE
         if channels in (1, CHANNELS) and all(size == -1 or size >= least for size in (height, width)):
-            return ImageForm(layout, channels, None if height == -1 else height, None if width == -1 else width)
+            free = [None if size == -1 else size for size in (height, width)]
+            return ImageForm(layout, channels, free[0], free[1], max(shape[0], 1))
     return None
 
 
@@ -227,6 +268,14 @@ def to_form(pixels: Pixels, form: ImageForm) -> NDArray[np.float32]:
     else:
         image = to_image(pixels)
     return to_layout(image, form.layout)
+
+
+def to_values(image: NDArray[np.float32], dtype: str, pixel_range: tuple[float, float]) -> NDArray[Any]:
+    """Return an image in [0, 1] as a model takes it: 0 to 1 become `pixel_range`, of uint8 rounded 0 to 255."""
+    if dtype == "uint8":
+        return np.rint(image * 255).astype(np.uint8)
+    low, high = pixel_range
+    return (image if (low, high) == (0, 1) else image * np.float32(high - low) + np.float32(low)).astype(dtype)
 
 
 def from_form(values: NDArray[np.float32], form: ImageForm) -> NDArray[np.float32]:

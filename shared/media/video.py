@@ -1,6 +1,7 @@
 """Frames of video files."""
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,8 +64,8 @@ def _no_video(path: Path, got: str = "no frame") -> ToolError:
     return ToolError("not a video that can be decoded", where=path, got=got, expected=expected, remedy=AGAIN)
 
 
-def count_frames(path: Path, *, of_whole: bool = True) -> tuple[int, float]:
-    """Return the number of frames that can be decoded, and the frames per second (0 where the file does not state it).
+def frame_times(path: Path, *, of_whole: bool = True) -> list[float]:
+    """Return when each frame that can be decoded is shown, in seconds; at equal distances where the file has no times.
 
     Args:
         path: The file.
@@ -75,17 +76,19 @@ def count_frames(path: Path, *, of_whole: bool = True) -> tuple[int, float]:
     """
     import cv2
 
-    total = 0
+    times: list[float] = []
     with _opened(path) as (capture, advance):
         rate = float(capture.get(cv2.CAP_PROP_FPS) or 0.0)
         announced = float(capture.get(cv2.CAP_PROP_FRAME_COUNT) or 0.0)
         while advance():
-            total += 1
+            times.append(float(capture.get(cv2.CAP_PROP_POS_MSEC)) / 1000)
+    total = len(times)
     if not total:
         raise _no_video(path)
     if of_whole and total < (1 - MISCOUNTED) * announced - FEW_FRAMES:  # containers announce slightly wrong counts, or none
         raise ToolError("the video is cut off or damaged", where=path, got=f"{total} of {announced:.0f} frames", remedy=AGAIN)
-    return total, rate
+    has_times = all(one < other for one, other in itertools.pairwise(times))
+    return times if has_times else [number / rate if rate else 0.0 for number in range(total)]
 
 
 def frames_at(path: Path, wanted: set[int]) -> Iterator[tuple[int, Pixels]]:
@@ -144,7 +147,7 @@ def read_frames(path: Path, count: int) -> Iterator[Pixels]:
     """
     if count < 1:
         raise ToolError("too few frames asked for", where=path, got=count, expected="at least 1", remedy="ask for more")
-    total, _ = count_frames(path, of_whole=False)
+    total = len(frame_times(path, of_whole=False))
     wanted = set(np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist())
     for _, pixels in frames_at(path, wanted):
         yield pixels

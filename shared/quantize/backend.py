@@ -48,6 +48,11 @@ class Quantization:
         """Whether the runtime here has all its ops."""
         return bool(self.outputs)
 
+    @property
+    def is_made_up(self) -> bool:
+        """Whether answers are measured on made-up inputs."""
+        return self.samples.held.dataset is None
+
 
 @dataclass(frozen=True)
 class Candidate:

@@ -5,16 +5,18 @@ differ in their backends, `tools.quantize_tflite.backend` and `tools.quantize_on
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 
-from shared.calibration.samples import HeldSamples, Samples, sample_for, settle_samples
+from shared.calibration.samples import HeldSamples, Samples, guess_held, sample_for, settle_samples
 from shared.command.cli import step
 from shared.command.errors import ToolError
-from shared.command.resources import GIB, cpu_count
+from shared.command.resources import GIB, MIB, cpu_count
 from shared.formats.model_file import ModelFile
+from shared.metrics.alarm import alarms
 from shared.metrics.output_error import measure_errors, size_of, worst_error
 from shared.quantize.backend import Backend, Candidate, Quantization, UnchangedError
 from shared.quantize.coverage import covered_share
@@ -27,11 +29,13 @@ from shared.runtime import benchmark
 from shared.runtime.benchmark import ModelRun, run_benchmark
 from shared.runtime.executors import finished
 from shared.runtime.processes import ChildError, Workspace
+from shared.runtime.samples import needs_guess
 from shared.runtime.speed import describe_speed
 
 TASK_TIMEOUT_S = 3600.0
 MOST_CHANGED = 1e-3  # relative error between a model as it came and repaired; rounding in another order gives 1e-6
 JOB_BASE_BYTES, JOB_BYTES_PER_BYTE = int(0.5 * GIB), 4  # memory of a candidate that is measured: libraries; times the model's size
+MOST_EXPLAINED_BYTES = 64 * MIB  # of a model whose layers are measured one by one because its product is of no use
 DATA = ".data"  # suffix of the file that holds the weights of a large ONNX model
 
 
@@ -68,7 +72,7 @@ def quantize_model(  # noqa: PLR0917 - source, what to do, how, and where to
             got = "; ".join(sorted({f"{row.op_type} {row.reason}" for row in rows})) or "it has no constant operands"
             what = f"recipe {chosen.request.recipe} changes no op of this model"
             raise UnchangedError(what, where=name, got=got, remedy="choose another recipe")
-        sensitivity = _sensitivity(quantization, backend, chosen) if request.sensitivity else []
+        sensitivity = _sensitivity(quantization, backend, chosen, results)
         peaks = [result.measurement.peak_rss_bytes for result in results if result.measurement]
         result = ModelResult(
             name=name,
@@ -80,6 +84,7 @@ def quantize_model(  # noqa: PLR0917 - source, what to do, how, and where to
             coverage=covered_share(rows),
             samples=quantization.samples.count,
             measured_on=quantization.samples.note,
+            is_made_up=quantization.is_made_up,
             threads=request.threads or cpu_count(),
             interleaved=interleaved,
             candidates=[*results, *failures],
@@ -119,6 +124,8 @@ def _settle(  # noqa: PLR0917 - what a quantization is made of
         declared=source.input_range,
         assumed=backend.ASSUMED_RANGE,
     )
+    if samples.held.dataset is None and needs_guess(inputs):
+        samples = replace(samples, held=guess_held(samples.held, model, name, request.threads or cpu_count()))
     names = [spec.name for spec in outputs]
     request.limits.require_outputs(names, [peak is not None for peak in samples.peaks], name)
     return Quantization(name, source, model, request, samples, workspace, inputs, names)
@@ -147,8 +154,8 @@ def _candidate(quantization: Quantization, backend: Backend) -> Candidate:
         with step(f"quantize {quantization.name} with {request.expansion}"):
             return backend.quantize(quantization, None)
     if quantization.samples.held.dataset is None:
-        remedy = "give --calibration FOLDER of images, .npz or manifest"
-        raise ToolError("a search needs real inputs to measure on", where=quantization.name, remedy=remedy)
+        what, remedy = "a search needs real inputs to measure on", "give --calibration FOLDER of images, .npz or manifest"
+        raise ToolError(what, where=quantization.name, remedy=remedy)
     need = JOB_BASE_BYTES + JOB_BYTES_PER_BYTE * quantization.model.size_bytes
     with request.executor(need) as executor:
         quantization = _best_calibration(quantization, backend, space, executor)
@@ -166,12 +173,8 @@ def _candidate(quantization: Quantization, backend: Backend) -> Candidate:
             raise type(error)(**{"where": quantization.name, **error.parts}) from None
         finally:
             ledger.close()
-    used: dict[str, int] = {}
-    for precision in found.precisions.values():
-        used[precision] = used.get(precision, 0) + 1
-    summary = SearchSummary(
-        request.objective, found.share, found.layers, found.measured, found.resumed, found.left_out, dict(sorted(used.items()))
-    )
+    used, counts = dict(sorted(Counter(found.precisions.values()).items())), (found.layers, found.measured, found.resumed)
+    summary = SearchSummary(request.objective, found.share, *counts, found.left_out, used)
     try:
         with step(f"quantize {quantization.name} as found"):
             return replace(backend.quantize(quantization, found.precisions), search=summary)
@@ -202,17 +205,15 @@ def _measure(
     source, model = quantization.source, quantization.model
     labelled = [(REFERENCE, model)] if backend.TIMES_REPAIRED else [(ORIGINAL, source)]
     labelled += [(ORIGINAL, source)] if backend.TIMES_REPAIRED and is_repaired else []
-    known = len(labelled)
+    known, request = len(labelled), quantization.request
     labelled += [(candidate.request.recipe, candidate.model) for candidate in candidates]
-    request = quantization.request
     with step(f"run {quantization.name} before and after"):
         given = [sample_for(sample, quantization.inputs) for sample in quantization.samples.held.load(quantization.inputs)]
         protocol = benchmark.Protocol(given, request.threads or cpu_count())
         done = run_benchmark([one for _, one in labelled], protocol)
     reference = done.runs[0]
     if isinstance(reference, ChildError):
-        remedy = "see what verify says of it"
-        raise ToolError("the model does not run", where=quantization.name, got=reference, remedy=remedy)
+        raise ToolError("the model does not run", where=quantization.name, got=reference, remedy="see what verify says of it")
     results = [CandidateResult(labelled[0][0], reference.measurement)]
     for (label, one), run in zip(labelled[1:], done.runs[1:], strict=True):
         results.append(_compared(label, one, run, reference, quantization.samples.peaks))
@@ -242,8 +243,7 @@ def _types(run: ModelRun) -> list[str]:
 
 def _require_same_answers(quantization: Quantization, original: CandidateResult) -> None:
     """Raise ToolError where repairing the model changed its outputs."""
-    worst = worst_error(original.errors) if original.errors else None
-    if worst is not None and size_of(worst) > MOST_CHANGED:
+    if original.errors and size_of(worst := worst_error(original.errors)) > MOST_CHANGED:
         remedy = "export the model again, with a newer opset"
         raise ToolError("repairing the model changes its answers", where=quantization.source.path, got=str(worst), remedy=remedy)
 
@@ -269,16 +269,23 @@ def _choose(
         raise ToolError("the quantized model does not run; nothing was kept", where=quantization.name, got=got)
     limits = quantization.request.limits
     inside = [one for one in running if limits.keeps(one[1].errors)] if several and limits else running
+    inside = [one for one in inside if not alarms(one[1].errors, is_made_up=quantization.is_made_up)] or inside
     if not inside:
-        has_samples = quantization.samples.calibration is not None
-        remedy = "allow a larger error" if has_samples else "give --calibration, so that static recipes can be tried"
+        remedy = "allow a larger error" if quantization.samples.calibration else "give --calibration, for static recipes"
         raise ToolError("no recipe keeps the limits", where=quantization.name, got=got, remedy=remedy)
     _, product, chosen = min(inside, key=lambda one: one[0])
     return chosen, [replace(result, is_product=result is product) for result in results]
 
 
-def _sensitivity(quantization: Quantization, backend: Backend, chosen: Candidate) -> list[LayerSensitivity]:
-    """Return what each quantized layer does alone."""
+def _sensitivity(
+    quantization: Quantization, backend: Backend, chosen: Candidate, results: Sequence[CandidateResult]
+) -> list[LayerSensitivity]:
+    """Return what each quantized layer does alone, where the user asks for it, or a small model's product is of no use."""
+    request = quantization.request
+    errors = next((result.errors for result in results if result.is_product), [])
+    is_useless = not request.allows_large_error and bool(alarms(errors, is_made_up=quantization.is_made_up))
+    if not (request.sensitivity or (is_useless and quantization.model.size_bytes <= MOST_EXPLAINED_BYTES)):
+        return []
     quantization = replace(quantization, request=chosen.request)
     jobs = backend.layer_jobs(quantization, chosen)
     need = JOB_BASE_BYTES + JOB_BYTES_PER_BYTE * quantization.model.size_bytes

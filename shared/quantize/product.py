@@ -21,7 +21,7 @@ from shared.html.page import STYLE, Bar, write_template
 from shared.metrics.gates import check_gate
 from shared.quantize.coverage import number_text, short_name
 from shared.quantize.request import Request, path_next_to
-from shared.quantize.result import ModelResult, QuantizationResult, errors_text, sentences, size_change
+from shared.quantize.result import ModelResult, QuantizationResult, candidate_cells, sentences, size_change
 from shared.quantize.sensitivity import LayerSensitivity, layer_cells, node_data
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
@@ -112,7 +112,6 @@ class _GateBrokenError(Exception):
     """A product broke a gate; the result comes along."""
 
     def __init__(self, result: QuantizationResult) -> None:
-        super().__init__()
         self.result = result
 
 
@@ -134,7 +133,7 @@ def write_quantized(order: Order, writing: Writing, folder: Path) -> Quantized:
         require_report_free(writing.html, [output, *beside, *order.read], overwrite=writing.overwrite)
 
     def make(draft: Path) -> QuantizationResult:
-        result = _gated(order.make(draft, folder), order.gates)
+        result = _gated(order.make(draft, folder), order)
         if not result.ok:
             raise _GateBrokenError(result)
         order.settle(draft)
@@ -165,7 +164,7 @@ def write_quantized(order: Order, writing: Writing, folder: Path) -> Quantized:
     for path, content in _further_files(order, result, folder).items():
         write_whole(path, content)
     message = _message(order, result, product)
-    page = _write_page(order.tool, writing, order.source, result, message) if writing.html is not None else None
+    page = None if writing.html is None else _write_page(order.tool, writing, order.source, result, message)
     return Quantized(order.source, product, result, f"{message}{f'; see {page.path}' if page else ''}", page)
 
 
@@ -174,13 +173,17 @@ def model_folder(folder: Path, name: str, names: Sequence[str]) -> Path:
     return folder / f"model_{list(names).index(name)}"
 
 
-def _gated(result: QuantizationResult, limits: Mapping[str, float]) -> QuantizationResult:
-    """Return the result with every gate checked; in a model that the recipe does not change, nothing is covered."""
+def _gated(result: QuantizationResult, order: Order) -> QuantizationResult:
+    """Return the result with all gates and the alarm checked; in a model that the recipe does not change, nothing is covered."""
+    limits = order.gates
     several = len(result.models) + len(result.resisting) > 1
     gates = [check_gate("min_coverage", 0.0, limits["min_coverage"], name) for name in result.resisting if "min_coverage" in limits]
     for model in result.models:
         values = model.gate_values(limits)
-        gates += [check_gate(name, values.get(name), limit, model.name if several else "") for name, limit in limits.items()]
+        label = model.name if several else ""
+        gates += [check_gate(name, values.get(name), limit, label) for name, limit in limits.items()]
+        if not order.requests[model.name].allows_large_error:
+            gates += model.alarms(label)
     return replace(result, gates=gates)
 
 
@@ -198,8 +201,7 @@ def _further_files(order: Order, result: QuantizationResult, folder: Path) -> di
     """Return path -> content of the files next to the product: recipe, calibration statistics, sensitivity for Model Explorer."""
     output, names = order.output, order.names
     files = {}
-    by_model = {model.name: model.rules for model in result.models}
-    if any(by_model.values()):
+    if any((by_model := {model.name: model.rules for model in result.models}).values()):
         recipe: Any = by_model if len(names) > 1 or names[0] not in by_model else by_model[names[0]]
         files[output.with_name(f"{output.stem}_recipe.json")] = (json.dumps(recipe, indent=1) + "\n").encode()
     for model in result.models:
@@ -257,7 +259,7 @@ def write_page(path: Path, source: Path, result: QuantizationResult, message: st
         {
             "name": model.name,
             "lines": list(sentences(model)),
-            "candidates": list(_candidate_rows(model)),
+            "candidates": [candidate_cells(one, number) for number, one in enumerate(model.candidates)],
             "weights": list(_weight_bars(model)),
             "sensitivity": list(_sensitivity_bars(model.sensitivity)),
             "sensitivity_note": _sensitivity_note(model.sensitivity),
@@ -269,14 +271,6 @@ def write_page(path: Path, source: Path, result: QuantizationResult, message: st
     ]
     write_template(path, TEMPLATE, source=source.name, result=result, message=message, models=models, short=short_name)
     return QuantizationPage(len(result.models), sum(len(model.sensitivity) for model in result.models))
-
-
-def _candidate_rows(model: ModelResult) -> Iterator[list[str]]:
-    for number, candidate in enumerate(model.candidates):
-        measured = candidate.measurement
-        size = size_text(measured.size_bytes) if measured else "-"
-        times = [f"{ms:.2f} ms" for ms in (measured.median_ms, measured.p90_ms)] if measured else ["-", "-"]
-        yield [candidate.label, size, *times, errors_text(candidate, number), "product" if candidate.is_product else ""]
 
 
 def _weight_bars(model: ModelResult) -> Iterator[Bar]:

@@ -61,9 +61,9 @@ class Limits:
             shares.append(size_of(error) / limit)
         if self.min_psnr is not None and error.psnr_db is not None:
             shares.append(10 ** ((self.min_psnr - error.psnr_db) / 20))
-        if self.min_cosine is not None and error.cosine is not None:
+        if self.min_cosine is not None and error.worst_cosine is not None:
             allowed = math.sqrt(1 - self.min_cosine)
-            angle = math.sqrt(1 - error.cosine)
+            angle = math.sqrt(1 - error.worst_cosine)
             shares.append(angle / allowed if allowed else math.inf if angle else 0.0)
         return shares
 
@@ -100,6 +100,7 @@ class Request:
         objective: What the search makes small.
         ledger: File that a search keeps its measurements in.
         sensitivity: Whether to measure what each layer alone does to the outputs.
+        allows_large_error: Whether the product is written although its outputs are far from the original's.
         threads: Threads of the runtime; all CPUs when None.
         in_bundle: Whether the model is one of several; selectors may then be meant for others.
         executor: Makes the executor that measures candidates and layers, from the memory in bytes that each takes.
@@ -116,6 +117,7 @@ class Request:
     objective: Objective = "size"
     ledger: Path | None = None
     sensitivity: bool = False
+    allows_large_error: bool = False
     threads: int | None = None
     in_bundle: bool = False
     executor: Callable[[int], AbstractContextManager[Executor]] = local_processes
@@ -131,6 +133,7 @@ class Request:
             "limits": asdict(self.limits),
             "objective": self.objective,
             "sensitivity": self.sensitivity,
+            "allows_large_error": self.allows_large_error,
         }
 
     def datasets(self) -> list[CalibrationSet]:

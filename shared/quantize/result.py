@@ -7,6 +7,7 @@ from rich.console import RenderableType
 from rich.table import Column, Table
 
 from shared.command.resources import size_text
+from shared.metrics.alarm import alarms, describe_alarms
 from shared.metrics.gates import GateResult, broken, gate_table
 from shared.metrics.output_error import OutputError
 from shared.quantize.coverage import (
@@ -21,6 +22,7 @@ from shared.quantize.coverage import (
 from shared.quantize.sensitivity import LayerSensitivity, sensitivity_table
 from shared.runtime.benchmark import SLOWER, Measurement
 
+SHOWN_WORST = 3  # layers to leave in float first, where a product is of no use
 ORIGINAL, REFERENCE = "original", "float32"  # labels of the model as it came, and of the repaired one
 
 
@@ -89,6 +91,7 @@ class ModelResult:
         saved_name_bytes: Bytes saved by short names.
         samples: Samples there are to calibrate with; 0 without.
         measured_on: What answers were measured on, in words.
+        is_made_up: Whether these are made-up inputs.
         threads: Threads of the runtime.
         interleaved: Whether the models ran in turns; else one after the other.
         candidates: The reference, the original where it was repaired, and every candidate.
@@ -116,6 +119,7 @@ class ModelResult:
     saved_name_bytes: int = 0
     samples: int = 0
     measured_on: str = ""
+    is_made_up: bool = False
     threads: int = 0
     interleaved: bool = True
     candidates: list[CandidateResult] = field(default_factory=list)
@@ -143,6 +147,10 @@ class ModelResult:
         """Whether the product is clearly slower than the reference."""
         return self.product is not None and self.product.speed.startswith("SLOWER")
 
+    def alarms(self, label: str = "") -> list[GateResult]:
+        """Return a broken gate for each output that is far from the original's."""
+        return alarms(self.product.errors if self.product else [], label, is_made_up=self.is_made_up)
+
     def gate_values(self, gates: Collection[str] = ()) -> dict[str, float | None]:
         """Return the values that gates are about.
 
@@ -151,7 +159,7 @@ class ModelResult:
         """
         errors = self.product.errors if self.product else []
         measurement = self.product.measurement if self.product else None
-        cosines = [error.cosine for error in errors if error.cosine is not None]
+        cosines = [error.worst_cosine for error in errors if error.worst_cosine is not None]
         decibels = [error.psnr_db for error in errors if error.psnr_db is not None]
         relative = {f"max_error:{error.output}": error.relative_error for error in errors}
         others = [value for name, value in relative.items() if name not in gates and value is not None]
@@ -228,22 +236,20 @@ def _model_tables(model: ModelResult) -> Iterator[RenderableType]:
 
 
 def _candidate_table(candidates: Sequence[CandidateResult]) -> Table:
-    table = Table("model", "size", "latency, median", "p90", Column("error of the outputs, worst sample", overflow="fold"), "")
+    table = Table("model", "size", "latency, median", "p90", Column("error of the outputs", overflow="fold"), "")
     for number, candidate in enumerate(candidates):
-        measured = candidate.measurement
-        size = size_text(measured.size_bytes) if measured else "-"
-        times = [f"{ms:.2f} ms" for ms in (measured.median_ms, measured.p90_ms)] if measured else ["-", "-"]
-        table.add_row(candidate.label, size, *times, errors_text(candidate, number), "product" if candidate.is_product else "")
+        table.add_row(*candidate_cells(candidate, number))
     return table
 
 
-def errors_text(candidate: CandidateResult, number: int) -> str:
-    """Return the errors of a candidate's outputs in words; the candidate of number 0 is the reference."""
-    if candidate.problem:
-        return candidate.problem
-    if number == 0:
-        return "reference"
-    return "; ".join(map(str, candidate.errors)) or "not compared: inputs or outputs differ in type from the reference's"
+def candidate_cells(candidate: CandidateResult, number: int) -> list[str]:
+    """Return the cells of a candidate's row: label, size, latencies, errors of its outputs, role; number 0 is the reference."""
+    measured = candidate.measurement
+    size = size_text(measured.size_bytes) if measured else "-"
+    times = [f"{ms:.2f} ms" for ms in (measured.median_ms, measured.p90_ms)] if measured else ["-", "-"]
+    errors = "; ".join(map(str, candidate.errors)) or "not compared: inputs or outputs differ in type from the reference's"
+    what = candidate.problem or ("reference" if number == 0 else errors)
+    return [candidate.label, size, *times, what, "product" if candidate.is_product else ""]
 
 
 def sentences(model: ModelResult) -> Iterator[str]:
@@ -260,6 +266,8 @@ def sentences(model: ModelResult) -> Iterator[str]:
         yield from _search_sentences(model, model.search)
     if model.product is not None:
         yield model.product.speed
+        worst = [layer.name for layer in model.sensitivity[:SHOWN_WORST]]
+        yield from filter(None, [describe_alarms(model.product.errors, worst, is_made_up=model.is_made_up)])
     if model.unmeasured:
         yield f"NOT MEASURED: {model.unmeasured}"
         return
@@ -272,8 +280,7 @@ def _repair_gain(model: ModelResult) -> str:
     """Say how much faster the repairs alone made the model; empty where they did not."""
     times = {candidate.label: candidate.measurement.median_ms for candidate in model.candidates if candidate.measurement}
     before, after = times.get(ORIGINAL), times.get(REFERENCE)
-    is_gain = before is not None and after is not None and before > SLOWER * after
-    return f"; that alone makes it {before / after:.2f} times as fast" if is_gain and before and after else ""
+    return f"; that alone makes it {before / after:.2f} times as fast" if before and after and before > SLOWER * after else ""
 
 
 def _search_sentences(model: ModelResult, search: SearchSummary) -> Iterator[str]:

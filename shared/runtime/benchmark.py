@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from shared.command.cli import step, step_progress
 from shared.command.resources import MIB, available_memory_bytes
-from shared.formats.tensors import TensorSpec, image_input
+from shared.formats.tensors import TensorSpec, makes_image
 from shared.media.images import image_form, image_layout
 from shared.runtime.model import Model, Source, memory_need_bytes, open_model
 from shared.runtime.processes import ChildError
@@ -169,7 +169,7 @@ class _Trial:
             inputs=[_describe(spec) for spec in model.inputs],
             plain_ops=model.plain_ops(),
         )
-        makes_images = image_input(model.inputs) is not None and image_form(model.outputs[0].shape) is not None
+        makes_images = makes_image(model.inputs, model.outputs[0])
         names, types = [spec.name for spec in model.outputs], tuple(spec.dtype for spec in model.inputs)
         return ModelRun(measurement, names, self.outputs, self.further_outputs, makes_images, types)
 

@@ -163,6 +163,7 @@ def read_onnx(data: bytes) -> None:
         path.with_name("weights.data").write_bytes(bytes(4096))
         onnx_graph.read_onnx(path)
         with contextlib.suppress(ToolError):
+            onnx_file.check_constants(path)
             onnx_file.require_finite(path)
         onnx_graph.readers_of(onnx_file.read_model(path).graph)
         ModelFile(path).why_slow()

@@ -32,10 +32,11 @@ from shared.media.attacks import Attack, parse_attacks
 from shared.networks.card import load_card
 from shared.runtime.benchmark import sample_count
 from shared.runtime.model import DetectorCheckpoint, Source
+from shared.runtime.samples import GUESSES
 from tools.compare.comparison import Findings
 from tools.compare.gates import GATES, read_gates, require_measurable
 from tools.compare.image_quality import find_truths
-from tools.compare.task import CompareTask, choose_labelled, choose_samples, message_length
+from tools.compare.task import CompareTask, choose_guess, choose_labelled, choose_samples, message_length
 
 PACKAGES = ("ai-edge-litert", "onnxruntime", "torch", "numpy", "pillow", "scikit-image")
 ALL = 10**6  # samples; with a ground truth every image counts
@@ -46,7 +47,7 @@ Alternatives = Annotated[
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the comparison as JSON.")]
 Html = Annotated[Path | None, typer.Option(help="Also write the comparison as one HTML page.")]
 CardName = Annotated[str | None, typer.Option(help="Model card of a reference that is a checkpoint.")]
-Images = Annotated[Path | None, typer.Option(help="Image, folder, pattern or calibration manifest; default: seeded samples.")]
+Images = Annotated[Path | None, typer.Option(help="Image, folder, pattern, calibration manifest or .npz; default: seeded samples.")]
 GroundTruth = Annotated[
     Path | None, typer.Option(help="Folder or pattern of what --images should become, by name; for super-resolution.")
 ]
@@ -115,14 +116,16 @@ def _task(given: Mapping[str, Any], attacks: Sequence[Attack]) -> CompareTask:
     images, truth = given["images"], given["ground_truth"]
     count = given["samples"] or (ALL if truth else sample_count(sources[0].size_bytes, is_seeded=images is None))
     pixel_range = RANGES[given["input_range"]] if given["input_range"] else _declared(sources[0])
-    inputs, files = choose_samples(images, labelled, seed=given["seed"], count=count, pixel_range=pixel_range)
+    threads = given["threads"] or cpu_count()
+    guess = choose_guess(sources[0], threads) if images is None and not labelled else GUESSES[0]
+    inputs, files = choose_samples(images, labelled, seed=given["seed"], count=count, pixel_range=pixel_range, guess=guess)
     return CompareTask(
         sources=sources,
         alternatives=len(given["alternatives"] or ()),
         nbits=message_length(given["bits"], labelled, sources),
         samples=inputs,
         runs=given["runs"],
-        threads=given["threads"] or cpu_count(),
+        threads=threads,
         files=files,
         truths=find_truths(files, truth) if truth else [],
         labelled=labelled,
@@ -175,6 +178,7 @@ def compare(
     require_measurable(limits, met, has_messages=messages is not None, has_ground_truth=ground_truth is not None)
     task = _task(given, met)
     read = [*(file for source in task.sources for file in _files(source)), *([messages] if messages else []), *task.pictures()]
+    read += [images] if images is not None and images.suffix == ".npz" else []
     if html is not None:
         _require_page_free(html, output, read, overwrite=overwrite, refresh=refresh)
     plan = None if output is None else _plan(given, task, limits, read)

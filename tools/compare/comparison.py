@@ -97,8 +97,8 @@ class Candidate:
 
     @property
     def cosine(self) -> float | None:
-        """Smallest cosine of an output, over the samples."""
-        return min((error.cosine for error in self.errors if error.cosine is not None), default=None)
+        """Smallest cosine of an output and a sample."""
+        return min((error.worst_cosine for error in self.errors if error.worst_cosine is not None), default=None)
 
     @property
     def relative_error(self) -> float | None:

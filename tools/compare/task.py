@@ -2,25 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.calibration.dataset import MANIFEST_NAME, holdout_of
+from shared.calibration.arrays import npz_length
+from shared.calibration.dataset import MANIFEST_NAME, CalibrationSet, holdout_of
 from shared.command.errors import DamagedError, ToolError
 from shared.command.resources import cpu_name
+from shared.formats.model_file import ModelFile
 from shared.formats.tensors import TensorSpec
 from shared.media.attacks import Attack
 from shared.media.images import images_at, read_pixels
 from shared.metrics import metrics
 from shared.metrics.output_error import OutputError, measure_errors
 from shared.runtime.benchmark import Inputs, ModelRun, Protocol, run_benchmark
-from shared.runtime.model import Source
+from shared.runtime.model import Source, open_model
 from shared.runtime.processes import ChildError
-from shared.runtime.samples import image_sample, sample_inputs
+from shared.runtime.samples import GUESSES, Guess, guess_inputs, image_sample, needs_guess, sample_inputs
 from shared.runtime.speed import describe_speed, speedup
 from shared.watermark.message import Labelled, read_messages
 from tools.compare.accuracy import Accuracy, labelled_inputs, read_accuracy
@@ -187,7 +189,13 @@ def _recommend(findings: Findings) -> Findings:
 
 
 def choose_samples(
-    images: Path | None, labelled: Sequence[Labelled], *, seed: int, count: int, pixel_range: tuple[float, float]
+    images: Path | None,
+    labelled: Sequence[Labelled],
+    *,
+    seed: int,
+    count: int,
+    pixel_range: tuple[float, float],
+    guess: Guess = GUESSES[0],
 ) -> tuple[list[Inputs], list[Path]]:
     """Return the inputs of the timed runs, and the files they come from.
 
@@ -196,22 +204,48 @@ def choose_samples(
     if labelled:
         marked = [image for image in labelled if image.message is not None]
         return labelled_inputs(marked, [None]), [image.file for image in marked]
+    if images is not None and images.suffix == ".npz":
+        return [partial(_from_arrays, file=images, number=number) for number in range(min(count, npz_length(images)))], []
     if images is None:
-        return [partial(sample_inputs, seed=seed + number, pixel_range=pixel_range) for number in range(count)], []
+        return [partial(sample_inputs, seed=seed + number, pixel_range=pixel_range, guess=guess) for number in range(count)], []
     files = _listed(images)[:count]
     return [partial(_from_file, file=file, pixel_range=pixel_range) for file in files], files
 
 
+def choose_guess(reference: Source, threads: int) -> Guess:
+    """Return what made-up inputs look like where the reference, an ONNX model, leaves that open.
+
+    Raises:
+        ToolError: It runs with none.
+    """
+    if not isinstance(reference, ModelFile) or reference.kind != "onnx":
+        return GUESSES[0]
+    try:
+        with open_model(reference, threads=threads) as model:
+            is_open = needs_guess(model.inputs)
+        return guess_inputs(reference, threads) if is_open else GUESSES[0]
+    except ChildError as error:
+        remedy = "see what verify says of it, or give real inputs with --images FILE.npz"
+        raise ToolError("the reference does not run", where=reference.path, got=error, remedy=remedy) from None
+
+
 def _listed(images: Path) -> list[Path]:
     """Return image files; of a calibration set those that were held out, or else its samples."""
-    if images.suffix == ".npz":
-        raise ToolError("arrays can't be compared on", where=images, remedy="give images, a folder, a pattern or a manifest")
     is_set = (images / MANIFEST_NAME).is_file() or (images.suffix == ".json" and images.is_file())
     return holdout_of(images).images() if is_set else images_at(images)
 
 
 def _from_file(specs: list[TensorSpec], file: Path, pixel_range: tuple[float, float]) -> dict[str, Array]:
     return image_sample(specs, read_pixels(file), pixel_range)
+
+
+def _from_arrays(specs: list[TensorSpec], file: Path, number: int) -> dict[str, Array]:
+    return _arrays(tuple(specs), file)[number]
+
+
+@lru_cache(maxsize=4)
+def _arrays(specs: tuple[TensorSpec, ...], file: Path) -> list[dict[str, Array]]:
+    return list(CalibrationSet(file).samples(list(specs)))
 
 
 def choose_labelled(messages: Path | None, samples: int | None) -> list[Labelled]:

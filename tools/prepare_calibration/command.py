@@ -18,13 +18,13 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.table import Column, Table
 
-from shared.calibration.dataset import MANIFEST_NAME
+from shared.calibration.dataset import MANIFEST_NAME, TILE_SIZE
 from shared.command.options import DryRunOption, InputRange, Overwrite, Refresh, Reproducible, Seed, collect
 from shared.command.resources import MIB, ResourceEstimate
 from shared.files import artifacts
 from shared.files.file_type import is_regular
 from shared.files.plan import Plan, Product
-from tools.prepare_calibration.request import TILE_SIZE, SampleOptions, SampleRequest
+from tools.prepare_calibration.request import SampleOptions, SampleRequest
 from tools.prepare_calibration.samples import (
     ARRAYS,
     EXTRA,

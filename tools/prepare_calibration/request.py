@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from shared.calibration.dataset import choose_range
+from shared.calibration.dataset import TILE_SIZE, choose_range
 from shared.command.errors import ToolError
 from shared.command.options import InputRange, require_useful
 from shared.formats.model_file import ModelFile
@@ -18,7 +18,6 @@ from shared.runtime.processes import ChildError
 from tools.prepare_calibration.sampling import Box
 from tools.prepare_calibration.sources import Picture, Source, read_pictures
 
-TILE_SIZE = 224  # pixels
 MAX_SIDE = 16384  # pixels of --resize
 NO_MODEL = ("images", ImageForm("nchw", 3, None, None))  # name and form of the array where no model is given
 

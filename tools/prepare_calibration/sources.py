@@ -1,6 +1,8 @@
 """Sources of samples: image files, frames of videos, files and frames listed in a CSV, and synthetic pictures."""
 
+import bisect
 import csv
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,8 +12,8 @@ import numpy as np
 
 from shared.command.errors import ToolError, first_line
 from shared.files.file_type import read_head, regular_size
-from shared.media.images import SUFFIXES, Pixels, image_files, read_pixels, seeded_image
-from shared.media.video import count_frames, frames_at, scene_changes
+from shared.media.images import CHANNELS, SUFFIXES, Image, Pixels, image_files, read_pixels, visible_files
+from shared.media.video import frame_times, frames_at, scene_changes
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 FILE_COLUMNS = ("file", "path", "filename", "file_name", "filepath", "image", "video", "image_path", "video_path")
@@ -99,23 +101,34 @@ def read_pictures(source: Source, *, frames: int, at_scene_changes: bool, size: 
 
 def _frames(path: Path, source: Source, count: int, *, at_scene_changes: bool) -> Iterator[Picture]:
     """Yield frames of a video: the requested frames, frames at scene changes, or frames spread evenly."""
-    total, rate = count_frames(path)
+    shown = frame_times(path)
+    total = len(shown)
     if source.frames is not None or source.times:
-        wanted = [*(source.frames or ()), *(round(min(time * rate, float(2**53))) for time in source.times)]
-        if outside := [number for number in wanted if not 0 <= number < total]:
-            got = f"frame {outside[0]} at {rate:g} frames a second"
-            raise ToolError("the video has no such frame", where=path, got=got, expected=f"0 to {total - 1}", remedy=AGAIN)
+        if outside := [number for number in source.frames or () if not 0 <= number < total]:
+            what = "the video has no such frame"
+            raise ToolError(what, where=path, got=outside[0], expected=f"0 to {total - 1}", remedy=AGAIN)
+        longest = max((other - one for one, other in itertools.pairwise(shown)), default=0.0)
+        if late := [time for time in source.times if time > shown[-1] + longest / 2]:
+            what, expected = "the video has no frame at that time", f"0 to {shown[-1]:g} s"
+            raise ToolError(what, where=path, got=f"{late[0]:g} s", expected=expected, remedy=AGAIN)
+        wanted = [*(source.frames or ()), *(_nearest(shown, time) for time in source.times)]
     elif at_scene_changes:
         wanted = scene_changes(path, count)
     else:
         wanted = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
     for number, pixels in frames_at(path, set(wanted)):
-        yield Picture(pixels, number, round(number / rate, 3) if rate else None)
+        yield Picture(pixels, number, round(shown[number], 3) if shown[-1] else None)
+
+
+def _nearest(shown: Sequence[float], time: float) -> int:
+    """Return the number of the frame that is shown nearest to a time; of two the earlier."""
+    later = bisect.bisect_left(shown, time)
+    return min((number for number in (later - 1, later) if 0 <= number < len(shown)), key=lambda number: abs(shown[number] - time))
 
 
 def _sources(path: Path, columns: Columns) -> list[Source]:
     if path.is_dir():
-        videos = sorted(file for file in path.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file())
+        videos = sorted(visible_files(path, VIDEO_SUFFIXES))
         try:
             images = image_files(path)
         except ToolError:
@@ -237,3 +250,23 @@ def _synthetic_pixels(source: Source, size: int) -> Pixels:
     else:
         share = rng.uniform(0, 1, (size, size, 3))
     return np.asarray(np.rint(dark + (bright - dark) * share), np.uint8)
+
+
+def seeded_image(size: int, rng: np.random.Generator) -> Image:
+    """Return a synthetic picture as float32 (1, 3, size, size), RGB in [0, 1].
+
+    Waves whose strength falls with frequency, as in photographs, plus a little noise: they give every layer activations of a
+    natural range. Not for accuracy claims.
+    """
+    y, x = np.mgrid[0:size, 0:size] / size
+    image = np.zeros((CHANNELS, size, size))
+    for frequency in (1, 2, 4, 8, 16, 32):
+        for channel in range(CHANNELS):
+            angle, phase = rng.uniform(0, 2 * np.pi, 2)
+            wave = np.cos(2 * np.pi * frequency * (x * np.cos(angle) + y * np.sin(angle)) + phase)
+            image[channel] += wave / frequency
+    image += image.mean(axis=0)  # channels of photographs move together
+    image = (image - image.min()) / (image.max() - image.min())
+    image = np.clip(image + rng.normal(0, 0.02, image.shape), 0, 1)
+    pixels: Image = image.astype(np.float32)[np.newaxis]
+    return pixels

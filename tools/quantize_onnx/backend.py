@@ -28,6 +28,7 @@ from shared.runtime.processes import ChildError, Workspace
 from tools.quantize_onnx import worker
 from tools.quantize_onnx.candidates import OnnxJob, Subject, comparable_tensor
 from tools.quantize_onnx.options import LAYERS, OnnxRequest
+from tools.quantize_onnx.quantizing import QuantizeTask
 from tools.quantize_onnx.ranges import RangeCache, cache_key
 
 WORKER: ModuleType = worker
@@ -45,7 +46,8 @@ def repair(source: ModelFile, request: Request, workspace: Workspace) -> tuple[M
         what = f"recipe {request.recipe} changes no op of this model"
         raise ToolError(what, where=source.path, got=f"quantized already: {', '.join(done)}", remedy="give the float model")
     target = workspace.folder / "float.onnx"
-    reply = workspace.run("repair", "could not repair the model", source.path, source=str(source.path), target=str(target))
+    given = {"source": str(source.path), "target": str(target), "keeps_halves": request.recipe == "fp16"}
+    reply = workspace.run("repair", "could not repair the model", source.path, **given)
     return ModelFile(target, _content(reply)), str(reply["repairs"])
 
 
@@ -140,9 +142,7 @@ def quantize(quantization: Quantization, precisions: Precisions | None) -> Candi
         raise ToolError(what, where=quantization.name, remedy="allow a larger error, or use --recipe fp16")
     task = _task(quantization, _float_layers(quantization, list(floats)))
     target = quantization.workspace.folder / f"{request.recipe}.onnx"
-    reply = _run(
-        quantization, "quantize", target=str(target), recipe=TypeAdapter(worker.QuantizeTask).dump_python(task, mode="json")
-    )
+    reply = _run(quantization, "quantize", target=str(target), recipe=TypeAdapter(QuantizeTask).dump_python(task, mode="json"))
     return Candidate(request, ModelFile(target, _content(reply)), corrected_biases=int(reply["corrected"]), float_layers=floats)
 
 
@@ -214,11 +214,11 @@ def _float_layers(quantization: Quantization, floats: list[str]) -> tuple[str, .
     return tuple(sorted({*wanted.float_layers, *floats, *made}))
 
 
-def _task(quantization: Quantization, float_layers: tuple[str, ...]) -> worker.QuantizeTask:
+def _task(quantization: Quantization, float_layers: tuple[str, ...]) -> QuantizeTask:
     """Return what a candidate is made of; ranges and means are found when they are needed for the first time."""
     request, wanted = quantization.request, quantization.request.settings
     corrects = request.corrects_bias and quantization.samples.calibration is not None and wanted.recipe != "fp16"
-    return worker.QuantizeTask(
+    return QuantizeTask(
         source=quantization.source.path,
         repaired=quantization.model.path,
         rewritten=_rewritten(quantization)[0] if wanted.needs_ranges else quantization.model.path,

@@ -57,7 +57,7 @@ def mean_inputs(model: Path, augmented: Path, samples: Iterable[Mapping[str, Arr
         for name, values in zip(nodes, session.run(list(nodes), dict(feed)), strict=True):
             sums[nodes[name]] = sums.get(nodes[name], 0.0) + values.astype(np.float64).ravel()
         count += 1
-    return {name: total / max(count, 1) for name, total in sums.items()}
+    return {name: total / max(count, 1) for name, total in sums.items() if np.isfinite(total).all()}
 
 
 def _axes(node: Any, rank: int) -> list[int]:

@@ -22,7 +22,7 @@ from shared.formats.onnx_graph import OnnxOp
 from shared.formats.tensors import TensorSpec
 from shared.metrics.output_error import OutputError, measure_error, measure_errors
 from shared.quantize.ledger import Outcome, RefusedError
-from tools.quantize_onnx.worker import QuantizeTask, quantize
+from tools.quantize_onnx.quantizing import QuantizeTask, quantize
 
 Outputs = list[NDArray[Any]]
 TIMED_RUNS = 11

@@ -14,6 +14,7 @@ import typer
 
 from shared.command.errors import ToolError
 from shared.command.options import (
+    AllowLargeError,
     Calibration,
     CorrectBias,
     Dask,
@@ -191,6 +192,7 @@ def quantize_onnx(
     min_cosine: MinCosine = None,
     objective: ObjectiveOption = "size",
     sensitivity: SensitivityOption = False,
+    allow_large_error: AllowLargeError = False,
     gate: Gate = None,
     dask: Dask = None,
     html: Html = None,

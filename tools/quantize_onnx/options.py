@@ -23,7 +23,7 @@ Recipe = Literal["int8-static", "int8", "int16x8", "fp16", "auto"]
 IntegerType = Literal["int8", "uint8", "int16", "uint16"]
 
 DEFAULT_RECIPE: Recipe = "int8-static"
-LAYERS = ("Conv", "MatMul", "Gemm")  # where weights and time are
+LAYERS = ("Conv", "ConvTranspose", "MatMul", "Gemm")  # where weights and time are
 # Ops between layers that pass 8 bits through: left in float they would cost a conversion on either side.
 PASSING = ("Relu", "Clip", "MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Gather")
 RECURRENT = ("LSTM", "Attention", "EmbedLayerNormalization")  # known to dynamic quantization only
@@ -143,6 +143,7 @@ class OnnxOptions:
     min_cosine: float | None = None
     objective: Objective = "size"
     sensitivity: bool = False
+    allow_large_error: bool = False
     dask: str | None = None
     threads: int | None = None
 
@@ -164,6 +165,7 @@ class OnnxOptions:
             objective=self.objective,
             ledger=path_next_to(output, model.path.name, [model.path.name], "search.jsonl") if is_searched else None,
             sensitivity=self.sensitivity,
+            allows_large_error=self.allow_large_error,
             threads=self.threads,
             executor=choose_executor(self.dask),
         )

@@ -22,6 +22,7 @@ from shared.command.resources import MIB
 from shared.files.atomic import draft_beside
 from shared.files.checksums import sha256_of
 from shared.formats.model_file import ModelFile
+from shared.formats.onnx_file import Model
 
 CalibrationMethod = Literal["minmax", "entropy", "percentile"]
 PERCENTILE = 99.999  # of a tensor's values lie inside the range
@@ -30,12 +31,15 @@ ENTROPY_BINS, ENTROPY_LEVELS = 1024, 128  # bins of the histogram, and of what i
 FETCHED_BYTES = 512 * MIB  # of activations at a time; the model itself may need more
 PROBED = 8  # tensors fetched at a time while their sizes are unknown
 LEAST_RANGE = 1e-6  # of a tensor that is constant on all samples
+LARGEST = 1e30  # magnitude of a value with a meaning of its own; masks hold the lowest float32 in place of -inf
 Feed = dict[str, NDArray[Any]]
 Limits = dict[str, tuple[float, float]]
 
 
 def find_ranges(model: Path, augmented: Path, op_types: Sequence[str], samples: Iterable[Feed], method: CalibrationMethod) -> Any:
-    """Return onnxruntime.quantization's TensorsData for all activations at ops of the given types.
+    """Return onnxruntime.quantization's TensorsData for the activations at ops of the given types.
+
+    Tensors that are infinite, NaN, or empty in every sample have no range and are left out.
 
     Args:
         model: The repaired float32 model.
@@ -43,9 +47,6 @@ def find_ranges(model: Path, augmented: Path, op_types: Sequence[str], samples: 
         op_types: Whose inputs and outputs count.
         samples: Inputs by name; iterated over twice.
         method: `minmax` takes the smallest and the largest value, the others may cut off rare ones.
-
-    Raises:
-        ToolError: An activation is NaN or infinite.
     """
     from onnxruntime.quantization import calibrate
 
@@ -53,8 +54,9 @@ def find_ranges(model: Path, augmented: Path, op_types: Sequence[str], samples: 
     if not names:
         return _as_ranges({})
     limits = _smallest_and_largest(model, augmented, names, samples)
-    if method == "minmax":
+    if method == "minmax" or not limits:
         return _as_ranges(limits)
+    names = list(limits)
     session = _giving_out(model, augmented, names)
     bins = PERCENTILE_BINS if method == "percentile" else ENTROPY_BINS
     collector = calibrate.HistogramCollector(method, False, bins, ENTROPY_LEVELS, PERCENTILE, "same")
@@ -93,11 +95,37 @@ def activations(model: Path, op_types: Sequence[str]) -> list[str]:
     import onnx
 
     graph = onnx.load(str(model.absolute()), load_external_data=False).graph
-    kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)}
+    kinds = _float_tensors(graph)
     constants = {tensor.name for tensor in graph.initializer}
     names = (name for node in graph.node if node.op_type in op_types for name in (*node.input, *node.output))
-    wanted = (name for name in names if name not in constants and kinds.get(name) == onnx.TensorProto.FLOAT)
+    wanted = (name for name in names if name not in constants and kinds.get(name))
     return list(dict.fromkeys(wanted))
+
+
+def read_ranges(path: Path) -> Limits:
+    """Return the smallest and the largest value of each activation, from a file of ranges."""
+    from onnxruntime.quantization.calibrate import load_tensors_data
+
+    found = load_tensors_data(path).data
+    return {name: (float(np.min(of.lowest)), float(np.max(of.highest))) for name, of in found.items()}
+
+
+def unranged(model: Model, op_types: Sequence[str], ranges: Mapping[str, object]) -> Iterator[str]:
+    """Yield the names of the nodes of given types at which an activation has no range: they can't be quantized."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    kinds = _float_tensors(model.graph)
+    for node in model.graph.node:
+        names = [name for name in (*node.input, *node.output) if name not in constants and kinds.get(name, True)]
+        if node.op_type in op_types and any(name not in ranges for name in names if name):
+            yield node.name
+
+
+def _float_tensors(graph: Any) -> dict[str, bool]:
+    """Return tensor -> whether it is float32, as far as that is known."""
+    import onnx
+
+    values = (*graph.value_info, *graph.input, *graph.output)
+    return {value.name: value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for value in values}
 
 
 def _session(path: Path) -> Any:
@@ -125,11 +153,12 @@ def _smallest_and_largest(model: Path, augmented: Path, names: list[str], sample
     found = np.array([session.run(made, feed) for feed in samples], np.float64).reshape(-1, len(names), 2)
     if not len(found):
         raise ToolError("the calibration set is empty")
-    bad = ~np.isfinite(found).all(axis=(0, 2))
-    if bad.any():
-        raise ToolError("an activation is NaN or infinite on a calibration sample", got=f"tensor {names[int(bad.argmax())]}")
-    low, high = found[:, :, 0].min(axis=0), found[:, :, 1].max(axis=0)
-    return {name: (float(low[number]), float(high[number])) for number, name in enumerate(names)}
+    limits = {}
+    for name, of_samples in zip(names, found.swapaxes(0, 1), strict=True):
+        seen = of_samples[~(of_samples[:, 0] > of_samples[:, 1])]  # of an empty tensor the smallest value is above the largest
+        if seen.size and (np.abs(seen) <= LARGEST).all():
+            limits[name] = float(seen[:, 0].min()), float(seen[:, 1].max())
+    return limits
 
 
 def _giving_out(model: Path, augmented: Path, names: list[str]) -> Any:
@@ -174,7 +203,7 @@ def _parts(names: list[str], sizes: dict[str, int]) -> list[list[str]]:
 
 
 KIND = "edgepress ranges"
-VERSION = 2  # of how ranges are found and named; to be raised with this module and `tools.quantize_onnx.rewrite`
+VERSION = 3  # of how ranges are found and named; to be raised with this module and `tools.quantize_onnx.graph.rewrite`
 
 
 class RangeCache:

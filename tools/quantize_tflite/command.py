@@ -15,6 +15,7 @@ import typer
 
 from shared.command.errors import ToolError
 from shared.command.options import (
+    AllowLargeError,
     Calibration,
     CorrectBias,
     Dask,
@@ -247,6 +248,7 @@ def quantize_tflite(
     min_cosine: MinCosine = None,
     objective: ObjectiveOption = "size",
     sensitivity: SensitivityOption = False,
+    allow_large_error: AllowLargeError = False,
     gate: Gate = None,
     dask: Dask = None,
     short_names: ShortNames = False,

@@ -78,6 +78,7 @@ class TfliteOptions:
     io_dtype: IoDtype = "float32"
     correct_bias: bool = True
     sensitivity: bool = False
+    allow_large_error: bool = False
     short_names: bool = False
     threads: int | None = None
     dask: str | None = None
@@ -129,6 +130,7 @@ class TfliteOptions:
             objective=self.objective,
             ledger=path_next_to(output, name, names, "search.jsonl") if limits else None,
             sensitivity=self.sensitivity,
+            allows_large_error=self.allow_large_error,
             threads=self.threads,
             in_bundle=self.in_bundle,
             executor=choose_executor(self.dask),

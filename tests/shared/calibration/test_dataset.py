@@ -122,7 +122,7 @@ def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
         CalibrationSet(tmp_path, "0..1").check(IMAGE, None)
 
 
-@pytest.mark.parametrize("inputs", [POINTS, TWO, [TensorSpec("image", (1, 4, 4, 3), "uint8")], []])
+@pytest.mark.parametrize("inputs", [POINTS, TWO, [TensorSpec("image", (1, 4, 4, 3), "int8")], []])
 def test_images_are_no_samples_for_a_model_that_takes_something_else(tmp_path: Path, inputs: list[TensorSpec]) -> None:
     with pytest.raises(ToolError, match=r"images don't fit.*give an \.npz"):
         CalibrationSet(pictures(tmp_path), "0..1").check(inputs, None)

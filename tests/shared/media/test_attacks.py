@@ -5,8 +5,9 @@ import pytest
 
 from shared.command.errors import ToolError
 from shared.media.attacks import KINDS, LIMITS, STANDARD, Attack, parse_attacks
-from shared.media.images import Pixels, seeded_image, to_image
+from shared.media.images import Pixels, to_image
 from shared.metrics import metrics
+from tools.prepare_calibration.sources import seeded_image
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from shared.media.images import (
     image_layout,
     images_at,
     read_pixels,
-    seeded_image,
     stretch,
     stretch_image,
     to_form,
@@ -26,6 +25,7 @@ from shared.media.images import (
     to_layout,
 )
 from tests.conftest import REALDATA
+from tools.prepare_calibration.sources import seeded_image
 
 
 def test_an_image_is_rgb_in_0_to_1_channels_first(tmp_path: Path) -> None:
@@ -187,7 +187,8 @@ def test_arrays_of_wrong_form_or_range_are_refused(array: object, reason: str) -
         ((1, 3, -1, -1), ImageForm("nchw", 3, None, None)),
         ((-1, -1, 32, 3), ImageForm("nhwc", 3, None, 32)),
         ((1, 3, 4, 4), ImageForm("nchw", 3, 4, 4)),
-        ((2, 3, 16, 16), None),
+        ((2, 3, 16, 16), ImageForm("nchw", 3, 16, 16, 2)),
+        ((65, 3, 16, 16), None),
         ((1, 4, 16, 16), None),
         ((1, -1, 16, 16), None),
         ((1, 1, 4, 4), None),  # attention over four tokens

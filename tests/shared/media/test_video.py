@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shared.command.errors import ToolError
-from shared.media.video import APART, count_frames, frames_at, read_frames, scene_changes
+from shared.media.video import APART, frame_times, frames_at, read_frames, scene_changes
 from tests.conftest import REALDATA
 
 
@@ -53,11 +53,11 @@ def test_a_cut_off_video_gives_its_remaining_frames_evenly(video: Path, tmp_path
     "read",
     [
         lambda path: list(read_frames(path, 3)),
-        count_frames,
+        frame_times,
         lambda path: scene_changes(path, 3),
         lambda path: list(frames_at(path, {0})),
     ],
-    ids=["read_frames", "count_frames", "scene_changes", "frames_at"],
+    ids=["read_frames", "frame_times", "scene_changes", "frames_at"],
 )
 def test_a_damaged_or_missing_video_is_an_error(video: Path, tmp_path: Path, read: Callable[[Path], object]) -> None:
     (tmp_path / "text.mp4").write_text("not a video")
@@ -76,13 +76,13 @@ def test_at_least_one_frame_must_be_requested(video: Path) -> None:
         list(read_frames(video, 0))
 
 
-def test_frames_are_counted_and_the_rate_is_returned(video: Path, tmp_path: Path) -> None:
-    assert count_frames(video) == (11, 10)
+def test_every_frame_has_its_time(video: Path, tmp_path: Path) -> None:
+    assert frame_times(video) == pytest.approx([number / 10 for number in range(11)])
     content = video.read_bytes()
     (tmp_path / "cut.avi").write_bytes(content[: int(0.9 * len(content))])
     with pytest.raises(ToolError, match=r"cut off or damaged; got \d of 11 frames"):
-        count_frames(tmp_path / "cut.avi")
-    total, _ = count_frames(tmp_path / "cut.avi", of_whole=False)
+        frame_times(tmp_path / "cut.avi")
+    total = len(frame_times(tmp_path / "cut.avi", of_whole=False))
     assert total == len(list(read_frames(tmp_path / "cut.avi", 99))) < 11, (
         "the number of decoded frames, not the number in the container"
     )

@@ -40,15 +40,18 @@ def test_relative_error_snr_and_cosine_follow_their_formulas() -> None:
     # Norms of the reference 5 and 1: root mean square sqrt(13); norms of the differences 0.5 and 0.1.
     assert error.relative_error == pytest.approx(0.5 / math.sqrt(13))
     assert error.snr_db == pytest.approx(10 * math.log10(26 / 0.26))
-    assert error.cosine == pytest.approx(1 / math.sqrt(1.01))  # the second sample's; the first's is 27 / (5 sqrt(29.25))
+    assert error.cosine == pytest.approx(28 / math.sqrt(26 * 30.26))
+    assert error.worst_cosine == pytest.approx(1 / math.sqrt(1.01))  # the second sample's; the first's is 27 / (5 sqrt(29.25))
+    assert error.mean_error == pytest.approx(0.1)
     assert error.max_abs_error == pytest.approx(0.5)
 
 
-def test_the_worst_sample_decides_the_relative_error_and_the_cosine() -> None:
+def test_the_worst_sample_decides_the_relative_error_and_has_a_cosine_of_its_own() -> None:
     error = measure_error("out", vectors(*[[1, 0]] * 4), vectors(*[[1, 0]] * 3, [1, 0.5]))
     assert error.relative_error == pytest.approx(0.5)
     assert error.snr_db == pytest.approx(10 * math.log10(4 / 0.25))
-    assert error.cosine == pytest.approx(1 / math.sqrt(1.25))
+    assert error.worst_cosine == pytest.approx(1 / math.sqrt(1.25))
+    assert error.cosine == pytest.approx(4 / math.sqrt(4 * 4.25))
 
 
 def test_a_single_small_sample_is_not_measured_by_itself() -> None:
@@ -81,7 +84,7 @@ def test_a_reference_of_zeros_has_no_relative_error() -> None:
     error = measure_error("out", zeros, vectors([0, 0.1, 0]))
     assert (error.relative_error, error.snr_db, error.cosine) == (None, None, 0)
     assert error.problem == "the reference's values are all zero, the candidate's are not"
-    assert measure_error("out", zeros, zeros) == OutputError("out", 0.0, None, 0.0)
+    assert measure_error("out", zeros, zeros) == OutputError("out", 0.0, None, 0.0, values=3)
 
 
 def test_a_sample_of_zeros_on_both_sides_has_no_cosine_and_leaves_those_of_others() -> None:
@@ -122,16 +125,37 @@ def test_another_shape_is_a_problem_and_no_number(peak: float | None) -> None:
     """Also where numpy would broadcast one to the other."""
     for reference, candidate in (((1, 3), (3, 1)), ((1, 3, 8, 8), (1, 2, 8, 8)), ((1, 0), (1, 2)), ((4,), (1, 4))):
         error = measure_error("out", [np.ones(reference)], [np.ones(candidate)], peak)
-        assert numbers(error) == {}
+        assert numbers(error) == {"left_out": 0, "values": 0}
         assert error.problem == f"outputs differ in shape: {reference} and {candidate}"
-    several = measure_error("out", [np.ones(2), np.ones(2)], [np.ones(2), np.ones(3)])
+    several = measure_error("out", [np.ones(2), np.ones(2)], [np.ones(3), np.ones(3)])
     assert several.problem == "outputs differ in shape: (2,) and (3,)"
+
+
+def test_samples_of_another_length_are_left_out_and_counted() -> None:
+    """Boxes that are kept: their number follows from scores near a threshold."""
+    reference, candidate = (
+        [np.ones((2, 4)), np.ones((3, 4)), np.ones((0, 4))],
+        [np.full((2, 4), 1.5), np.ones((4, 4)), np.ones((0, 4))],
+    )
+    error = measure_error("boxes", reference, candidate)
+    assert (error.max_abs_error, error.left_out, error.problem) == (0.5, 2, "")
+    assert str(error).endswith("; 2 samples left out, empty or of another length")
+    none = measure_error("boxes", reference[1:], candidate[1:])
+    assert (none.relative_error, none.left_out, none.problem) == (None, 2, "")
+    assert str(none) == "boxes: empty, or of another length, in every sample"
+
+
+def test_a_value_that_is_infinite_in_both_does_not_differ() -> None:
+    error = measure_error("scores", vectors([1, -math.inf, 2]), vectors([1, -math.inf, 2.5]))
+    assert (error.max_abs_error, error.problem) == (0.5, "")
+    nan = vectors([1, math.nan])
+    assert measure_error("scores", nan, nan).problem == "an output holds NaN or infinite values"
 
 
 @pytest.mark.parametrize("peak", [None, 1.0])
 def test_an_output_that_is_empty_in_every_sample_is_neither_a_problem_nor_a_number(peak: float | None) -> None:
     empty = [np.ones((0, 4)), np.ones((0, 4))]
-    assert measure_error("boxes", empty, empty, peak) == OutputError("boxes")
+    assert measure_error("boxes", empty, empty, peak) == OutputError("boxes", left_out=2)
     found = measure_error("boxes", [*empty, np.ones((1, 4))], [*empty, np.full((1, 4), 1.5)], peak)
     assert (found.max_abs_error, found.problem) == (0.5, "")
 
@@ -169,7 +193,9 @@ def test_an_error_is_one_line_with_psnr_only_for_images() -> None:
     assert text.startswith("made: relative error ")
     assert text.endswith(", PSNR 20.00 dB (worst sample 20.00)")
     assert ", cosine 0.99" in text
-    assert str(measure_error("made", PICTURES, PICTURES)) == "made: relative error 0.000%, cosine 1.000000"
+    assert str(measure_error("made", PICTURES, PICTURES)) == (
+        "made: relative error 0.000%, cosine 1.000000; worst sample 0.000%, 1.000000"
+    )
     assert str(OutputError("made", problem="outputs differ")) == "made: outputs differ"
     zeros = vectors([0, 0])
-    assert str(measure_error("made", zeros, zeros)) == "made: relative error 0.000%, cosine -"
+    assert str(measure_error("made", zeros, zeros)) == "made: relative error 0.000%, cosine -; worst sample 0.000%"

@@ -83,4 +83,6 @@ class FakeJob:
         total = sum(model.sizes.values())
         slowdown = sum(model.sizes[name] / total * model.speed.get(p, 1.0) for name, p in self.precisions.items())
         error = model.error(self.precisions)
-        return Outcome(size, [OutputError("y", error, 1 - error**2 / 2, error)], None, slowdown if self.is_timed else None)
+        angle = 1 - error**2 / 2
+        errors = [OutputError("y", error, angle, error, worst_cosine=angle)]
+        return Outcome(size, errors, None, slowdown if self.is_timed else None)

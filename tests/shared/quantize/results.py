@@ -13,7 +13,7 @@ from shared.quantize.result import REFERENCE, CandidateResult, ModelResult
 from shared.quantize.sensitivity import LayerSensitivity
 from shared.runtime.benchmark import Measurement
 
-NEAR = OutputError("y", 0.01, 0.9999, 0.1, 40.0)
+NEAR = OutputError("y", 0.01, 0.9999, 0.1, 40.0, worst_cosine=0.9999)
 ROWS = [OpTypeCoverage("Conv", 3, 2, 4000, 3000, 1750, ["FLOAT", "INT8"], "1 x excluded")]
 SKIPPED = [SkippedLayer("Conv", "last", 1000, "excluded")]
 RULES: list[dict[str, object]] = [{"regex": ".*", "operation": "*", "algorithm_key": "min_max_uniform_quantize", "op_config": {}}]

@@ -9,7 +9,7 @@ from shared.command.errors import ToolError
 from shared.metrics.output_error import OutputError
 from shared.quantize.request import ALL_OUTPUTS, Limits, parse_max_error
 
-NEAR = OutputError("y", 0.01, 0.9999, 0.1, 40.0, 42.0, 41.0)
+NEAR = OutputError("y", 0.01, 0.9999, 0.1, 40.0, 42.0, 41.0, worst_cosine=0.9999)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_an_error_beyond_its_limit_takes_more_than_all_of_it(limits: Limits) -> 
 
 
 def test_a_cosine_of_one_is_kept_by_equal_outputs_alone() -> None:
-    assert Limits(min_cosine=1.0).share([replace(NEAR, cosine=1.0)]) == 0
+    assert Limits(min_cosine=1.0).share([replace(NEAR, worst_cosine=1.0)]) == 0
 
 
 @pytest.mark.parametrize(

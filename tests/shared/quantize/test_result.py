@@ -39,7 +39,7 @@ def test_without_measurements_there_is_no_speedup(candidates: list[CandidateResu
 
 
 def test_every_gate_has_its_value() -> None:
-    images = [replace(NEAR, psnr_db=42.0), OutputError("z", 0.02, 0.999, 0.5, 30.0, 38.0)]
+    images = [replace(NEAR, psnr_db=42.0), OutputError("z", 0.02, 0.999, 0.5, 30.0, 38.0, worst_cosine=0.999)]
     model = model_result(candidates=[candidate("float32", 10.0), candidate("int8", 4.0, *images, is_product=True)])
     values = model.gate_values()
     assert {name: values[name] for name in GATES} == {

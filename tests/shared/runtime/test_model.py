@@ -14,7 +14,7 @@ from shared.networks.card import InputForm, load_card
 from shared.runtime import model as module
 from shared.runtime.model import DetectorCheckpoint, choose_kernels, open_model
 from shared.runtime.processes import ChildError
-from shared.runtime.samples import FREE_SIDE, image_sample, sample_inputs
+from shared.runtime.samples import Guess, image_sample, sample_inputs
 from tests.conftest import REALDATA, Small
 from tests.support.small_onnx import answer, save_picture_model, save_vector_model, seeded, with_external_weights
 
@@ -185,13 +185,15 @@ def test_an_onnx_models_size_and_message_length_are_its_own(tmp_path: Path) -> N
     [
         ([TensorSpec("x", (-1, 1, 224, 224), "float32")], True),
         ([TensorSpec("x", (1, -1, -1, 3), "float32")], True),
-        ([TensorSpec("x", (1, 3, 16, 16), "uint8")], False),
+        ([TensorSpec("x", (1, 3, 16, 16), "uint8")], True),
+        ([TensorSpec("x", (4, 3, 16, 16), "float16")], True),
+        ([TensorSpec("x", (1, 3, 16, 16), "int8")], False),
         ([TensorSpec("x", (-1, 8), "float32")], False),
         ([TensorSpec("x", (1, 3, 16, 16), "float32"), TensorSpec("scale", (1,), "float32")], False),
         ([], False),
     ],
 )
-def test_only_a_model_of_one_float_image_takes_an_image(specs: list[TensorSpec], is_image: bool) -> None:
+def test_only_a_model_of_one_image_takes_an_image(specs: list[TensorSpec], is_image: bool) -> None:
     found = image_input(specs)
     assert (found is not None) == is_image
     assert found is None or found[0] == "x"
@@ -200,9 +202,9 @@ def test_only_a_model_of_one_float_image_takes_an_image(specs: list[TensorSpec],
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [
-        ((-1, 3, -1, -1), (1, 3, FREE_SIDE, FREE_SIDE)),
+        ((-1, 3, -1, -1), (1, 3, Guess().side, Guess().side)),
         ((-1, 1, 224, 200), (1, 1, 224, 200)),
-        ((1, -1, 32, 3), (1, FREE_SIDE, 32, 3)),
+        ((1, -1, 32, 3), (1, Guess().side, 32, 3)),
         ((-1, 8), (1, 8)),
         ((-1, -1, 8), (1, 1, 8)),
     ],
@@ -217,7 +219,7 @@ def test_free_axes_of_samples_are_settled(shape: tuple[int, ...], expected: tupl
 def test_made_up_pictures_span_the_range_that_the_model_takes(span: tuple[float, float]) -> None:
     sample = sample_inputs([TensorSpec("x", (1, 3, 32, 32), "float32")], 0, span)["x"]
     assert span[0] <= sample.min() < sample.max() <= span[1]
-    assert np.ptp(sample) > 0.9 * (span[1] - span[0])
+    assert np.ptp(sample) > 0.5 * (span[1] - span[0])
 
 
 def test_an_image_is_stretched_to_a_model_of_one_size_only() -> None:

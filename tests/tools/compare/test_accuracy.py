@@ -101,5 +101,5 @@ def test_samples_come_attack_by_attack_and_random_attacks_differ_from_image_to_i
 
 
 def test_a_model_that_takes_no_image_is_an_error() -> None:
-    with pytest.raises(ChildError, match=r"it takes x float32 \(1, 7\), not one float32 image"):
+    with pytest.raises(ChildError, match=r"it takes x float32 \(1, 7\), not one image"):
         image_sample([TensorSpec("x", (1, 7), "float32")], np.zeros((8, 8, 3), np.uint8))

@@ -30,7 +30,7 @@ def candidate(name: str, size: int, ms: float, *, ok: bool = True, is_alternativ
         is_alternative=is_alternative,
         measurement=measured(name, size, ms),
         speedup=2,
-        errors=[OutputError("bits", relative_error=0.1, cosine=0.5, max_abs_error=0.25)],
+        errors=[OutputError("bits", relative_error=0.1, worst_cosine=0.5, max_abs_error=0.25)],
         bit_agreement=0.9,
         accuracy=accuracy(0.75),
         gates=[GateResult("min_cosine", 0.5, 0.4 if ok else 0.9, ok)],
@@ -71,7 +71,11 @@ def test_a_broken_gate_fails_a_candidate_but_not_an_alternative() -> None:
 
 
 def test_the_worst_output_counts() -> None:
-    errors = [OutputError("a", 0.1, 0.9, 3.0), OutputError("b", 0.3, 0.8, 1.0), OutputError("zeros", 0.0, None, 0.0)]
+    errors = [
+        OutputError("a", 0.1, None, 3.0, worst_cosine=0.9),
+        OutputError("b", 0.3, None, 1.0, worst_cosine=0.8),
+        OutputError("zeros", 0.0, None, 0.0),
+    ]
     several = replace(candidate("a.tflite", 900, 4), errors=errors)
     assert (several.relative_error, several.cosine, several.max_abs_error) == (0.3, 0.8, 3.0)
     none = replace(several, errors=[])

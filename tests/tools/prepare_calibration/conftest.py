@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.media.images import seeded_image
+from tools.prepare_calibration.sources import seeded_image
 
 TILE = 32
 SMALL: dict[str, Any] = {"tile_size": TILE, "max_samples": 12}

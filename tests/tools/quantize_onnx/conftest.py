@@ -10,13 +10,14 @@ from onnx import numpy_helper
 from PIL import Image
 
 from shared.formats.tensors import TensorSpec
-from shared.media.images import image_files, read_pixels, seeded_image
+from shared.media.images import image_files, read_pixels
 from shared.metrics.output_error import OutputError
 from shared.quantize.product import Quantized
 from shared.quantize.result import ModelResult
 from shared.runtime.samples import sample_inputs
 from tests.conftest import REALDATA
 from tests.support.small_onnx import PICTURE, save_picture_model
+from tools.prepare_calibration.sources import seeded_image
 from tools.quantize_onnx import quantize_onnx
 
 COUNT = 6  # samples of the small sets

@@ -14,11 +14,11 @@ from onnxruntime.quantization.calibrate import save_tensors_data
 from shared.command.resources import saturates
 from tests.support.small_onnx import answer, save, save_vector_model, seeded, weights_of
 from tools.quantize_onnx.bias import correct, mean_inputs
+from tools.quantize_onnx.graph.repair import repair
+from tools.quantize_onnx.graph.rewrite import write_rewritten
 from tools.quantize_onnx.options import OnnxRequest, OnnxSettings, Recipe
+from tools.quantize_onnx.quantizing import QuantizeTask, quantize
 from tools.quantize_onnx.ranges import Feed, find_ranges
-from tools.quantize_onnx.repair import repair
-from tools.quantize_onnx.rewrite import write_rewritten
-from tools.quantize_onnx.worker import QuantizeTask, quantize
 
 SAMPLES = 8
 FLOAT, QUANTIZED = "float.onnx", "quantized.onnx"
@@ -130,14 +130,14 @@ def test_a_scaled_product_is_shifted_by_its_scale(tmp_path: Path) -> None:
     assert layer.shift(-1) < 0.2 * before
 
 
-def test_a_bias_that_is_scaled_or_shared_stays(tmp_path: Path) -> None:
-    assert gemm(tmp_path, beta=0.5).quantize(corrects=True) == 0
+def test_a_bias_that_was_scaled_or_shared_is_corrected_too(tmp_path: Path) -> None:
+    assert gemm(tmp_path, beta=0.5).quantize(corrects=True) == 1
     nodes = [
         helper.make_node("Conv", ["x", "v", "b"], ["h"], name="one", pads=[1] * 4),
         helper.make_node("Conv", ["h", "w", "b"], ["y"], name="other"),
     ]
     weights = {"v": seeded(4, 4, 3, 3), "w": seeded(4, 4, 3, 3, seed=1), "b": seeded(4)}
-    assert Layer(tmp_path, nodes, (1, 4, 8, 8), weights).quantize(corrects=True) == 0
+    assert Layer(tmp_path, nodes, (1, 4, 8, 8), weights).quantize(corrects=True) == 2
 
 
 def test_a_layer_without_a_bias_and_one_left_in_float_stay(tmp_path: Path) -> None:

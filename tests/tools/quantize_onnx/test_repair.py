@@ -13,7 +13,7 @@ from shared.formats.model_file import ModelFile
 from shared.runtime.model import open_model
 from tests.conftest import REALDATA
 from tests.support.small_onnx import Array, answer, kinds_of, save, save_picture_model, seeded, weights_of, with_external_weights
-from tools.quantize_onnx.repair import OPSET, Repairs, repair
+from tools.quantize_onnx.graph.repair import OPSET, Repairs, repair
 
 SAMPLE = seeded(1, 3, 16, 16)
 ROUNDING = 1e-5  # of float32 sums in another order
@@ -250,7 +250,7 @@ def test_weights_beside_a_small_model_move_into_it(tmp_path: Path, name: str) ->
 
 def test_the_weights_of_a_large_model_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = with_external_weights(save_picture_model(tmp_path / "m.onnx", metadata={"author": "somebody"}))
-    monkeypatch.setattr("tools.quantize_onnx.repair.MAX_PROTOBUF_BYTES", 2**20 + 1000)
+    monkeypatch.setattr("tools.quantize_onnx.graph.repair.MAX_PROTOBUF_BYTES", 2**20 + 1000)
     (tmp_path / "work").mkdir()
     target = tmp_path / "work" / "repaired.onnx"
     for _ in range(2):  # again: ONNX would append to the file that is there
@@ -262,7 +262,7 @@ def test_the_weights_of_a_large_model_lie_beside_it(tmp_path: Path, monkeypatch:
 
 def test_a_large_old_model_is_refused_by_name_of_its_opset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = with_external_weights(save_picture_model(tmp_path / "m.onnx", opset=11))
-    monkeypatch.setattr("tools.quantize_onnx.repair.MAX_PROTOBUF_BYTES", 2**20 + 1000)
+    monkeypatch.setattr("tools.quantize_onnx.graph.repair.MAX_PROTOBUF_BYTES", 2**20 + 1000)
     with pytest.raises(ToolError, match="a model this large can't be upgraded; got opset 11; expected at least 13"):
         repair(source, tmp_path / "repaired.onnx")
 

@@ -26,7 +26,7 @@ from tests.tools.quantize_onnx.conftest import names, only, psnr_of, relative_er
 from tools.quantize_onnx import quantize_onnx
 from tools.quantize_onnx.backend import FLOAT
 from tools.quantize_onnx.options import OnnxRequest
-from tools.quantize_onnx.worker import QuantizeTask, quantize
+from tools.quantize_onnx.quantizing import QuantizeTask, quantize
 
 LIMIT = 0.1
 INT8 = "int8-static"
@@ -58,7 +58,8 @@ class FormulaJob:
         if self.refused in quantized:
             raise RefusedError("no kernel")
         error = self.error_of(quantized)
-        return Outcome(100_000 - sum(self.sizes.get(layer, 100) for layer in quantized), [OutputError("out", error, 1 - error**2)])
+        size = 100_000 - sum(self.sizes.get(layer, 100) for layer in quantized)
+        return Outcome(size, [OutputError("out", error, worst_cosine=1 - error**2)])
 
 
 def search(

@@ -1,9 +1,10 @@
-"""Make an ONNX model from the wild one that quantizers can read, with the same answers.
+"""Make an ONNX model of unknown origin one that quantizers can read, with the same answers.
 
-What is met there, and what ONNX Runtime 1.31 makes of it otherwise: opsets before 13 (per-channel scales that do not load), weights
+Such models have, and ONNX Runtime 1.31 makes of it otherwise: opsets before 13 (per-channel scales that do not load), weights
 listed as inputs (nothing is folded, and the float32 model itself is several times slower), nameless nodes (excluding one excludes
-all), shapes noted by exporters that contradict inference, weights in Constant nodes (not seen), batch normalization after
-convolutions (stays between them in float).
+all), shapes noted by exporters that contradict inference, weights in Constant nodes, functions, sparse tensors or computed from
+other constants (not seen), weights in float16 (several failures), batch normalization after convolutions (stays between them in
+float), outputs that are constants (renamed).
 """
 
 import collections
@@ -13,12 +14,14 @@ from typing import Any
 
 from shared.command.errors import ToolError, first_line
 from shared.formats.onnx_file import AGAIN, MAX_PROTOBUF_BYTES, Model, external_files, read_model
-from shared.formats.onnx_graph import is_weight, node_names, readers_of
+from shared.formats.onnx_graph import is_weight, node_names
+from tools.quantize_onnx.graph.folding import fold_batchnorms, fold_constants
+from tools.quantize_onnx.graph.forms import densify, inline_functions, separate_constant_outputs, unlist_weights, widen_halves
+from tools.quantize_onnx.graph.mends import copy_shared_constants, settle_gemms
 
 LEAST_OPSET = 13  # DequantizeLinear has an axis from here on
 OPSET = 17  # what older models become; runtimes of 2022 and later read it
 LAST_PLAIN_RESIZE = 10  # up to this opset Resize and Upsample knew one way only
-LEAST_IR = 4  # initializers need not be inputs from here on
 IR = 8  # belongs to OPSET
 ONNX_DOMAINS = ("", "ai.onnx")
 NARROW = 2**20  # bytes that the protobuf holds next to weights, at most a little more
@@ -33,16 +36,30 @@ class Repairs:
         opset: The opset it came with, where it was too old; else 0.
         listed_weights: Weights that were listed as inputs.
         nameless: Nodes without a name, or with one that another has.
+        functions: Functions of its own whose bodies took the place of the calls.
+        sparse: Sparse constants written out.
+        halves: Constants widened from float16 or bfloat16 to float32.
+        outputs: Constants that are outputs, given out by a node of their own.
+        folded: Nodes whose results are constants, or that change nothing.
         constants: Weights moved out of Constant nodes.
         batchnorms: Batch normalizations folded into the layers before them.
+        gemms: Gemms whose factors went into their constants, or whose bias was given another shape.
+        copies: Copies of constants that layers shared and read in different ways.
         shapes: Shapes that contradicted inference.
     """
 
     opset: int = 0
     listed_weights: int = 0
     nameless: int = 0
+    functions: int = 0
+    sparse: int = 0
+    halves: int = 0
+    outputs: int = 0
+    folded: int = 0
     constants: int = 0
     batchnorms: int = 0
+    gemms: int = 0
+    copies: int = 0
     shapes: int = 0
 
     def __str__(self) -> str:
@@ -50,15 +67,27 @@ class Repairs:
             (self.opset, f"opset {self.opset} upgraded to {OPSET}"),
             (self.listed_weights, f"{self.listed_weights} weights taken out of the inputs"),
             (self.nameless, f"{self.nameless} nodes named"),
+            (self.functions, f"{self.functions} functions inlined"),
+            (self.sparse, f"{self.sparse} sparse constants written out"),
+            (self.halves, f"{self.halves} constants widened to float32"),
+            (self.outputs, f"{self.outputs} constant outputs given out by a node"),
+            (self.folded, f"{self.folded} nodes folded into constants"),
             (self.constants, f"{self.constants} weights taken out of Constant nodes"),
             (self.batchnorms, f"{self.batchnorms} batch normalizations folded"),
+            (self.gemms, f"{self.gemms} factors of Gemms folded"),
+            (self.copies, f"{self.copies} shared constants copied"),
             (self.shapes, f"{self.shapes} stale shapes inferred anew"),
         ]
         return ", ".join(text for count, text in counted if count)
 
 
-def repair(source: Path, target: Path) -> Repairs:
+def repair(source: Path, target: Path, *, keeps_halves: bool = False) -> Repairs:
     """Write the repaired model to `target`, the weights of a large one next to it, and return what was repaired.
+
+    Args:
+        source: The model.
+        target: The file to write; its folder holds intermediate files for a while.
+        keeps_halves: Whether weights in float16 stay so.
 
     Raises:
         ToolError: The opset can't be upgraded, or the graph is inconsistent.
@@ -72,14 +101,23 @@ def repair(source: Path, target: Path) -> Repairs:
     if all(entry.domain for entry in model.opset_import):
         model.opset_import.add(domain="", version=OPSET)  # a model of custom ops alone; what quantizing adds needs it
     nameless = _name_nodes(model)  # first, so that places are those in the file
-    listed = _unlist_weights(model)
+    functions, model = inline_functions(model, source)
+    listed = unlist_weights(model)
+    sparse = halves = folded = 0
+    if not is_large:
+        sparse, halves = densify(model), 0 if keeps_halves else widen_halves(model)
+        folded, model = fold_constants(model, target.parent)
     opset, model = _upgrade(model, source, is_large=is_large)
     constants = _hoist_constants(model)
-    batchnorms = 0 if is_large else _fold_batchnorms(model)
-    _name_nodes(model)  # what upgrading has added
+    batchnorms = 0 if is_large else fold_batchnorms(model)
+    outputs = separate_constant_outputs(model)
+    _name_nodes(model)  # what inlining and upgrading have added
+    gemms, copies = settle_gemms(model, source.parent), copy_shared_constants(model)
     shapes = _infer_shapes(model, source)
     write(model, target, weights_of=source if is_large else None)
-    return Repairs(opset, listed, nameless, constants, batchnorms, shapes)
+    return Repairs(
+        opset, listed, nameless, functions, sparse, halves, outputs, folded, constants, batchnorms, gemms, copies, shapes
+    )
 
 
 def write(model: Model, target: Path, *, weights_of: Path | None = None, is_large: bool = False) -> None:
@@ -101,18 +139,6 @@ def write(model: Model, target: Path, *, weights_of: Path | None = None, is_larg
         onnx.save_model(model, str(target), save_as_external_data=True, location=data, all_tensors_to_one_file=True)
     else:
         onnx.save_model(model, str(target))
-
-
-def _unlist_weights(model: Model) -> int:
-    """Take initializers out of the graph's inputs, so that they are constants and not defaults."""
-    names = {tensor.name for tensor in model.graph.initializer}
-    kept = [value for value in model.graph.input if value.name not in names]
-    count = len(model.graph.input) - len(kept)
-    if count:
-        del model.graph.input[:]
-        model.graph.input.extend(kept)
-    model.ir_version = max(model.ir_version, LEAST_IR)
-    return count
 
 
 def _upgrade(model: Model, source: Path, *, is_large: bool) -> tuple[int, Model]:
@@ -165,49 +191,6 @@ def _hoist_constants(model: Model) -> int:
         del model.graph.node[:]
         model.graph.node.extend(kept)
     return count
-
-
-def _fold_batchnorms(model: Model) -> int:
-    """Fold each BatchNormalization after a Conv that nothing else reads into that Conv's weights; return how many.
-
-    y = (conv(x) - mean) / sqrt(variance + epsilon) * scale + bias, so weights and bias take one factor per output channel.
-    """
-    import numpy as np
-    from onnx import numpy_helper
-
-    graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    readers = readers_of(graph)
-    makers = {name: node for node in graph.node for name in node.output}
-    folded = []
-    for norm in [node for node in graph.node if node.op_type == "BatchNormalization"]:
-        conv = makers.get(norm.input[0])
-        held = [constants[name] for name in norm.input[1:5] if name in constants]
-        if conv is None or conv.op_type != "Conv" or readers[norm.input[0]] != 1 or len(held) < 4 or len(norm.output) != 1:
-            continue
-        own = [name for name in conv.input[1:] if name in constants]
-        if len(own) != len(conv.input) - 1 or any(readers[name] != 1 for name in own):
-            continue
-        scale, shift, mean, variance = (numpy_helper.to_array(tensor).astype(np.float64) for tensor in held)
-        epsilon = next((attribute.f for attribute in norm.attribute if attribute.name == "epsilon"), 1e-5)
-        factor = scale / np.sqrt(variance + epsilon)
-        weight = constants[own[0]]
-        values = numpy_helper.to_array(weight)
-        bias = numpy_helper.to_array(constants[own[1]]).astype(np.float64) if len(own) > 1 else 0.0
-        scaled = (values * factor.reshape(-1, *[1] * (values.ndim - 1))).astype(values.dtype)
-        moved = ((bias - mean) * factor + shift).astype(values.dtype)
-        weight.CopyFrom(numpy_helper.from_array(scaled, weight.name))
-        if len(own) > 1:
-            constants[own[1]].CopyFrom(numpy_helper.from_array(moved, own[1]))
-        else:
-            name = f"{own[0]}_folded_bias"
-            graph.initializer.append(numpy_helper.from_array(moved, name))
-            conv.input.append(name)
-        conv.output[0] = norm.output[0]
-        folded.append(norm)
-    for norm in folded:
-        graph.node.remove(norm)
-    return len(folded)
 
 
 def _name_nodes(model: Model) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from shared.formats.onnx_file import Model, read_model
 from shared.formats.onnx_graph import readers_of
 
-AS_FLOAT = ("Gemm",)  # op types whose outputs stay float
+AS_FLOAT = ("Gemm", "MatMul")  # op types whose outputs stay float
 SHIELDED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
@@ -146,6 +146,28 @@ def shield_floats(product: Model) -> int:
             node.output[0] = plain
         count += bool(relus) or node.output[0].endswith("_plain")
     _replace(graph, nodes)
+    return count
+
+
+def shield_cubic_resizes(product: Model) -> int:
+    """Keep ONNX Runtime from turning the axes of a cubic Resize, in place; return how many.
+
+    It moves channels last for its integer convolutions, carries that on through ops of other kinds, and then refuses a cubic Resize
+    whose last axis is not the width. A DepthToSpace of blocks of one pixel changes nothing, and no transpose passes it.
+    """
+    from onnx import helper
+
+    nodes: list[Any] = []
+    count = 0
+    for node in product.graph.node:
+        modes = [attribute.s for attribute in node.attribute if attribute.name == "mode"]
+        if node.op_type == "Resize" and modes == [b"cubic"]:
+            name = f"{node.name}_shield"
+            nodes.append(helper.make_node("DepthToSpace", [node.input[0]], [name], name=name, blocksize=1))
+            node.input[0] = name
+            count += 1
+        nodes.append(node)
+    _replace(product.graph, nodes)
     return count
 
 
