@@ -24,7 +24,7 @@ def error(cosine: float | None = 1.0, psnr_db: float | None = None, values: int 
         (error(None), False, ""),
     ],
 )
-def test_an_output_is_far_off_below_its_limit(found: OutputError, is_made_up: bool, broken: str) -> None:  # noqa: FBT001
+def test_an_output_is_far_off_below_its_limit(found: OutputError, is_made_up: bool, broken: str) -> None:
     gates = alarms([error(), found], is_made_up=is_made_up)
     assert [gate.name for gate in gates] == ([broken] if broken else [])
     assert not any(gate.ok for gate in gates)
