@@ -40,5 +40,10 @@ def image_input(specs: list[TensorSpec]) -> tuple[str, ImageForm] | None:
 
 def makes_image(inputs: list[TensorSpec], output: TensorSpec) -> bool:
     """Return whether a model makes an image of an image: one of RGB, or of as many channels as it takes; a mask is none."""
-    given, made = image_input(inputs), image_form(output.shape)
-    return given is not None and made is not None and made.channels in (CHANNELS, given[1].channels)
+    given = image_input(inputs)
+    if given is None or len(output.shape) != 4:  # noqa: PLR2004 - batch, channels, height, width
+        return False
+    shape, place = list(output.shape), 1 if given[1].layout == "nchw" else 3
+    shape[place] = given[1].channels if shape[place] == -1 else shape[place]  # exporters leave it open
+    made = image_form(tuple(shape))
+    return made is not None and made.channels in (CHANNELS, given[1].channels)

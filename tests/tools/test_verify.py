@@ -293,3 +293,16 @@ def test_exit_codes_for_onnx_models(tmp_path: Path, run_tool: Run) -> None:
     for name in ("c.onnx", "absent.onnx"):
         done = run_tool("verify", tmp_path / name)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_real_inputs_are_taken_from_a_file(tmp_path: Path) -> None:
+    """A model that looks up rows by numbers fails on numbers that are made up; real ones come as an .npz."""
+    nodes = [onnx.helper.make_node("Gather", ["table", "rows"], ["y"], name="look up")]
+    path = save(tmp_path / "m.onnx", nodes, {}, {"y": (1, 3, 4)}, {"table": seeded(1, 4)})
+    model = onnx.load(str(path))
+    model.graph.input.append(onnx.helper.make_tensor_value_info("rows", onnx.TensorProto.INT64, (1, 3)))
+    onnx.save_model(model, str(path))
+    assert failed(verify(path).findings) == ["runs"]
+    np.savez(tmp_path / "rows.npz", rows=np.zeros((2, 1, 3), np.int64))
+    (runs,) = [check for check in verify(path, inputs=tmp_path / "rows.npz").findings.checks if check.name == "runs"]
+    assert runs.ok

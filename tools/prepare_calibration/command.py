@@ -24,6 +24,7 @@ from shared.command.resources import MIB, ResourceEstimate
 from shared.files import artifacts
 from shared.files.file_type import is_regular
 from shared.files.plan import Plan, Product
+from shared.media.images import WHITE
 from tools.prepare_calibration.request import SampleOptions, SampleRequest
 from tools.prepare_calibration.samples import (
     ARRAYS,
@@ -63,6 +64,7 @@ FileColumn = Annotated[str | None, typer.Option(help="CSV column of files; defau
 FrameColumn = Annotated[str | None, typer.Option(help="CSV column of frame numbers; default: frame and the like.")]
 TimeColumn = Annotated[str | None, typer.Option(help="CSV column of seconds; default: time and the like.")]
 Synthetic = Annotated[int, typer.Option(min=0, max=100_000, help="Synthetic pictures to add; the manifest marks them.")]
+Background = Annotated[str, typer.Option(help="Colour that images with transparent parts are laid on: a name, or #rrggbb.")]
 Npz = Annotated[bool, typer.Option("--npz", help=f"Also write {ARRAYS}, and {HELD_ARRAYS}.")]
 InputName = Annotated[str | None, typer.Option(help="Name of the array: the model's input; default: images.")]
 ArrayRange = Annotated[InputRange | None, typer.Option("--input-range", help="Range of the array's values; default: 0..1.")]
@@ -106,6 +108,7 @@ def prepare_calibration(
     frame_column: FrameColumn = None,
     time_column: TimeColumn = None,
     synthetic: Synthetic = 0,
+    background: Background = WHITE,
     npz: Npz = False,
     input_name: InputName = None,
     input_range: ArrayRange = None,

@@ -12,7 +12,7 @@ from shared.command.errors import ToolError
 from shared.command.options import InputRange, require_useful
 from shared.formats.model_file import ModelFile
 from shared.formats.tensors import describe, image_input
-from shared.media.images import ImageForm, Pixels, stretch
+from shared.media.images import WHITE, ImageForm, Pixels, set_background, stretch
 from shared.runtime.model import open_model
 from shared.runtime.processes import ChildError
 from tools.prepare_calibration.sampling import Box
@@ -46,6 +46,7 @@ class SampleRequest:
     Args:
         tile_size: Side of the square tiles in pixels; None with `resize`.
         resize: Height and width that whole images are stretched to; None with `tile_size`.
+        background: Colour that images with transparent parts are laid on.
         arrays: Form of the arrays; None where none are written.
     """
 
@@ -58,6 +59,7 @@ class SampleRequest:
     seed: int
     frames_per_video: int
     scene_changes: bool
+    background: str
     arrays: ArrayForm | None
 
     def pictures(self, source: Source) -> Iterator[Picture]:
@@ -91,6 +93,7 @@ class SampleOptions:
     synthetic: int
     npz: bool
     seed: int
+    background: str = WHITE
     sources: Sequence[Path] = ()
     model: Path | None = None
     tile_size: int | None = None
@@ -107,6 +110,7 @@ class SampleOptions:
             ToolError: Options contradict each other or have no effect, or the model does not take one image.
         """
         self._require_sense()
+        set_background(self.background)
         model = None if self.model is None else ModelFile(self.model)
         name, form = NO_MODEL if model is None else _image_input(model)
         value_range = self.input_range if model is None else choose_range(self.input_range, model.input_range, model.path)
@@ -126,6 +130,7 @@ class SampleOptions:
             seed=self.seed,
             frames_per_video=self.frames_per_video,
             scene_changes=self.scene_changes,
+            background=self.background,
             arrays=arrays if self.npz else None,
         )
 

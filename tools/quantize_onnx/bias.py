@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.formats.onnx_file import Model
+from tools.quantize_onnx.ranges import insert_after, open_session
 
 Array = NDArray[Any]
 LAYERS = ("Conv", "MatMul", "Gemm")
@@ -29,28 +30,27 @@ def mean_inputs(model: Path, augmented: Path, samples: Iterable[Mapping[str, Arr
         samples: Inputs by name.
     """
     import onnx
-    import onnxruntime
 
     proto = onnx.load(str(model.absolute()), load_external_data=False)
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     nodes: dict[str, str] = {}
+    added: dict[str, list[Any]] = {}
     opset = next(entry.version for entry in proto.opset_import if not entry.domain)
-    for node in list(proto.graph.node):
+    for node in proto.graph.node:
         if node.op_type in LAYERS and node.input[1] in constants and node.input[0] not in constants:
             lengths = list(constants[node.input[1]].dims)
             if node.op_type == "MatMul" and len(lengths) != 2:
                 continue
             name = f"edgepress_mean_{len(nodes)}"
             rows = lengths[0] if node.op_type == "MatMul" else None
-            proto.graph.node.extend(_mean_nodes(node.input[0], name, _axes(node, len(lengths)), opset, rows))
+            added.setdefault(node.input[0], []).extend(_mean_nodes(node.input[0], name, _axes(node, len(lengths)), opset, rows))
             proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
             nodes[name] = node.name
+    insert_after(proto.graph, added)
     onnx.save_model(proto, str(augmented))
     if not nodes:
         return {}
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(augmented), options, providers=["CPUExecutionProvider"])
+    session = open_session(augmented)
     sums: dict[str, Array] = {}
     count = 0
     for feed in samples:

@@ -286,3 +286,48 @@ def test_real_photographs_are_samples(tmp_path: Path) -> None:
     np.savez(tmp_path / "set.npz", images=np.concatenate([sample["image"] for sample in samples.samples(inputs)]))
     for one, other in zip(samples.samples(inputs), CalibrationSet(tmp_path / "set.npz").samples(inputs), strict=True):
         np.testing.assert_array_equal(one["image"], other["image"])
+
+
+BATCH = [TensorSpec("image", (4, 4, 4, 3), "float32")]
+
+
+def test_single_samples_are_joined_to_a_fixed_batch_and_the_last_one_is_filled_up(tmp_path: Path) -> None:
+    expected = [[0, 10, 20, 30], [40, 50, 50, 50]]
+    folder = CalibrationSet(pictures(tmp_path / "folder"), "0..255")
+    single = np.concatenate([sample["image"] for sample in folder.samples(IMAGE)])
+    for given in (folder, CalibrationSet(npz(tmp_path, image=single))):
+        batches = [sample["image"] for sample in given.samples(BATCH)]
+        assert [batch.shape for batch in batches] == [(4, 4, 4, 3)] * 2
+        assert [[round(float(one.mean())) for one in batch] for batch in batches] == expected
+
+
+def test_samples_that_are_batches_already_stay_as_they_are(tmp_path: Path) -> None:
+    given = values((2, *BATCH[0].shape))
+    found = [sample["image"] for sample in CalibrationSet(npz(tmp_path, image=given)).samples(BATCH)]
+    np.testing.assert_array_equal(np.stack(found), given)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "expected"),
+    [
+        ((700, 300), (1, 3, -1, -1), (256, 256)),
+        ((100, 40), (1, 3, -1, -1), (32, 96)),
+        ((10, 9), (1, 3, -1, -1), (9, 10)),
+        ((700, 300), (1, 3, 64, -1), (64, 256)),
+    ],
+)
+def test_a_model_of_free_size_gets_the_middle_of_an_image_in_a_bounded_size(
+    tmp_path: Path, size: tuple[int, int], shape: tuple[int, ...], expected: tuple[int, int]
+) -> None:
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    (sample,) = CalibrationSet(tmp_path, "0..1").samples([TensorSpec("image", shape, "float32")])
+    assert sample["image"].shape == (1, 3, *expected)
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("uint8", 51), ("float16", np.float16(0.2))])
+def test_inputs_of_other_types_get_their_pixels(tmp_path: Path, dtype: str, value: float) -> None:
+    Image.new("RGB", (4, 4), (51, 51, 51)).save(tmp_path / "a.png")
+    given = CalibrationSet(tmp_path, None if dtype == "uint8" else "0..1")
+    (sample,) = given.samples([TensorSpec("image", (1, 4, 4, 3), dtype)])
+    assert sample["image"].dtype.name == dtype
+    assert (sample["image"] == value).all()

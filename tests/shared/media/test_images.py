@@ -11,6 +11,7 @@ from PIL import Image
 from shared.command.errors import ToolError
 from shared.media.images import (
     ImageForm,
+    _say_background,
     as_image,
     from_form,
     image_files,
@@ -18,11 +19,13 @@ from shared.media.images import (
     image_layout,
     images_at,
     read_pixels,
+    set_background,
     stretch,
     stretch_image,
     to_form,
     to_image,
     to_layout,
+    to_values,
 )
 from tests.conftest import REALDATA
 from tools.prepare_calibration.sources import seeded_image
@@ -271,3 +274,47 @@ def test_a_path_without_images_is_an_error(tmp_path: Path, text: str, reason: st
     (tmp_path / "a.png").touch()
     with pytest.raises(ToolError, match=reason):
         images_at(tmp_path / text)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_parts_are_laid_on_the_background_and_that_is_said(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Colours that nobody sees are no part of the picture."""
+    monkeypatch.setenv("EDGEPRESS_BACKGROUND", "white")
+    pixels = np.random.default_rng(0).integers(0, 200, (8, 8, 4), np.uint8)
+    pixels[..., 3] = 0
+    pixels[:4, :, 3] = 255
+    picture = Image.fromarray(pixels, "RGBA")
+    if mode == "P":
+        picture = picture.convert("P")
+        picture.putpalette([10, 20, 30] * 256)
+        picture = Image.fromarray(np.repeat(np.arange(2, dtype=np.uint8), 32).reshape(8, 8), "P")
+        picture.putpalette([10, 20, 30, 200, 0, 200])
+        picture.info["transparency"] = 1
+    else:
+        picture = picture.convert(mode)
+    picture.save(tmp_path / "a.png")
+    _say_background.cache_clear()
+    shown = read_pixels(tmp_path / "a.png")
+    assert (shown[4:] == 255).all()
+    assert (shown[:4] < 255).any()
+    read_pixels(tmp_path / "a.png")
+    assert capsys.readouterr().err.count("transparent parts are laid on white") == 1
+    set_background("#102030")
+    assert (read_pixels(tmp_path / "a.png")[4:] == (16, 32, 48)).all()
+    with pytest.raises(ToolError, match="--background is no colour"):
+        set_background("whitish")
+
+
+def test_hidden_files_and_what_macos_adds_are_no_images(tmp_path: Path) -> None:
+    (tmp_path / "__MACOSX").mkdir()
+    for name in ("b.png", "._b.png", "__MACOSX/._b.png", "__MACOSX/c.png", ".thumbs.png", "Thumbs.db"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name, "PNG")
+    assert image_files(tmp_path) == [tmp_path / "b.png"] == images_at(tmp_path / "*.png")
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", [-1.0, 1.0]), ("float16", [-1.0, 1.0]), ("uint8", [0, 255])])
+def test_an_image_becomes_values_of_the_type_that_a_model_takes(dtype: str, expected: list[float]) -> None:
+    values = to_values(np.array([0, 1], np.float32), dtype, (-1.0, 1.0))
+    assert (values.dtype.name, values.tolist()) == (dtype, expected)

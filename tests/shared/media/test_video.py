@@ -1,5 +1,6 @@
 """Frames come evenly spread, in RGB, from video files only."""
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,3 +129,42 @@ def test_a_real_video_is_read() -> None:
     frames = list(read_frames(REALDATA / "video" / "videoseal_1.mp4", 5))
     assert len(frames) == 5
     assert len({frame.tobytes() for frame in frames}) == 5
+
+
+def boxes(content: bytes) -> list[tuple[bytes, bytes]]:
+    """Return the kinds and contents of MP4's boxes."""
+    found, at = [], 0
+    while at < len(content):
+        size, kind = struct.unpack(">I4s", content[at : at + 8])
+        found.append((kind, content[at + 8 : at + size]))
+        at += size
+    return found
+
+
+def with_times(content: bytes, parts: list[tuple[int, int]]) -> bytes:
+    """Return an MP4 in which so many frames after each other are shown for so many times the usual duration."""
+    longer = sum(count * times for count, times in parts) / sum(count for count, _ in parts)
+    durations = {b"mvhd": 16, b"tkhd": 20, b"mdhd": 16, b"elst": 8}  # place of the whole duration in a box
+    made = b""
+    for kind, body in boxes(content):
+        changed = body
+        if kind in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts"):
+            changed = with_times(body, parts)
+        elif kind == b"stts":
+            (usual,) = struct.unpack(">I", body[12:16])
+            changed = struct.pack(">II", 0, len(parts)) + b"".join(struct.pack(">II", n, times * usual) for n, times in parts)
+        elif place := durations.get(kind, 0):
+            (whole,) = struct.unpack(">I", body[place : place + 4])
+            changed = body[:place] + struct.pack(">I", int(whole * longer)) + body[place + 4 :]
+        made += struct.pack(">I4s", 8 + len(changed), kind) + changed
+    return made
+
+
+def test_frames_of_a_variable_rate_have_the_times_of_the_file(tmp_path: Path) -> None:
+    writer = cv2.VideoWriter(str(tmp_path / "a.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 30, (48, 32))
+    for number in range(20):
+        writer.write(np.full((32, 48, 3), 10 * number, np.uint8))
+    writer.release()
+    (tmp_path / "v.mp4").write_bytes(with_times((tmp_path / "a.mp4").read_bytes(), [(5, 1), (10, 6), (5, 1)]))
+    expected = np.cumsum([0, *[1 / 30] * 5, *[6 / 30] * 10, *[1 / 30] * 4])
+    assert frame_times(tmp_path / "v.mp4") == pytest.approx(expected, abs=1e-3)
