@@ -41,7 +41,7 @@ def image_input(specs: list[TensorSpec]) -> tuple[str, ImageForm] | None:
 def makes_image(inputs: list[TensorSpec], output: TensorSpec) -> bool:
     """Return whether a model makes an image of an image: one of RGB, or of as many channels as it takes; a mask is none."""
     given = image_input(inputs)
-    if given is None or len(output.shape) != 4:  # noqa: PLR2004 - batch, channels, height, width
+    if given is None or len(output.shape) != 4:
         return False
     shape, place = list(output.shape), 1 if given[1].layout == "nchw" else 3
     shape[place] = given[1].channels if shape[place] == -1 else shape[place]  # exporters leave it open

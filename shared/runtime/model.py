@@ -126,7 +126,10 @@ def open_model(
         form = source.form or InputForm(source.card.image_size)
         request |= {"card": asdict(source.card), "form": asdict(form)}
     with Child(worker, timeout_s) as child:
-        reply, _ = child.ask(request)
+        try:
+            reply, _ = child.ask(request)
+        except ChildError as error:  # runtimes name the file by its whole path, which may be a temporary one
+            raise ChildError(str(error).replace(str(source.path), source.path.name)) from None
         yield Model(child, kernels, reply)
 
 

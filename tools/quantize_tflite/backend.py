@@ -28,19 +28,24 @@ from shared.runtime.model import open_model
 from shared.runtime.processes import ChildError, Workspace
 from tools.quantize_tflite import worker
 from tools.quantize_tflite.candidates import Subject, TfliteJob
-from tools.quantize_tflite.coverage import count_matches, deciding_rule, layer_states, unmatched_selectors, why_skipped
+from tools.quantize_tflite.coverage import (
+    count_matches,
+    deciding_rule,
+    heavy_layers,
+    layer_states,
+    supported_recipes,
+    unmatched_selectors,
+    why_skipped,
+)
 from tools.quantize_tflite.options import TfliteSettings
 from tools.quantize_tflite.recipes import (
     INPUT_OUTPUT,
     NO_QUANTIZE,
-    NONE,
     Rules,
     assign,
     build_rules,
     needs_calibration,
     operation_of,
-    resolve_recipe,
-    supports,
     with_ends,
 )
 
@@ -49,7 +54,6 @@ ASSUMED_RANGE: InputRange | None = None
 TIMES_REPAIRED = False  # repairs are exact: the model as it came is the reference
 BASE = "fp16"  # published bundles hold float16 weights; for float32 models they cost half the bytes and next to nothing else
 STEPS = ("int8-weight-only", "int8", "weight_only_wi4_afp32", "dynamic_wi4_afp32")
-COUNTED_WEIGHTS = 0.999  # the layers that hold this share of all weights are searched; the others stay in float16
 STATISTICS = "calibration.json"
 
 
@@ -117,9 +121,9 @@ def space(quantization: Quantization) -> SearchSpace:
     """Return float16 as the base, and the smaller precisions that each large layer supports."""
     excluded = quantization.request.settings.exclude
     ops = [op for op in _ops(quantization.model) if not any(one.applies(operation_of(op.op_type), op.scope) for one in excluded)]
-    weighted = [op for op in ops if op.weight_bytes and _supported(op, (BASE, *STEPS))]
-    base = {op.name: BASE for op in weighted if _supported(op, (BASE,))}
-    return SearchSpace(base, {op.name: _supported(op, STEPS) for op in _counted(weighted)}, "float16")
+    weighted = [op for op in ops if op.weight_bytes and supported_recipes(op, (BASE, *STEPS))]
+    base = {op.name: BASE for op in weighted if supported_recipes(op, (BASE,))}
+    return SearchSpace(base, {op.name: supported_recipes(op, STEPS) for op in heavy_layers(weighted)}, "float16")
 
 
 def search_variants(quantization: Quantization) -> list[Quantization]:
@@ -160,6 +164,7 @@ def quantize(quantization: Quantization, precisions: Precisions | None) -> Candi
     if precisions is None and not request.in_bundle:
         _require_matched(matches, name)
     statistics = _calibrated(quantization, rules) if needs_calibration(rules) else None
+    rules = [*rules, *_float_rules(quantization, statistics)]
     few = _few(quantization.samples.calibration)
     corrects = few is not None and request.corrects_bias and statistics is None
     draft = quantization.workspace.folder / "product.tflite"
@@ -201,6 +206,8 @@ def coverage(quantization: Quantization, candidate: Candidate) -> tuple[list[OpT
 
 def layer_jobs(quantization: Quantization, candidate: Candidate) -> dict[str, Job]:
     """Return layer -> measurement of the model with that layer alone quantized by the rule that decides it."""
+    if needs_calibration(candidate.rules) and not quantization.request.sensitivity:
+        return {}  # a product of no use is explained where that is possible
     if needs_calibration(candidate.rules):
         what = "--sensitivity measures layers of recipes without calibration"
         raise ToolError(what, where=quantization.name, remedy="leave out --sensitivity")
@@ -280,20 +287,11 @@ def _calibrated(quantization: Quantization, rules: Rules) -> Path:
     return statistics
 
 
-def _supported(op: Op, recipes: Sequence[str]) -> list[str]:
-    """Return the recipes among those given that do something to an op."""
-    operation = operation_of(op.op_type)
-    if operation is None or op.dtype != "FLOAT32":
+def _float_rules(quantization: Quantization, statistics: Path | None) -> Rules:
+    """Return rules that leave ops in float at which a tensor's values are infinite."""
+    if statistics is None:
         return []
-    return [recipe for recipe in recipes if recipe != NONE and any(supports(rule, operation) for rule in resolve_recipe(recipe)[1])]
-
-
-def _counted(ops: Sequence[Op]) -> list[Op]:
-    """Return the layers that together hold nearly all weights, in the order of the graph."""
-    total, reached, kept = sum(op.weight_bytes for op in ops), 0, set()
-    for op in sorted(ops, key=lambda op: (-op.weight_bytes, op.scope)):
-        if reached >= COUNTED_WEIGHTS * total:
-            break
-        kept.add(op.name)
-        reached += op.weight_bytes
-    return [op for op in ops if op.name in kept]
+    given = {"source": str(quantization.model.path), "statistics": str(statistics)}
+    reply = quantization.workspace.run("unbounded", "could not read the model's constants", quantization.name, **given)
+    scopes = [f"^(?:{re.escape(scope)})$" for scope in reply["scopes"]]
+    return [{"regex": scope, "operation": "*", "algorithm_key": NO_QUANTIZE, "op_config": {}} for scope in scopes]

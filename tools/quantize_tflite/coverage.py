@@ -7,9 +7,10 @@ from typing import Any
 
 from shared.formats.tflite import Op
 from shared.quantize.coverage import LayerState, RuleMatches
-from tools.quantize_tflite.recipes import NO_QUANTIZE, Rules, Selector, operation_of, supports
+from tools.quantize_tflite.recipes import NO_QUANTIZE, NONE, Rules, Selector, operation_of, resolve_recipe, supports
 
 FLOATS = ("FLOAT32", "FLOAT64")
+COUNTED_WEIGHTS = 0.999  # the layers that hold this share of all weights are searched; the others stay in float16
 
 
 def layer_states(before: Sequence[Op], after: Sequence[Op], given: Sequence[Op]) -> list[LayerState]:
@@ -109,3 +110,22 @@ def why_skipped(state: LayerState, rules: Rules) -> str:
         return "no rule supports this op type"
     is_small = supporting[-1].get("op_config", {}).get("min_weight_elements", 0) > 0
     return "fewer weights than the rule asks for" if is_small else "skipped by the quantizer"
+
+
+def supported_recipes(op: Op, recipes: Sequence[str]) -> list[str]:
+    """Return the recipes among those given that do something to an op."""
+    operation = operation_of(op.op_type)
+    if operation is None or op.dtype != "FLOAT32":
+        return []
+    return [recipe for recipe in recipes if recipe != NONE and any(supports(rule, operation) for rule in resolve_recipe(recipe)[1])]
+
+
+def heavy_layers(ops: Sequence[Op]) -> list[Op]:
+    """Return the layers that together hold nearly all weights, in the order of the graph."""
+    total, reached, kept = sum(op.weight_bytes for op in ops), 0, set()
+    for op in sorted(ops, key=lambda op: (-op.weight_bytes, op.scope)):
+        if reached >= COUNTED_WEIGHTS * total:
+            break
+        kept.add(op.name)
+        reached += op.weight_bytes
+    return [op for op in ops if op.name in kept]

@@ -2,19 +2,25 @@
 
 import mmap
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from shared.calibration.dataset import CalibrationSet
 from shared.command.errors import ToolError
 from shared.formats.tensors import TensorSpec
-from shared.formats.tflite import require_finite
+from shared.formats.tflite import constant_span, enum_names, op_type, open_flatbuffer, require_finite
 from shared.formats.tflite_metadata import copy_appended_zip
 from shared.runtime.processes import Message, answer_tasks
 from shared.runtime.workarounds import large_weights_quantized
 from tools.quantize_tflite.candidates import Subject, corrected
 from tools.quantize_tflite.repair import cut_before_custom_ops, needed_repairs, repair, shorten_names
 
+LARGEST = 1e30  # magnitude of a value with a meaning of its own; masks hold the lowest float32 in place of -inf
+CARRIERS = {"ADD", "SUB", "SELECT", "SELECT_V2", "PAD", "PADV2", "CONCATENATION", "BROADCAST_TO"}  # give an infinite operand on
+CARRIERS |= {"RESHAPE", "TRANSPOSE", "SLICE", "STRIDED_SLICE", "SPLIT", "SQUEEZE", "EXPAND_DIMS", "GATHER", "TILE"}
 NAMED = "named.tflite"  # next to a draft with short names: the same with its own
 
 
@@ -64,6 +70,43 @@ def calibrate(  # noqa: PLR0917 - called by name
         count += 1
     calibrator.save_calibration_result(statistics, {"model_sha256": model_sha256, "samples": str(count)})
     return {"samples": count}
+
+
+def find_unbounded(source: str, statistics: str) -> Message:
+    """Return the scopes of ops at a tensor whose values are infinite, such as a mask of attention: they can't be quantized.
+
+    Magnitudes from LARGEST on count as infinite. Ranges of activations leave infinite values out: they follow from the constants.
+    """
+    from ai_edge_quantizer.utils.calibration_utils import load_calibration_results
+
+    ranges = load_calibration_results(statistics)[0]
+    found = []
+    with open_flatbuffer(Path(source)) as model:
+        kinds = [op_type(model.OperatorCodes(i)) for i in range(model.OperatorCodesLength())]
+        for graph in (model.Subgraphs(g) for g in range(model.SubgraphsLength())):
+            tensors = [graph.Tensors(t) for t in range(graph.TensorsLength())]
+            infinite = {number for number, tensor in enumerate(tensors) if _is_unbounded(Path(source), model, tensor, ranges)}
+            for op in (graph.Operators(i) for i in range(graph.OperatorsLength())):
+                outputs = [op.Outputs(k) for k in range(op.OutputsLength())]
+                reads = infinite & {op.Inputs(k) for k in range(op.InputsLength())}
+                if reads and kinds[op.OpcodeIndex()] in CARRIERS:
+                    infinite |= set(outputs)
+                if reads or infinite & set(outputs):
+                    found.append("".join(f"{(tensors[number].Name() or b'').decode()};" for number in outputs))
+    return {"scopes": found}
+
+
+def _is_unbounded(source: Path, model: Any, tensor: Any, ranges: Mapping[str, Any]) -> bool:
+    if enum_names("TensorType")[tensor.Type()] != "FLOAT32":
+        return False
+    known = ranges.get((tensor.Name() or b"").decode())
+    if known:
+        values = np.array([np.min(known["min"]), np.max(known["max"])])
+    elif span := constant_span(model, tensor):
+        values = np.fromfile(source, np.float32, (span[1] - span[0]) // 4, offset=span[0])
+    else:
+        return False
+    return not bool((np.abs(values) < LARGEST).all())  # also for NaN
 
 
 def quantize(  # noqa: PLR0917 - called by name
@@ -121,4 +164,6 @@ def _set(samples: dict[str, Any]) -> CalibrationSet:
 
 
 os.environ["TQDM_DISABLE"] = "1"
-handle = answer_tasks({"repair": repair_model, "cut": cut, "calibrate": calibrate, "quantize": quantize})
+handle = answer_tasks(
+    {"repair": repair_model, "cut": cut, "calibrate": calibrate, "unbounded": find_unbounded, "quantize": quantize}
+)

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from shared.runtime.executors import local_processes
 from shared.runtime.processes import Workspace
 from tests.conftest import ROOT
 from tests.tools.quantize_tflite.test_bias import convolution
-from tools.quantize_tflite import backend, quantize_tflite
+from tools.quantize_tflite import backend, coverage, quantize_tflite
 from tools.quantize_tflite.backend import BASE, STEPS, _subject, job_maker, layer_jobs, space
 from tools.quantize_tflite.candidates import TfliteJob
 from tools.quantize_tflite.options import TfliteSettings
@@ -121,7 +122,7 @@ def test_excluded_layers_are_not_searched(convolutions: Quantization, float_mode
 
 
 def test_small_layers_stay_in_float16(quantization: Quantization, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "COUNTED_WEIGHTS", 0.5)
+    monkeypatch.setattr(coverage, "COUNTED_WEIGHTS", 0.5)
     chosen = space(quantization)
     sizes = {op.name: op.weight_bytes for op in quantization.model.ops if op.name in chosen.base}
     assert len(chosen.choices) < len(chosen.base) == 21
@@ -405,6 +406,9 @@ def test_layers_that_no_rule_quantizes_are_not_measured(plain: Quantization) -> 
 
 
 def test_layers_of_a_static_recipe_are_refused(plain: Quantization) -> None:
-    rules = assign({"t1": "int8-static"})
+    """Where the user asks for them; a product of no use is explained only where that is possible."""
+    candidate = Candidate(plain.request, plain.model, rules=assign({"t1": "int8-static"}))
+    assert not layer_jobs(plain, candidate)
+    asked = replace(plain, request=replace(plain.request, sensitivity=True))
     with pytest.raises(ToolError, match="m: --sensitivity measures layers of recipes without calibration; leave out --sensitivity"):
-        layer_jobs(plain, Candidate(plain.request, plain.model, rules=rules))
+        layer_jobs(asked, candidate)
