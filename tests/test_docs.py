@@ -20,6 +20,7 @@ import pytest
 
 import noxfile
 from models.face_landmarker.check import check
+from shared.metrics.alarm import LEAST_COSINE, LEAST_MADE_UP_COSINE, LEAST_PSNR_DB
 from shared.metrics.gates import flat_gates
 from shared.networks.card import Gates, load_card
 from shared.quantize.result import GATES as QUANTIZER_GATES
@@ -43,7 +44,8 @@ MOST_README_LINES = 160
 HEAVY = {"torch", "litert_torch", "ai_edge_litert", "ai_edge_quantizer", "safetensors", "PIL", "jinja2", "cv2"}
 FIGURE = re.compile(r"\d[\d.,]*(?: |-)?(?:%|[KMG]i?B\b|ms\b|s\b|dB\b|times\b|seconds\b|minutes\b)")
 FRACTION = re.compile(r"\b(?:half|third|quarter|eighth|tenth|twice)\b[^.]{0,30}\b(?:size|fast|large|small|memory)")
-UNMEASURED = {"2 GiB", f"{SLOWER:g} times"}  # the largest protobuf message; above it a product counts as slower
+# The largest protobuf message; above it a product counts as slower; below it an image is of no use.
+UNMEASURED = {"2 GiB", f"{SLOWER:g} times", f"{LEAST_PSNR_DB:g} dB"}
 FORBIDDEN = {"wish", "workshop", "pressed", "pressing", "spelled", "told", "vouched", "sniffing", "strangers"}
 HISTORY = {"CHANGELOG.md", "DECISIONS.md"}  # written in the words of their day
 
@@ -448,3 +450,10 @@ def test_ci_calls_the_documented_test_command() -> None:
 
 def test_the_documents_in_models_are_not_ignored_by_git() -> None:
     assert "!models/*.md" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_the_limits_of_the_alarm_in_the_guide_are_those_of_the_code() -> None:
+    text = (ROOT / "tools" / "README.md").read_text()
+    alarm = text[text.index("## The alarm") : text.index("## Gates")]
+    for limit in (f"cosine below {LEAST_COSINE:g}", f"below {LEAST_PSNR_DB:g} dB", f"cosine of {LEAST_MADE_UP_COSINE:g}"):
+        assert limit in " ".join(alarm.split())
