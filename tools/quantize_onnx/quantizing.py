@@ -131,7 +131,13 @@ def _static(task: QuantizeTask, target: Path) -> None:
         options["OpTypesToExcludeOutputQuantization"] = list(AS_FLOAT)
     assert task.ranges is not None
     ranges = read_ranges(task.ranges)
-    left = {*wanted.float_layers, *idle, *matrix_products(proto), *mends.kept_activations(proto), *weights_only(proto)}
+    left = {
+        *wanted.float_layers,
+        *idle,
+        *matrix_products(proto),
+        *mends.kept_activations(proto, is_qdq=is_qdq),
+        *weights_only(proto),
+    }
     left |= set(unranged(proto, kinds, ranges))
     types = settings.weight_type, settings.activation_type
     raised = mends.raise_dead_channels(proto, task.rewritten.parent, ranges, *types, per_channel=settings.per_channel)
@@ -191,6 +197,7 @@ def _half(model: Path, target: Path, wanted: OnnxRequest) -> None:
         op_block_list=[*DEFAULT_OP_BLOCK_LIST, *wanted.float_op_types],
         node_block_list=list(wanted.float_layers),
     )
+    mends.drop_repeated_nodes(halved)
     del halved.graph.value_info[:]  # it notes some tensors as float32 that are float16 now
     write(
         halved,

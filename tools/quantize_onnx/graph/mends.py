@@ -5,8 +5,11 @@ so that the mend can go.
 
 - A Gemm's beta is dropped from its bias, and its bias of shape (1, N) ends in an exception: `settle_gemms`.
 - A tensor that two layers read along different axes gets the scales of the first: `copy_shared_constants`.
-- A bias that two layers share gets the scale of the first in QOperator form: `copy_shared_constants`.
-- The input of a Relu or Clip gets the range of its output, although it is an output of the model as well: `kept_activations`.
+- A bias that two layers share gets the scale of the first in QOperator form, and other ops that read a bias get its rounded values:
+  `copy_shared_constants`.
+- The conversion to float16 casts a tensor once for each float32 op that reads it, under one name: `drop_repeated_nodes`.
+- The input of a Relu or Clip gets the range of its output, although it is an output of the model as well; in QOperator form a Clip
+  is dropped although others read its input: `kept_activations`.
 - The bias of a channel whose weights are next to nothing does not fit in int32: `raise_dead_channels`.
 - MatMul with a weight of three axes, or on the left, and ConvTranspose get scales of a wrong shape or none: `weights_only`,
   in `tools.quantize_onnx.graph.weights_only`.
@@ -97,9 +100,10 @@ def drop_unread(graph: Any) -> None:
 
 
 def copy_shared_constants(model: Model) -> int:
-    """Give layers that read one constant in different ways a copy each, in place; return the copies made.
+    """Give nodes that read one constant in different ways a copy each, in place; return the copies made.
 
-    Biases are always copied: their scale is that of the layer's input. Weights are where the axis of their scales differs.
+    Biases are always copied: their scale is that of the layer's input. Weights are where the axis of their scales differs, or where
+    an op that is no layer reads them, too: it would read rounded values.
     """
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -107,13 +111,13 @@ def copy_shared_constants(model: Model) -> int:
     count = 0
     for node in graph.node:
         for place, name in enumerate(node.input):
-            if name not in constants or place > 2:
+            if name not in constants:
                 continue
             is_bias = node.op_type in BIASED and place == 2
             use: object = node.name if is_bias else _scale_axis(node, place)
             known = uses[name]
-            if use is None or use in known:
-                node.input[place] = known.get(use, name)
+            if use in known:
+                node.input[place] = known[use]
                 continue
             if known:
                 copy = graph.initializer.add()
@@ -126,7 +130,7 @@ def copy_shared_constants(model: Model) -> int:
 
 
 def _scale_axis(node: Any, place: int) -> tuple[str, int] | None:
-    """Return along which axis a layer's weight gets its scales; None where the constant is no weight of a layer."""
+    """Return along which axis a layer's weight gets its scales; None, the same for all, where it is no weight of a layer."""
     if node.op_type == "Conv" and place == 1:
         return "Conv", 0
     if node.op_type == "ConvTranspose" and place == 1:
@@ -138,15 +142,21 @@ def _scale_axis(node: Any, place: int) -> tuple[str, int] | None:
     return None
 
 
-def kept_activations(model: Model) -> Iterator[str]:
-    """Yield the names of Relus and Clips that must stay in float, as an output of the model or a branch reads their inputs, too."""
+def kept_activations(model: Model, *, is_qdq: bool) -> Iterator[str]:
+    """Yield the names of Relus and Clips that must stay in float, as something else reads their inputs, too.
+
+    In QDQ form that is an output of the model or a branch; in QOperator form, where the library drops the op, any other reader.
+    """
     graph = model.graph
+    readers = readers_of(graph)
     outer = {value.name for value in graph.output}
     for node in graph.node:
         for attribute in node.attribute:
             for inner in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
                 outer |= set(readers_of(inner))
-    yield from (node.name for node in graph.node if node.op_type in ("Relu", "Clip") and node.input[0] in outer)
+    for node in graph.node:
+        if node.op_type in ("Relu", "Clip") and (node.input[0] in outer or (not is_qdq and readers[node.input[0]] > 1)):
+            yield node.name
 
 
 def raise_dead_channels(
@@ -201,6 +211,21 @@ def raise_dead_channels(
             raised.reshape(len(values), -1)[dead[: None if per_channel else 1], 0] = least[dead[: None if per_channel else 1]]
             weight.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(np.moveaxis(raised, 0, axis)), weight.name))
             count += len(dead)
+    return count
+
+
+def drop_repeated_nodes(model: Model) -> int:
+    """Take out, in place, nodes that make a tensor which an earlier node makes; return how many."""
+    made: set[str] = set()
+    kept = []
+    for node in model.graph.node:
+        if not set(node.output) & made:
+            kept.append(node)
+        made |= set(node.output)
+    count = len(model.graph.node) - len(kept)
+    if count:
+        del model.graph.node[:]
+        model.graph.node.extend(kept)
     return count
 
 

@@ -162,10 +162,12 @@ def shield_cubic_resizes(product: Model) -> int:
     for node in product.graph.node:
         modes = [attribute.s for attribute in node.attribute if attribute.name == "mode"]
         if node.op_type == "Resize" and modes == [b"cubic"]:
-            name = f"{node.name}_shield"
-            nodes.append(helper.make_node("DepthToSpace", [node.input[0]], [name], name=name, blocksize=1))
-            node.input[0] = name
+            before, after, made = f"{node.name}_shield", f"{node.name}_shielded", node.output[0]
+            nodes.append(helper.make_node("DepthToSpace", [node.input[0]], [before], name=before, blocksize=1))
+            node.input[0], node.output[0] = before, after
+            nodes += [node, helper.make_node("DepthToSpace", [after], [made], name=after, blocksize=1)]
             count += 1
+            continue
         nodes.append(node)
     _replace(product.graph, nodes)
     return count

@@ -104,6 +104,19 @@ def clipped_output(path: Path) -> Path:
     return save(path, nodes, PICTURE, outputs, held)
 
 
+def clipped_branch(path: Path) -> Path:
+    """A tensor is clipped for one reader, and read as it is by another."""
+    nodes = [
+        conv("image", "w0", "b0", "c"),
+        helper.make_node("Clip", ["c", "low", "high"], ["r"], name="clip"),
+        helper.make_node("Add", ["c", "r"], ["s"], name="sum"),
+        conv("s", "w1", "b0", "y"),
+    ]
+    held = weights(w0=(8, 3, 3, 3), b0=(8,), w1=(8, 8, 3, 3))
+    held |= {"low": np.array(-0.1, np.float32), "high": np.array(0.2, np.float32)}
+    return save(path, nodes, PICTURE, {"y": (1, 8, 16, 16), "r": (1, 8, 16, 16)}, held)
+
+
 def scaled_gemm(path: Path) -> Path:
     """Gemms with factors, and with a bias of shape (1, N)."""
     nodes = [
@@ -274,6 +287,7 @@ def cubic(path: Path) -> Path:
 GRAPHS: dict[str, Save] = {
     "an output that is read": lost_output,
     "an output that is clipped": clipped_output,
+    "a branch that is clipped": clipped_branch,
     "factors of Gemms": scaled_gemm,
     "a shared bias": shared_bias,
     "dead channels": dead_channels,

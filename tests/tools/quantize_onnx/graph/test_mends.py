@@ -10,6 +10,7 @@ from tests.support.small_onnx import Array
 from tests.tools.quantize_onnx.graph.graphs import (
     Save,
     batched_matrix,
+    clipped_branch,
     dead_channels,
     errors_of,
     lost_output,
@@ -43,6 +44,7 @@ def plain(source: Path, target: Path, **settings: Any) -> Path:
     [
         (lost_output, "static", {}),
         (lost_output, "static, QOperator", {"quant_format": QuantFormat.QOperator}),
+        (clipped_branch, "static, QOperator", {"quant_format": QuantFormat.QOperator}),
         (scaled_gemm, "static", {}),
         (shared_bias, "static, QOperator", {"quant_format": QuantFormat.QOperator}),
         (dead_channels, "static", {}),
