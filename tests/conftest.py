@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tests.support.fork_server import ForkServer
 
@@ -81,17 +83,40 @@ def chunkyseal_small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     return Small(card, DATA / "parity_chunkyseal_small.safetensors")
 
 
+def make_once(name: str, make: Callable[[Path], None], factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of files that the first of pytest's workers makes, and every worker copies.
+
+    Args:
+        name: Name of the folder.
+        make: Writes the files to a folder.
+        factory: Of this worker's folders; those of all workers lie in one.
+    """
+    own, common = factory.mktemp(name), factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        common = common.parent
+    shared, done = common / f"{name}_of_all", common / f"{name}_of_all.done"
+    with FileLock(common / f"{name}_of_all.lock"):
+        if not done.exists():
+            shared.mkdir()
+            make(shared)
+            done.touch()
+    return Path(shutil.copytree(shared, own / "copy"))
+
+
 @pytest.fixture(scope="session")
 def float_models(videoseal_small: Small, chunkyseal_small: Small, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Both small networks as float32 TFLite models."""
     from tools.convert_detector import convert_detector
 
-    models = {}
-    for small in (videoseal_small, chunkyseal_small):
-        output = tmp_path_factory.mktemp("models") / f"{small.card.stem}.tflite"
-        convert_detector(model=str(small.card), checkpoint=small.checkpoint, output=output)
-        models[small.card.stem] = output
-    return models
+    smalls = (videoseal_small, chunkyseal_small)
+
+    def make(folder: Path) -> None:
+        for small in smalls:
+            output = folder / f"{small.card.stem}.tflite"
+            convert_detector(model=str(small.card), checkpoint=small.checkpoint, output=output)
+
+    folder = make_once("models", make, tmp_path_factory)
+    return {small.card.stem: folder / f"{small.card.stem}.tflite" for small in smalls}
 
 
 @pytest.fixture(scope="session")
@@ -116,10 +141,15 @@ def miniseal(tmp_path_factory: pytest.TempPathFactory) -> Miniseal:
     from tools.convert_detector import convert_detector
     from tools.convert_detector.command import Precision
 
-    folder = ROOT / "models" / "miniseal"
-    checkpoint, int8 = folder / "checkpoint.safetensors", tmp_path_factory.mktemp("miniseal") / "int8.tflite"
-    done = convert_detector(model="miniseal", checkpoint=checkpoint, quantize=Precision.INT8, output=int8)
-    return Miniseal(checkpoint, done.float_product.path, int8, folder / "samples" / "messages.json")
+    source = ROOT / "models" / "miniseal"
+    checkpoint = source / "checkpoint.safetensors"
+
+    def make(folder: Path) -> None:
+        convert_detector(model="miniseal", checkpoint=checkpoint, quantize=Precision.INT8, output=folder / "int8.tflite")
+
+    folder = make_once("miniseal", make, tmp_path_factory)
+    (float_model,) = (path for path in folder.glob("*.tflite") if path.name != "int8.tflite")
+    return Miniseal(checkpoint, float_model, folder / "int8.tflite", source / "samples" / "messages.json")
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,7 @@ class Op:
         weight_bytes: Bytes of the largest constant operand.
         output_dtype: Type of the first output.
         output: Name of the first output.
+        buffer: Number of the buffer that holds the largest constant operand, which ops may share; 0 without one.
     """
 
     op_type: str
@@ -51,6 +52,7 @@ class Op:
     weight_bytes: int = 0
     output_dtype: str = "FLOAT32"
     output: str = ""
+    buffer: int = 0
 
     @property
     def scope(self) -> str:
@@ -204,13 +206,13 @@ def _graph_ops(model: Any, graph: Any, kinds: list[str]) -> Iterator[Op]:
             continue
         operands = [op.Inputs(k) for k in range(op.InputsLength())]
         constants = [graph.Tensors(stored.get(t, t)) for t in operands if t >= 0]
-        sizes = [(_elements(t), _buffer_bytes(model, t), types[t.Type()]) for t in constants]
+        sizes = [(_elements(t), _buffer_bytes(model, t), types[t.Type()], t.Buffer()) for t in constants]
         sizes = [entry for entry in sizes if entry[1] and entry[2] not in ("INT32", "INT64", "BOOL", "STRING")]
         outputs = [graph.Tensors(op.Outputs(k)) for k in range(op.OutputsLength())]
         if outputs:
             names = [(tensor.Name() or b"").decode() for tensor in outputs]
-            _, weight_bytes, dtype = max(sizes, default=(0, 0, ""))
-            yield Op(kind, ";".join(names), dtype, weight_bytes, types[outputs[0].Type()], names[0])
+            _, weight_bytes, dtype, buffer = max(sizes, default=(0, 0, "", 0))
+            yield Op(kind, ";".join(names), dtype, weight_bytes, types[outputs[0].Type()], names[0], buffer)
 
 
 def _restored_types(model: Any, graph: Any, kinds: list[str]) -> Iterator[str]:

@@ -39,6 +39,7 @@ class LayerState:
         weight_bytes: Bytes of its weights now.
         has_smaller_weights: Whether its weights were quantized.
         became_integer: Whether it has no weights, and integer outputs now.
+        is_shared: Whether its weights are those of an earlier layer, too, which counts them.
     """
 
     layer: Layer
@@ -46,6 +47,7 @@ class LayerState:
     weight_bytes: int
     has_smaller_weights: bool
     became_integer: bool = False
+    is_shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ def measure_coverage(
         counted = of_type if is_integer else [state for state in of_type if state.layer.weight_bytes]
         if not counted:
             continue
+        own = [state for state in counted if not state.is_shared]
         done = [state for state in counted if state.has_smaller_weights or state.became_integer]
         reasons = {state.layer.name: why_skipped(state) for state in counted if state not in done}
         skipped += [
@@ -132,9 +135,9 @@ def measure_coverage(
                 op_type=op_type,
                 ops=len(counted),
                 quantized=len(done),
-                weight_bytes=sum(state.layer.weight_bytes for state in counted),
-                quantized_weight_bytes=sum(state.layer.weight_bytes for state in counted if state.has_smaller_weights),
-                bytes_after=sum(state.weight_bytes for state in counted),
+                weight_bytes=sum(state.layer.weight_bytes for state in own),
+                quantized_weight_bytes=sum(state.layer.weight_bytes for state in own if state.has_smaller_weights),
+                bytes_after=sum(state.weight_bytes for state in own),
                 dtypes=sorted({state.dtype for state in counted} - {""}),
                 reason="; ".join(f"{count} x {reason}" for reason, count in Counter(reasons.values()).most_common()),
             )

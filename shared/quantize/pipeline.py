@@ -21,7 +21,7 @@ from shared.metrics.output_error import measure_errors, size_of, worst_error
 from shared.quantize.backend import Backend, Candidate, Quantization, UnchangedError
 from shared.quantize.coverage import covered_share
 from shared.quantize.ledger import Ledger, measure_safely
-from shared.quantize.request import Request
+from shared.quantize.request import Limits, Request
 from shared.quantize.result import ORIGINAL, REFERENCE, CandidateResult, ModelResult, SearchSummary
 from shared.quantize.search import Search, SearchSpace
 from shared.quantize.sensitivity import LayerSensitivity, measure_sensitivity
@@ -33,7 +33,8 @@ from shared.runtime.samples import needs_guess
 from shared.runtime.speed import describe_speed
 
 TASK_TIMEOUT_S = 3600.0
-MOST_CHANGED = 1e-3  # relative error between a model as it came and repaired; rounding in another order gives 1e-6
+# Relative error between a model as it came and repaired: rounding in another order gives 1e-6, in float16 more.
+MOST_CHANGED, MOST_CHANGED_HALVES = 1e-3, 5e-2
 JOB_BASE_BYTES, JOB_BYTES_PER_BYTE = int(0.5 * GIB), 4  # memory of a candidate that is measured: libraries; times the model's size
 MOST_EXPLAINED_BYTES = 64 * MIB  # of a model whose layers are measured one by one because its product is of no use
 DATA = ".data"  # suffix of the file that holds the weights of a large ONNX model
@@ -229,8 +230,7 @@ def _compared(
     if isinstance(run, ChildError):
         return CandidateResult(label, None, problem=f"does not run: {run}")
     speed = describe_speed(reference.measurement, run.measurement, model)
-    is_comparable = run.input_types == reference.input_types and _types(run) == _types(reference)
-    if not is_comparable:
+    if run.input_types != reference.input_types or _types(run) != _types(reference):
         return CandidateResult(label, run.measurement, speed=speed)
     errors = measure_errors(reference.output_names, reference.outputs, run.outputs, peaks)
     problems = "; ".join(f"{error.output}: {error.problem}" for error in errors if error.problem)
@@ -243,7 +243,8 @@ def _types(run: ModelRun) -> list[str]:
 
 def _require_same_answers(quantization: Quantization, original: CandidateResult) -> None:
     """Raise ToolError where repairing the model changed its outputs."""
-    if original.errors and size_of(worst := worst_error(original.errors)) > MOST_CHANGED:
+    most = MOST_CHANGED_HALVES if any(op.dtype.endswith("FLOAT16") for op in quantization.source.ops) else MOST_CHANGED
+    if original.errors and size_of(worst := worst_error(original.errors)) > most:
         remedy = "export the model again, with a newer opset"
         raise ToolError("repairing the model changes its answers", where=quantization.source.path, got=str(worst), remedy=remedy)
 
@@ -263,12 +264,11 @@ def _choose(
         for result, one in zip(tried, candidates, strict=True)
         if result.measurement is not None and not result.problem
     ]
-    several = len(candidates) + len(failures) > 1
     got = "; ".join(f"{one.label}: {one.problem or '; '.join(map(str, one.errors))}" for one in (*tried, *failures))
     if not running:
         raise ToolError("the quantized model does not run; nothing was kept", where=quantization.name, got=got)
-    limits = quantization.request.limits
-    inside = [one for one in running if limits.keeps(one[1].errors)] if several and limits else running
+    limits = quantization.request.limits if len(candidates) + len(failures) > 1 else Limits()
+    inside = [one for one in running if limits.keeps(one[1].errors)] if limits else running
     inside = [one for one in inside if not alarms(one[1].errors, is_made_up=quantization.is_made_up)] or inside
     if not inside:
         remedy = "allow a larger error" if quantization.samples.calibration else "give --calibration, for static recipes"

@@ -150,7 +150,11 @@ def coverage(quantization: Quantization, candidate: Candidate) -> tuple[list[OpT
     """Return what became of the ops, and why layers were skipped."""
     content = candidate.model.content
     assert isinstance(content, OnnxContent)
-    states = [_state(op, content.constants) for op in _ops(quantization.model)]
+    ops = _ops(quantization.model)
+    firsts = {op.weight: op.name for op in reversed(ops)}
+    states = [
+        replace(_state(op, content.constants), is_shared=op.weight is not None and firsts[op.weight] != op.name) for op in ops
+    ]
     wanted: OnnxRequest = candidate.request.settings
 
     def why(state: LayerState) -> str:

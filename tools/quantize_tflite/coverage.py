@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from shared.formats.tflite import Op
@@ -23,7 +24,11 @@ def layer_states(before: Sequence[Op], after: Sequence[Op], given: Sequence[Op])
     """
     now = {op.name: op for op in after}
     stored = {op.name: op.dtype for op in given}
-    return [_state(op, now.get(op.name), stored.get(op.name, op.dtype)) for op in before]
+    firsts = {op.buffer: op.name for op in reversed(before)}
+    states = [_state(op, now.get(op.name), stored.get(op.name, op.dtype)) for op in before]
+    return [
+        replace(state, is_shared=op.buffer > 0 and firsts[op.buffer] != op.name) for op, state in zip(before, states, strict=True)
+    ]
 
 
 def _state(op: Op, now: Op | None, stored: str) -> LayerState:

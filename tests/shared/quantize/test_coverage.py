@@ -1,6 +1,7 @@
 """Coverage counts the layers of every op type, and each layer with weights that was skipped has its reason."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -107,3 +108,9 @@ def test_a_long_name_keeps_its_end(length: int) -> None:
 
 def test_a_number_that_is_not_there_is_a_dash() -> None:
     assert (number_text(None, ".2%", " dB"), number_text(0.5, ".1%"), number_text(1.25, ".1f", " dB")) == ("-", "50.0%", "1.2 dB")
+
+
+def test_weights_that_layers_share_count_once() -> None:
+    first = state("CONV_2D", "c1", 40, 10)
+    rows, _ = measure_coverage([first, replace(state("CONV_2D", "c2", 40, 10), is_shared=True)], why)
+    assert rows == [OpTypeCoverage("CONV_2D", 2, 2, 40, 40, 10, ["INT8"], "")]
