@@ -131,6 +131,13 @@ def _node_tensors(nodes: Iterable[Any]) -> Iterator[Any]:
                 yield from _graph_tensors(inner)
 
 
+def inner_graphs(node: Any) -> list[Any]:
+    """Return the graphs inside of a node, such as the branches of an If."""
+    return [
+        graph for attribute in node.attribute for graph in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs)
+    ]
+
+
 def external_files(path: Path) -> list[Path]:
     """Return the files next to a model that hold its weights, sorted; errors as of `files_of`."""
     return files_of(read_model(path), path)
@@ -253,7 +260,6 @@ def _layer_constants(graph: Any, outer: Mapping[str, Any]) -> Iterator[Any]:
     for node in graph.node:
         places = LAYER_CONSTANTS.get(node.op_type, SCALES.get(node.op_type, ()))
         read |= dict.fromkeys(name for place, name in enumerate(node.input) if place in places and name in constants)
-        for attribute in node.attribute:
-            for inner in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
-                yield from _layer_constants(inner, constants)
+        for inner in inner_graphs(node):
+            yield from _layer_constants(inner, constants)
     yield from (constants[name] for name in read)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.formats.onnx_file import Model, read_checked, tensor_bytes
+from shared.formats.onnx_file import Model, inner_graphs, read_checked, tensor_bytes
 
 METADATA_KEY = "edgepress"  # of metadata_props
 MAX_METADATA_BYTES = 2**16
@@ -125,9 +125,8 @@ def _ops_of(graph: Any, outer: Mapping[str, Any], prefix: str) -> list[OnnxOp]:
                 is_inner=bool(prefix),
             )
         )
-        for attribute in node.attribute:
-            for below in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
-                inner += _ops_of(below, constants, f"{prefix}{name}/")
+        for below in inner_graphs(node):
+            inner += _ops_of(below, constants, f"{prefix}{name}/")
     return [*ops, *inner]
 
 
@@ -153,9 +152,8 @@ def readers_of(graph: Any) -> "collections.Counter[str]":
     found = collections.Counter(value.name for value in graph.output)
     for node in graph.node:
         found.update(node.input)
-        for attribute in node.attribute:
-            for inner in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
-                found.update(readers_of(inner))
+        for inner in inner_graphs(node):
+            found.update(readers_of(inner))
     return found
 
 

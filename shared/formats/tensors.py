@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from shared.media.images import CHANNELS, ImageForm, image_form, image_layout
 
 IMAGE_DTYPES = ("float32", "float16", "uint8")
+INFINITE_FROM = 1e30  # magnitude from which a value stands for infinity: masks hold the lowest float32 in place of -inf
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from shared.files.atomic import draft_beside
 from shared.files.checksums import sha256_of
 from shared.formats.model_file import ModelFile
 from shared.formats.onnx_file import Model
+from shared.formats.tensors import INFINITE_FROM
 
 CalibrationMethod = Literal["minmax", "entropy", "percentile"]
 PERCENTILE = 99.999  # of a tensor's values lie inside the range
@@ -31,7 +32,6 @@ ENTROPY_BINS, ENTROPY_LEVELS = 1024, 128  # bins of the histogram, and of what i
 FETCHED_BYTES = 512 * MIB  # of activations at a time; the model itself may need more
 PROBED = 8  # tensors fetched at a time while their sizes are unknown
 LEAST_RANGE = 1e-6  # of a tensor that is constant on all samples
-LARGEST = 1e30  # magnitude of a value with a meaning of its own; masks hold the lowest float32 in place of -inf
 Feed = dict[str, NDArray[Any]]
 Limits = dict[str, tuple[float, float]]
 
@@ -163,7 +163,7 @@ def _smallest_and_largest(model: Path, augmented: Path, names: list[str], sample
     limits = {}
     for name, of_samples in zip(names, found.swapaxes(0, 1), strict=True):
         seen = of_samples[~(of_samples[:, 0] > of_samples[:, 1])]  # of an empty tensor the smallest value is above the largest
-        if seen.size and (np.abs(seen) <= LARGEST).all():
+        if seen.size and (np.abs(seen) < INFINITE_FROM).all():
             limits[name] = float(seen[:, 0].min()), float(seen[:, 1].max())
     return limits
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from shared.calibration.dataset import CalibrationSet
 from shared.command.errors import ToolError
-from shared.formats.tensors import TensorSpec
+from shared.formats.tensors import INFINITE_FROM, TensorSpec
 from shared.formats.tflite import constant_span, enum_names, op_type, open_flatbuffer, require_finite
 from shared.formats.tflite_metadata import copy_appended_zip
 from shared.runtime.processes import Message, answer_tasks
@@ -18,7 +18,6 @@ from shared.runtime.workarounds import large_weights_quantized
 from tools.quantize_tflite.candidates import Subject, corrected
 from tools.quantize_tflite.repair import cut_before_custom_ops, needed_repairs, repair, shorten_names
 
-LARGEST = 1e30  # magnitude of a value with a meaning of its own; masks hold the lowest float32 in place of -inf
 CARRIERS = {"ADD", "SUB", "SELECT", "SELECT_V2", "PAD", "PADV2", "CONCATENATION", "BROADCAST_TO"}  # give an infinite operand on
 CARRIERS |= {"RESHAPE", "TRANSPOSE", "SLICE", "STRIDED_SLICE", "SPLIT", "SQUEEZE", "EXPAND_DIMS", "GATHER", "TILE"}
 NAMED = "named.tflite"  # next to a draft with short names: the same with its own
@@ -75,7 +74,7 @@ def calibrate(  # noqa: PLR0917 - called by name
 def find_unbounded(source: str, statistics: str) -> Message:
     """Return the scopes of ops at a tensor whose values are infinite, such as a mask of attention: they can't be quantized.
 
-    Magnitudes from LARGEST on count as infinite. Ranges of activations leave infinite values out: they follow from the constants.
+    Magnitudes from INFINITE_FROM on count as infinite. Ranges of activations leave infinite values out; they follow from constants.
     """
     from ai_edge_quantizer.utils.calibration_utils import load_calibration_results
 
@@ -106,7 +105,7 @@ def _is_unbounded(source: Path, model: Any, tensor: Any, ranges: Mapping[str, An
         values = np.fromfile(source, np.float32, (span[1] - span[0]) // 4, offset=span[0])
     else:
         return False
-    return not bool((np.abs(values) < LARGEST).all())  # also for NaN
+    return not bool((np.abs(values) < INFINITE_FROM).all())  # also for NaN
 
 
 def quantize(  # noqa: PLR0917 - called by name

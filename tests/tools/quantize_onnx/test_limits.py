@@ -14,6 +14,7 @@ from tests.conftest import Run
 from tests.support.small_onnx import PICTURE, save_picture_model, save_vector_model, seeded, weights_of
 from tests.tools.quantize_onnx.conftest import COUNT, names, only, psnr_of, save_manifest
 from tools.quantize_onnx import quantize_onnx
+from tools.quantize_onnx.options import Recipe
 
 # Limits and gates.
 
@@ -183,3 +184,30 @@ def test_a_model_that_makes_nan_of_the_samples_is_an_error(tmp_path: Path, tiles
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(ToolError, match="made: an output holds NaN or infinite values"):
         quantize_onnx(tmp_path / "m.onnx", calibration=tiles)
+
+
+@pytest.mark.parametrize("recipe", ["int8-static", "int8"])
+def test_a_product_of_no_use_is_written_only_where_the_user_allows_it(recipe: Recipe, tmp_path: Path) -> None:
+    """One scale for a whole weight, which one huge value for an input that is always zero makes coarse."""
+    path = save_vector_model(tmp_path / "bad.onnx")
+    model = onnx.load(str(path))
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor).copy()
+        if tensor.name == "m":
+            values[0, 0] = 1e5
+        if tensor.name in ("mb", "gb"):
+            values *= 0
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save_model(model, str(path))
+    vectors = np.random.default_rng(0).random((COUNT, 1, 8), np.float32)
+    vectors[..., 0] = 0
+    np.savez(tmp_path / "set.npz", vector=vectors)
+    given = {"recipe": recipe, "calibration": tmp_path / "set.npz", "set_options": ["per_channel=no"], "correct_bias": False}
+    ruined = quantize_onnx(path, output=tmp_path / "q.onnx", **given)  # type: ignore[arg-type]
+    assert (ruined.ok, ruined.product) == (False, None)
+    assert ruined.message.startswith("FAILED: min_cosine:out 0, limit 0.95; nothing was written")
+    assert any("LARGE ERROR" in str(line) and "--exclude for product" in str(line) for line in ruined.result.tables())
+    assert not (tmp_path / "q.onnx").exists()
+    allowed = quantize_onnx(path, output=tmp_path / "q.onnx", allow_large_error=True, **given)  # type: ignore[arg-type]
+    assert allowed.ok and (tmp_path / "q.onnx").exists()
+    assert any("LARGE ERROR" in str(line) for line in allowed.result.tables())

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from shared.formats.onnx_file import Model
+from shared.formats.onnx_file import Model, inner_graphs
 from shared.formats.onnx_graph import readers_of
 
 # Passes of ONNX Runtime 1.31's first level that join ops under new names; the others fold constants and drop ops without effect.
@@ -113,9 +113,8 @@ def rename_inputs(graph: Any, names: dict[str, str]) -> None:
         for index, name in enumerate(node.input):
             if names.get(name, name) != name:
                 node.input[index] = names[name]
-        for attribute in node.attribute:
-            for inner in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
-                rename_inputs(inner, names)
+        for inner in inner_graphs(node):
+            rename_inputs(inner, names)
 
 
 def _count(graph: Any) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.command.errors import ToolError, first_line
-from shared.formats.onnx_file import AGAIN, LAYER_CONSTANTS, Model
+from shared.formats.onnx_file import AGAIN, LAYER_CONSTANTS, Model, inner_graphs
 from tools.quantize_onnx.graph.folding import rename_inputs
 
 FIRST_OPTIONAL_IR = 4  # before it every initializer had to be an input; from here on an initializer that is an input is its default
@@ -173,6 +173,5 @@ def _nodes(graph: Any) -> Iterator[Any]:
     """Yield the nodes of a graph and of the graphs inside of it."""
     for node in graph.node:
         yield node
-        for attribute in node.attribute:
-            for inner in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
-                yield from _nodes(inner)
+        for inner in inner_graphs(node):
+            yield from _nodes(inner)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.formats.onnx_file import Model
+from shared.formats.onnx_file import Model, inner_graphs
 from shared.formats.onnx_graph import readers_of
 
 Array = NDArray[Any]
@@ -151,9 +151,8 @@ def kept_activations(model: Model, *, is_qdq: bool) -> Iterator[str]:
     readers = readers_of(graph)
     outer = {value.name for value in graph.output}
     for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
-                outer |= set(readers_of(inner))
+        for inner in inner_graphs(node):
+            outer |= set(readers_of(inner))
     for node in graph.node:
         if node.op_type in ("Relu", "Clip") and (node.input[0] in outer or (not is_qdq and readers[node.input[0]] > 1)):
             yield node.name
