@@ -21,7 +21,6 @@ import pytest
 import noxfile
 from models.face_landmarker.check import check
 from shared.metrics.alarm import LEAST_COSINE, LEAST_MADE_UP_COSINE, LEAST_PSNR_DB
-from shared.metrics.gates import flat_gates
 from shared.networks.card import Gates, load_card
 from shared.quantize.result import GATES as QUANTIZER_GATES
 from shared.runtime.benchmark import SLOWER
@@ -29,6 +28,7 @@ from tests.bench import guide, tables
 from tests.conftest import ROOT, Run
 from tests.test_recipes import RECIPES, SESSIONS, parse_command
 from tools.compare.gates import GATES as COMPARE_GATES
+from tools.compare.gates import flat_gates
 from tools.quantize_onnx.options import OnnxSettings, Recipe, parse_settings
 from tools.quantize_tflite.recipes import ALIASES
 

@@ -33,7 +33,7 @@ from shared.formats.tensors import TensorSpec, describe
 from shared.metrics.metrics import message_bits
 from shared.runtime.model import Model, open_model
 from shared.runtime.processes import ChildError
-from shared.runtime.samples import GUESSES, Guess, guess_inputs, needs_guess, sample_inputs
+from shared.runtime.samples import GUESSES, Guess, MadeUpInputsError, complete_inputs, guess_inputs, sample_inputs
 
 PACKAGES = ("ai-edge-litert", "onnxruntime", "numpy")
 REPEATS = 3
@@ -108,9 +108,9 @@ class _Inputs:
     def make(self, specs: list[TensorSpec], number: int) -> dict[str, NDArray[Any]]:
         """Return the inputs of one sample; of a file, those after the last are the first again."""
         if self.file is None:
-            return sample_inputs(specs, self.seed + number, guess=self.guess)
+            return sample_inputs(specs, self.seed + number, self.guess)
         samples = list(itertools.islice(CalibrationSet(self.file).samples(specs), number + 1))
-        return samples[number % len(samples)]
+        return complete_inputs(samples[number % len(samples)], specs, self.seed + number)
 
 
 def _run(model: Model, inputs: _Inputs, number: int = 0) -> tuple[Outputs, float]:
@@ -159,7 +159,6 @@ def _check_detector(output: NDArray[Any], nbits: int) -> Iterator[Check]:
 def _verify(source: ModelFile, threads: int, inputs: _Inputs, nbits: int | None) -> Findings:
     """Go through the checks in order; stop at the first that makes the next ones pointless."""
     checks: list[Check] = []
-    is_onnx = source.kind == "onnx"
     load_ms = run_ms = 0.0
     peak = 0
     stage = "loads"
@@ -168,14 +167,14 @@ def _verify(source: ModelFile, threads: int, inputs: _Inputs, nbits: int | None)
             load_ms = model.load_ms
             checks.append(Check("loads", f"{load_ms:.0f} ms, {model.kernels} kernels", "", ok=True))
             for name, specs in (("inputs", model.inputs), ("outputs", model.outputs)):
-                known = bool(specs) and all(size > 0 or (size == FREE and is_onnx) for spec in specs for size in spec.shape)
-                limit = "at least one; -1 is any size" if is_onnx else "at least one, of fixed shape"
-                checks.append(Check(name, describe(specs), limit, known))
+                known = bool(specs) and all(size > 0 or size == FREE for spec in specs for size in spec.shape)
+                checks.append(Check(name, describe(specs), "at least one; -1 is any size", known))
             if not all(check.ok for check in checks):
                 return Findings(checks, load_ms, run_ms, model.peak_rss_bytes)
             stage = "runs"
-            if inputs.file is None and needs_guess(model.inputs):
-                inputs = replace(inputs, guess=guess_inputs(source, threads))
+            if inputs.file is None:
+                guess = Guess.of_hints(source.hints, source.input_range)
+                inputs = replace(inputs, guess=guess_inputs(source, model.inputs, threads, guess))
             first, _ = _run(model, inputs)
             timed = [_run(model, inputs) for _ in range(REPEATS - 1)]
             other, _ = _run(model, inputs, 1)
@@ -190,7 +189,8 @@ def _verify(source: ModelFile, threads: int, inputs: _Inputs, nbits: int | None)
             value = f"1 and {threads} threads differ by {error:.2g} of the largest output"
             checks.append(Check("threads", value, f"{MAX_THREADS_ERROR:g}", error <= MAX_THREADS_ERROR))
     except ChildError as error:
-        checks.append(Check(stage, str(error), "", ok=False))
+        hint = "; give real inputs with --inputs FILE.npz" if isinstance(error, MadeUpInputsError) else ""
+        checks.append(Check(stage, f"{error}{hint}", "", ok=False))
         return Findings(checks, load_ms, run_ms, peak)
     if nbits is not None:
         checks += _check_detector(first[0], nbits)

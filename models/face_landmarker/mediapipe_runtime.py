@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.command.errors import ToolError, first_line
-from shared.formats.bundle import models_of, unpack_bundle
 from shared.media.images import Pixels
+from tools.quantize_tflite.bundle import models_of, unpack_bundle
 
 LIBRARIES = ("libEGL.so.1", "libGLESv2.so.2")
 MAX_FACES = 10

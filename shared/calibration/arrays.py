@@ -97,7 +97,7 @@ def read_npz(path: Path, inputs: list[TensorSpec]) -> Iterator[Sample]:
     try:
         with zipfile.ZipFile(path) as archive, contextlib.ExitStack() as streams:
             arrays = _npz_arrays(archive, path, streams)
-            source = {spec.name: spec.name for spec in inputs}
+            source = {spec.name: spec.name if spec.name in arrays else spec.own_name for spec in inputs}
             if len(inputs) == 1 and len(arrays) == 1 and inputs[0].name not in arrays and IMAGES_KEY in arrays:
                 source = {inputs[0].name: IMAGES_KEY}
             missing = [spec.name for spec in inputs if source[spec.name] not in arrays]

@@ -19,10 +19,10 @@ from shared.calibration.arrays import AGAIN, Sample, npz_length, read_npz, singl
 from shared.command.errors import ToolError
 from shared.command.options import InputRange
 from shared.files.file_type import is_regular, read_head
-from shared.formats.tensors import TensorSpec, describe, image_input
+from shared.formats.tensors import TensorSpec, by_signature, describe, image_input
 from shared.media.images import ImageForm, Pixels, image_files, read_pixels, to_form, to_values
 
-RANGES: dict[str, tuple[float, float]] = {"0..1": (0.0, 1.0), "-1..1": (-1.0, 1.0), "0..255": (0.0, 255.0)}
+RANGES: dict[InputRange, tuple[float, float]] = {"0..1": (0.0, 1.0), "-1..1": (-1.0, 1.0), "0..255": (0.0, 255.0)}
 TOLERANCE = 0.05  # of the range's width: interpolation overshoots, and normalisation constants are rounded
 LEAST_SPAN = 0.1  # of the range's width: below it, all samples together are likelier of another scale
 TILE_SIZE, TILE_STEP = 256, 16  # pixels of a tile; networks halve sides a few times
@@ -40,12 +40,14 @@ class CalibrationSet:
         input_range: Range of the model's image input where it is known.
         most: Samples to take, spread evenly over the set; all when None.
         part: Which part of a manifest: what to calibrate with, or what was held out to measure on.
+        tile: Pixels of a side of images for a model that takes any size, at most.
     """
 
     path: Path
     input_range: InputRange | None = None
     most: int | None = None
     part: Part = "samples"
+    tile: int = TILE_SIZE
 
     def files(self) -> list[Path]:
         """Return the files that the set is made of.
@@ -59,6 +61,15 @@ class CalibrationSet:
             return [self.path]
         manifests = [path for path in (self.path, self.path / MANIFEST_NAME) if path.is_file()]
         return [*manifests, *_listed_images(self.path, self.part)]
+
+    def as_message(self) -> dict[str, Any]:
+        """Return the set as JSON can hold it, for another process."""
+        return {**vars(self), "path": str(self.path)}
+
+    @classmethod
+    def from_message(cls, message: dict[str, Any]) -> "CalibrationSet":
+        """Return the set that `as_message` made a message of."""
+        return cls(**{**message, "path": Path(message["path"])})
 
     def all_files(self) -> list[Path]:
         """Return the files of every part of the set: what a manifest holds out, too."""
@@ -79,7 +90,7 @@ class CalibrationSet:
 
     def sha256(self) -> str:
         """Return a hash of everything that decides the samples."""
-        whole = hashlib.sha256(f"{self.input_range} {self.most} {self.part}".encode())
+        whole = hashlib.sha256(f"{self.input_range} {self.most} {self.part} {self.tile}".encode())
         for path in self.files():
             with path.open("rb") as file:
                 whole.update(hashlib.file_digest(file, "sha256").digest())
@@ -88,16 +99,37 @@ class CalibrationSet:
     def samples(self, inputs: list[TensorSpec]) -> Iterator[Sample]:
         """Yield the samples one by one, each input in its spec's shape and dtype, values as the model takes them.
 
+        Of a model with several signatures a set may fit some only: then a sample has the inputs of these.
+
         Raises:
             ToolError: The set does not fit the model, is damaged, or holds NaN.
         """
+        groups = by_signature(inputs)
+        fitting = groups if len(groups) == 1 else [group for group in groups if self._fits(group)]
+        if not fitting:
+            what, remedy = "the calibration set fits no signature of the model", "name arrays SIGNATURE/INPUT"
+            raise ToolError(what, where=self.path, expected=describe(inputs), remedy=remedy)
+        for parts in zip(*map(self._of_one, fitting), strict=True):
+            yield {name: values for part in parts for name, values in part.items()}
+
+    def _fits(self, inputs: list[TensorSpec]) -> bool:
+        """Return whether the set has a sample for the inputs of one signature."""
+        if self.path.suffix != ".npz":
+            return image_input(inputs) is not None
+        try:
+            return next(self._of_one(inputs), None) is not None
+        except ToolError:
+            return False
+
+    def _of_one(self, inputs: list[TensorSpec]) -> Iterator[Sample]:
+        """Yield the samples for the inputs of one signature."""
         if self.path.suffix == ".npz":
             singles = single_specs(self.path, inputs)
             single = _spread(read_npz(self.path, singles or inputs), npz_length(self.path), self.most)
             yield from single if singles is None else _batches(single, inputs[0].shape[0])
             return
         files, found = _listed_images(self.path, self.part), image_input(inputs)
-        images = (_from_image(file, inputs, self.input_range) for file in _spread(iter(files), len(files), self.most))
+        images = (_from_image(file, inputs, self.input_range, self.tile) for file in _spread(iter(files), len(files), self.most))
         yield from _batches(images, 1 if found is None else found[1].batch)
 
     def check(self, inputs: list[TensorSpec], declared: tuple[float, float] | None) -> int:
@@ -111,15 +143,14 @@ class CalibrationSet:
         count, low, high = 0, np.inf, -np.inf
         for sample in self.samples(inputs):
             count += 1
-            for spec in inputs:
-                values = sample[spec.name]
+            for name, values in sample.items():
                 if not np.isfinite(values).all():
-                    got = f"sample {count}, {spec.name}"
+                    got = f"sample {count}, {name}"
                     raise ToolError("a calibration sample holds NaN or infinity", where=self.path, got=got, remedy=AGAIN)
                 low, high = min(low, float(values.min())), max(high, float(values.max()))
         if count == 0:
             raise ToolError("the calibration set is empty", where=self.path, remedy=AGAIN)
-        if known is not None and len(inputs) == 1:
+        if known is not None and all(len(group) == 1 for group in by_signature(inputs)):
             _require_range(self.path, (low, high), known)
         return count
 
@@ -136,13 +167,17 @@ def choose_range(name: str | None, declared: tuple[float, float] | None, where: 
     Raises:
         ToolError: The two differ.
     """
-    near = next(
-        (key for key, limits in RANGES.items() if declared and np.allclose(limits, declared, atol=0.02 * np.ptp(limits))), None
-    )
+    near = name_of_range(declared)
     if name is not None and near is not None and name != near:
         what, remedy = "--input-range differs from the model's own metadata", "leave it out"
         raise ToolError(what, where=where, got=name, expected=near, remedy=remedy)
     return name or near  # type: ignore[return-value]
+
+
+def name_of_range(limits: tuple[float, float] | None) -> InputRange | None:
+    """Return the name of a range, or of one that is nearly the same; None for any other."""
+    near = (name for name, known in RANGES.items() if limits and np.allclose(known, limits, atol=0.02 * np.ptp(known)))
+    return next(near, None)
 
 
 def _no_set(path: Path) -> ToolError:
@@ -198,7 +233,7 @@ def _listed_images(path: Path, part: Part = "samples") -> list[Path]:
     return files
 
 
-def _from_image(file: Path, inputs: list[TensorSpec], input_range: InputRange | None) -> Sample:
+def _from_image(file: Path, inputs: list[TensorSpec], input_range: InputRange | None, tile: int) -> Sample:
     found = image_input(inputs)
     if found is None:
         remedy = "give an .npz with one array per input"
@@ -209,17 +244,17 @@ def _from_image(file: Path, inputs: list[TensorSpec], input_range: InputRange | 
         remedy = "say --input-range 0..1, -1..1 or 0..255"
         raise ToolError("the model does not tell the range of its input", where=file.parent, remedy=remedy)
     name, form = found
-    pixels = _tile(read_pixels(file), form)
+    pixels = _tile(read_pixels(file), form, tile)
     return {name: to_values(to_form(pixels, form), inputs[0].dtype, RANGES[input_range])}
 
 
-def _tile(pixels: Pixels, form: ImageForm) -> Pixels:
-    """Return the middle of an image along axes of free length: TILE_SIZE pixels, or as many as it has, a multiple of TILE_STEP."""
+def _tile(pixels: Pixels, form: ImageForm, size: int) -> Pixels:
+    """Return the middle of an image along axes of free length: `size` pixels, or as many as it has, a multiple of TILE_STEP."""
     sides = [slice(None), slice(None)]
     for axis, fixed in enumerate((form.height, form.width)):
         length = pixels.shape[axis]
         if fixed is None and length >= TILE_STEP:
-            side = min(TILE_SIZE, length // TILE_STEP * TILE_STEP)
+            side = min(size, length // TILE_STEP * TILE_STEP)
             sides[axis] = slice((length - side) // 2, (length - side) // 2 + side)
     return np.ascontiguousarray(pixels[tuple(sides)])
 

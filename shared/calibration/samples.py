@@ -1,19 +1,20 @@
 """The samples of one quantization: real inputs to calibrate with, and real or seeded inputs to measure answers on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from shared.calibration.arrays import Sample
-from shared.calibration.dataset import RANGES, CalibrationSet, choose_range
+from shared.calibration.dataset import RANGES, CalibrationSet, choose_range, name_of_range
 from shared.command.cli import step
 from shared.command.errors import ToolError
 from shared.command.options import InputRange
+from shared.formats.input_hints import InputHints
 from shared.formats.model_file import ModelFile
-from shared.formats.tensors import TensorSpec, image_input, makes_image
+from shared.formats.tensors import TensorSpec, by_signature, image_input, makes_image
 from shared.runtime.benchmark import Inputs, sample_count
 from shared.runtime.processes import ChildError
-from shared.runtime.samples import Guess, guess_inputs, sample_inputs
+from shared.runtime.samples import Guess, complete_inputs, guess_inputs, sample_inputs
 
 SLACK = 0.05  # that values may lie outside a range: interpolation overshoots
 
@@ -25,24 +26,23 @@ class HeldSamples:
     Args:
         dataset: Real inputs; None for seeded ones.
         count: How many there are at most.
-        pixel_range: Range of made-up pictures.
         guess: What made-up inputs look like.
     """
 
     dataset: CalibrationSet | None
     count: int
-    pixel_range: tuple[float, float] = (0.0, 1.0)
     guess: Guess = Guess()  # noqa: RUF009 - frozen
 
     def load(self, inputs: Sequence[TensorSpec]) -> list[Sample]:
-        """Return the samples, each input in its spec's shape and dtype."""
+        """Return the samples, each input in its spec's shape and dtype; inputs of signatures without real ones are made up."""
         if self.dataset is None:
-            return [sample_inputs(list(inputs), seed, self.pixel_range, self.guess) for seed in range(self.count)]
-        return list(self.dataset.samples(list(inputs)))
+            return [sample_inputs(list(inputs), seed, self.guess) for seed in range(self.count)]
+        real = enumerate(self.dataset.samples(list(inputs)))
+        return [complete_inputs(sample, list(inputs), seed, self.guess) for seed, sample in real]
 
     def sha256(self) -> str:
         """Return a hash of everything that decides the samples."""
-        return f"{self.count} made up in {self.pixel_range}, {self.guess}" if self.dataset is None else self.dataset.sha256()
+        return f"{self.count} made up, {self.guess}" if self.dataset is None else self.dataset.sha256()
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,41 @@ class Samples:
     peaks: list[float | None]
 
 
+@dataclass(frozen=True)
+class KnownRange:
+    """What is known of the range of a model's image input.
+
+    Args:
+        given: As the user says.
+        declared: As the model's metadata says.
+        hints: What the model's first ops tell.
+        assumed: Range to take where nobody says any; None where that is an error.
+    """
+
+    given: InputRange | None = None
+    declared: tuple[float, float] | None = None
+    hints: InputHints = field(default_factory=InputHints)
+    assumed: InputRange | None = None
+
+    def choose(
+        self, inputs: Sequence[TensorSpec], real: CalibrationSet | None, where: Path
+    ) -> tuple[InputRange | None, bool, Guess]:
+        """Return the range, whether it is assumed only, and what made-up inputs look like.
+
+        Args:
+            inputs: The model's inputs.
+            real: Real inputs, if there are any.
+            where: The model, for messages.
+        """
+        images = [group[0] for group in by_signature(inputs) if image_input(group) is not None]
+        declared = RANGES["0..255"] if images and images[0].dtype == "uint8" else self.declared
+        known = choose_range(self.given, declared, real.path if real else where)
+        assumes = self.assumed is not None and known is None and bool(images) and real is not None and real.path.suffix != ".npz"
+        guess = Guess.of_hints(self.hints, RANGES[known] if known else declared)
+        chosen = name_of_range(guess.pixel_range) or self.assumed if assumes else known
+        return chosen, assumes, replace(guess, pixel_range=RANGES[chosen]) if chosen else guess
+
+
 def settle_samples(
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
@@ -72,9 +107,7 @@ def settle_samples(
     where: Path,
     calibration: CalibrationSet | None,
     holdout: CalibrationSet | None,
-    input_range: InputRange | None,
-    declared: tuple[float, float] | None,
-    assumed: InputRange | None,
+    known: KnownRange,
 ) -> Samples:
     """Check what is calibrated with, and settle what is measured on.
 
@@ -85,37 +118,31 @@ def settle_samples(
         where: The model, for messages.
         calibration: Real inputs to calibrate with, their range still open.
         holdout: Real inputs to measure on; None: what the calibration set itself holds out, else its own samples.
-        input_range: Range of the image input, as the user says.
-        declared: The same, as the model's metadata says.
-        assumed: Range to take where neither does, with a note; None raises.
+        known: What is known of the range of its image input.
 
     Raises:
         ToolError: Samples don't fit the model, or their range is not known.
     """
-    takes_image = image_input(list(inputs)) is not None
     are_images = [makes_image(list(inputs), spec) for spec in outputs]
-    real = calibration or holdout
-    if takes_image and inputs[0].dtype == "uint8":
-        declared = RANGES["0..255"]
-    known = choose_range(input_range, declared, real.path if real else where)
-    assumes = assumed is not None and known is None and takes_image and real is not None and real.path.suffix != ".npz"
-    chosen = assumed if assumes else known
-    low, high = RANGES[chosen] if chosen else declared or (0.0, 1.0)
+    chosen, assumes, guess = known.choose(inputs, calibration or holdout, where)
+    low, high = guess.pixel_range
     settled, count = None, 0
     if calibration is not None:
         settled = replace(calibration, input_range=chosen)
         with step("check the samples"):
-            count = settled.check(list(inputs), RANGES[chosen] if chosen else declared)
+            count = settled.check(list(inputs), RANGES[chosen] if chosen else known.declared)
     most = sample_count(size_bytes, is_seeded=False)
     dataset = _held_set(holdout, settled, chosen, most)
     if dataset is None:
         seeded = sample_count(size_bytes, is_seeded=True)
-        held, note = HeldSamples(None, seeded, (low, high)), f"{seeded} seeded samples"
+        held, note = HeldSamples(None, seeded, guess), f"{seeded} seeded samples"
     else:
         samples = list(dataset.samples(list(inputs)))
-        held = HeldSamples(dataset, len(samples), (low, high))
+        if not samples:
+            raise ToolError("there are no samples to measure on", where=dataset.path)
+        held = HeldSamples(dataset, len(samples), guess)
         is_apart = dataset.part == "holdout" or calibration is None or dataset.path != calibration.path
-        note = f"{len(samples)} samples that were {'not calibrated with' if is_apart else 'calibrated with, too'}"
+        note = _describe(samples, inputs, is_apart=is_apart)
         if are_images[:1] == [True] and chosen is None:
             low, high = _seen_range(samples)
             note += f"; PSNR of values from {low:g} to {high:g}, as the samples have them, say --input-range if that is wrong"
@@ -123,6 +150,13 @@ def settle_samples(
         note += f"; pixels taken as {chosen}, say --input-range if the model wants another range"
     peaks = [high - low if is_image else None for is_image in are_images]
     return Samples(settled, count, held, note, peaks)
+
+
+def _describe(samples: Sequence[Sample], inputs: Sequence[TensorSpec], *, is_apart: bool) -> str:
+    """Say what samples answers are measured on, and which signatures they have no inputs for."""
+    note = f"{len(samples)} samples that were {'not calibrated with' if is_apart else 'calibrated with, too'}"
+    lacking = sorted({spec.signature for spec in inputs if spec.name not in samples[0]})
+    return f"{note}; {', '.join(lacking)} on made-up inputs, as the samples have none for it" if lacking else note
 
 
 def _seen_range(samples: Sequence[Sample]) -> tuple[float, float]:
@@ -158,14 +192,14 @@ def sample_for(sample: Sample, of: Sequence[TensorSpec]) -> Inputs:
     return inputs
 
 
-def guess_held(held: HeldSamples, model: ModelFile, where: str, threads: int) -> HeldSamples:
-    """Return made-up samples that a model runs with.
+def guess_held(held: HeldSamples, model: ModelFile, inputs: Sequence[TensorSpec], where: str, threads: int) -> HeldSamples:
+    """Return samples that a model runs with where some of its inputs are made up.
 
     Raises:
         ToolError: It runs with none.
     """
     try:
-        return replace(held, guess=guess_inputs(model, threads, held.pixel_range))
+        return replace(held, guess=guess_inputs(model, inputs, threads, held.guess))
     except ChildError as error:
         remedy = "give real inputs with --calibration FILE.npz, one array for each input"
         raise ToolError("the model does not run", where=where, got=error, remedy=remedy) from None

@@ -1,10 +1,22 @@
 """The one error that a user is meant to read."""
 
 import errno
+import re
 from pathlib import Path
 from typing import Any, Self
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of ONNX Runtime and LiteRT: pattern, and what to write in its place.
+BOILERPLATE = (
+    (r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", ""),
+    (r"Non-zero status code returned while running (\S+) node\. Name:'(.*?)' Status Message: ", r"\1 '\2': "),
+    (r"\S*\w\.(?:cc|h|cpp):\d+:? (?:[\w ]*\w+::[\w:~]+\(.*?\)(?: const)? )?", ""),
+    (r"(?:_nchwc|_token_\d+|_QuantizeLinear|_DequantizeLinear)(?=')", ""),
+    (r"This is an invalid model\. |Please fix either the inputs/outputs or the model\.", ""),
+    (r"In Node, \(\"(.*?)\", (\w+).*?, Error ", r"\2 '\1': "),
+    (r"See instructions: https?://\S+ ", ""),
+    (r"(?<=[^\s])Node number", ". Node number"),
+)
 MOST_SHOWN = 600  # characters of each part in the line; much of it may come from a file of unknown origin
 
 
@@ -42,6 +54,10 @@ class ToolError(Exception):
         """Return the error that `parts` is of: so it goes from a process to its parent."""
         return cls(**parts)
 
+    def moved_to(self, where: str | Path) -> Self:
+        """Return the error about another file."""
+        return self.of_parts({**self.parts, "where": str(where)})
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self).of_parts, (self.parts,)
 
@@ -63,6 +79,14 @@ def _shortened(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text that says something, or its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def plain_reason(error: BaseException) -> str:
+    """Return what a runtime says of a failure in one line, without its codes, places in its source and endings of its own names."""
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
+    for pattern, replacement in BOILERPLATE:
+        text = re.sub(pattern, replacement, text)
+    return text.strip()
 
 
 def one_line(text: str) -> str:

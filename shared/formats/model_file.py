@@ -1,16 +1,19 @@
 """A model file, parsed once: its kind, files, size, ops and metadata, whatever its format."""
 
 import re
+import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
+from shared.formats.input_hints import InputHints
 from shared.formats.onnx_graph import OnnxContent, OnnxOp, read_onnx
 from shared.formats.tflite import Op, TfliteContent, read_tflite
 
 Kind = Literal["tflite", "onnx"]
 ONNX_SUFFIX = ".onnx"
 DRAFT = re.compile(r"\.[0-9a-f]{8}-\d+\.partial$")  # see `shared.files.atomic.draft_beside`
+DATA = ".data"  # suffix of the file that holds the weights of a large ONNX model
 SLOW_DYNAMIC = "ONNX Runtime finds the range of every activation at each run and has no fast convolution for the result"
 SLOW_HALF = "this CPU converts float16 to float32 to compute; float16 saves size, and time only on GPUs and NPUs"
 SLOW_STATIC = (
@@ -64,6 +67,12 @@ class ModelFile:
         files = self.files if self.kind == "onnx" else [self.path]
         return sum(file.stat().st_size for file in files)
 
+    def move(self, target: Path) -> None:
+        """Move the file to `target`, and the file that holds the weights of a large ONNX model, if any, to `<target>.data`."""
+        for file in self.files[1:] if self.kind == "onnx" else ():
+            shutil.move(file, target.with_name(f"{target.name}{DATA}"))
+        shutil.move(self.path, target)
+
     @property
     def ops(self) -> list[Op] | list[OnnxOp]:
         """Its ops, in the order of the graph."""
@@ -78,6 +87,11 @@ class ModelFile:
     def input_range(self) -> tuple[float, float] | None:
         """Range of its image input for pixels from 0 to 255, as its own metadata gives it, or None."""
         return self.content.input_range
+
+    @property
+    def hints(self) -> InputHints:
+        """What its first ops tell about its inputs."""
+        return self.content.hints
 
     @property
     def nbits(self) -> int | None:

@@ -4,6 +4,7 @@ Letters in shapes: see the ops' own documentation, https://onnx.ai/onnx/operator
 """
 
 import collections
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shared.formats.input_hints import MOST_VALUES, InputHints, Step, find_hints
 from shared.formats.onnx_file import Model, inner_graphs, read_checked, tensor_bytes
 
 METADATA_KEY = "edgepress"  # of metadata_props
@@ -67,6 +69,7 @@ class OnnxContent:
         files: The files next to the model that hold its weights.
         metadata: Metadata of one of our models; empty for others.
         input_range: Range of the image input, as that metadata gives it.
+        hints: What its first ops tell about its inputs.
     """
 
     ops: list[OnnxOp]
@@ -74,6 +77,7 @@ class OnnxContent:
     files: list[Path] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
     input_range: tuple[float, float] | None = None
+    hints: InputHints = field(default_factory=InputHints)
 
 
 def read_onnx(path: Path) -> OnnxContent:
@@ -93,7 +97,7 @@ def content_of(model: Model, files: Sequence[Path]) -> OnnxContent:
     name_of = onnx.TensorProto.DataType.Name
     metadata = metadata_of(model)
     constants = {tensor.name: (name_of(tensor.data_type), tensor_bytes(tensor)) for tensor in model.graph.initializer}
-    return OnnxContent(read_ops(model), constants, list(files), metadata, declared_range(metadata))
+    return OnnxContent(read_ops(model), constants, list(files), metadata, declared_range(metadata), _hints_of(model.graph))
 
 
 def read_ops(model: Model) -> list[OnnxOp]:
@@ -101,13 +105,35 @@ def read_ops(model: Model) -> list[OnnxOp]:
     return _ops_of(model.graph, {}, prefix="")
 
 
+def _hints_of(graph: Any) -> InputHints:
+    from onnx import TensorProto, numpy_helper
+
+    constants = {**{tensor.name: tensor for tensor in graph.initializer}, **_constant_nodes(graph)}
+    steps = [Step(node.op_type.upper(), list(node.input), list(node.output)) for node in graph.node]
+    inputs = [value.name for value in graph.input if value.name not in constants]
+    shapes = {
+        name: list(tensor.dims)
+        for name, tensor in constants.items()
+        if tensor.data_location != TensorProto.EXTERNAL or math.prod(tensor.dims) > MOST_VALUES
+    }
+    with contextlib.suppress(ValueError, TypeError, LookupError, RuntimeError):  # a damaged constant is named by `check_constants`
+        return find_hints(inputs, steps, shapes, lambda name: numpy_helper.to_array(constants[name]))
+    return InputHints()
+
+
+def _constant_nodes(graph: Any) -> dict[str, Any]:
+    """Return the tensors that nodes named Constant hold, by output."""
+    found = {}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.output and (held := [a.t for a in node.attribute if a.name == "value"]):
+            found[node.output[0]] = held[0]
+    return found
+
+
 def _ops_of(graph: Any, outer: Mapping[str, Any], prefix: str) -> list[OnnxOp]:
     import onnx
 
-    constants = {**outer, **{tensor.name: tensor for tensor in graph.initializer}}
-    for node in graph.node:
-        if node.op_type == "Constant" and node.output and (found := [a.t for a in node.attribute if a.name == "value"]):
-            constants[node.output[0]] = found[0]
+    constants = {**outer, **{tensor.name: tensor for tensor in graph.initializer}, **_constant_nodes(graph)}
     ops: list[OnnxOp] = []
     inner: list[OnnxOp] = []
     for name, node in zip(node_names(graph), graph.node, strict=True):

@@ -1,5 +1,6 @@
 """Names, shapes and dtypes of a model's inputs and outputs, and the inputs that are images."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from shared.media.images import CHANNELS, ImageForm, image_form, image_layout
@@ -10,16 +11,37 @@ INFINITE_FROM = 1e30  # magnitude from which a value stands for infinity: masks 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, shape and dtype of one input or output; an axis of -1 may have any length."""
+    """One input or output of a model.
+
+    Args:
+        name: Its name; SIGNATURE/NAME in a model with several signatures.
+        shape: Lengths of its axes; -1 for any length.
+        dtype: Numpy's name of its type.
+        signature: The signature that it belongs to, where there are several.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    signature: str = ""
+
+    @property
+    def own_name(self) -> str:
+        """Its name within its signature."""
+        return self.name.removeprefix(f"{self.signature}/")
 
 
 def describe(specs: list[TensorSpec]) -> str:
     """Return names, dtypes and shapes in one line."""
     return "; ".join(f"{spec.name} {spec.dtype} {spec.shape}" for spec in specs) or "none"
+
+
+def by_signature(specs: Iterable[TensorSpec]) -> list[list[TensorSpec]]:
+    """Return the specs of each signature; all of them together where there are no signatures to tell apart."""
+    groups: dict[str, list[TensorSpec]] = {}
+    for spec in specs:
+        groups.setdefault(spec.signature, []).append(spec)
+    return list(groups.values()) or [[]]
 
 
 def image_spec(specs: list[TensorSpec]) -> tuple[str, str, int] | None:
@@ -40,8 +62,8 @@ def image_input(specs: list[TensorSpec]) -> tuple[str, ImageForm] | None:
 
 
 def makes_image(inputs: list[TensorSpec], output: TensorSpec) -> bool:
-    """Return whether a model makes an image of an image: one of RGB, or of as many channels as it takes; a mask is none."""
-    given = image_input(inputs)
+    """Return whether a model makes an image of its one image: of RGB, or of as many channels as that has; a mask is none."""
+    given = image_input([spec for spec in inputs if spec.signature == output.signature])
     if given is None or len(output.shape) != 4:
         return False
     shape, place = list(output.shape), 1 if given[1].layout == "nchw" else 3

@@ -18,6 +18,7 @@ import numpy as np
 from shared.command.errors import DamagedError, ToolError, first_line
 from shared.command.watchdog import reading
 from shared.files.file_type import name_kind, open_checked
+from shared.formats.input_hints import InputHints, Step, find_hints
 from shared.formats.tflite_check import check_structure
 from shared.formats.tflite_metadata import read_metadata, task_library_range
 
@@ -25,11 +26,6 @@ IDENTIFIER = b"TFL3"  # at byte 4
 # What a walk over a flatbuffer's tables can raise on a damaged file.
 DAMAGE = (struct.error, LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError, RecursionError)
 AGAIN = "convert or download it again"
-CHUNK_BYTES = 2**24
-# Op types whose constants are weights, biases or scales.
-LAYERS = {"CONV_2D", "CONV_3D", "CONV_3D_TRANSPOSE", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV", "BATCH_MATMUL"}
-LAYERS |= {"EMBEDDING_LOOKUP", "MUL", "DIV", "PRELU", "UNIDIRECTIONAL_SEQUENCE_LSTM", "BIDIRECTIONAL_SEQUENCE_LSTM"}
-CARRIERS = {"DEQUANTIZE", "DENSIFY", "RESHAPE", "TRANSPOSE", "CAST"}  # that a constant may pass on its way to a layer
 
 
 @dataclass(frozen=True)
@@ -71,6 +67,8 @@ class TfliteContent:
         has_sparse: Whether a DENSIFY op restores a sparse constant.
         metadata: Metadata of one of our models; empty for others.
         input_range: Range of the first input for pixels from 0 to 255, as the metadata gives it.
+        hints: What its first ops tell about its inputs.
+        has_open_inputs: Whether an input has integers, or an axis of free length.
     """
 
     ops: list[Op]
@@ -79,6 +77,8 @@ class TfliteContent:
     has_sparse: bool = False
     metadata: dict[str, Any] = field(default_factory=dict)
     input_range: tuple[float, float] | None = None
+    hints: InputHints = field(default_factory=InputHints)
+    has_open_inputs: bool = False
 
 
 def read_tflite(path: Path) -> TfliteContent:
@@ -97,7 +97,9 @@ def read_tflite(path: Path) -> TfliteContent:
         metadata = read_metadata(file)
         declared = (0.0, 1.0) if "nbits" in metadata else task_library_range(model, DAMAGE)
         ops = [op for graph in graphs for op in _graph_ops(model, graph, kinds)]
-        return TfliteContent(ops, custom, sorted(restored), "DENSIFY" in kinds, metadata, declared)
+        is_open = any(_is_open(graph.Tensors(graph.Inputs(k))) for graph in graphs for k in range(graph.InputsLength()))
+        hints = _hints_of(model, file, kinds)
+        return TfliteContent(ops, custom, sorted(restored), "DENSIFY" in kinds, metadata, declared, hints, is_open)
 
 
 def check_is_tflite(path: Path) -> None:
@@ -136,53 +138,6 @@ def _opened(path: Path) -> Iterator[tuple[Any, IO[bytes]]]:
                 raise DamagedError("damaged TFLite model", where=path, got=first_line(error), remedy=AGAIN) from None
 
 
-def require_finite(path: Path) -> None:
-    """Raise ToolError where a weight, a bias or a scale of a layer is NaN or infinite; reads all once, at the speed of memory.
-
-    Other constants may be infinite: masks of attention, limits and paddings are.
-    """
-    with _opened(path) as (model, file):
-        kinds = [op_type(model.OperatorCodes(i)) for i in range(model.OperatorCodesLength())]
-        faults = []
-        for graph in (model.Subgraphs(g) for g in range(model.SubgraphsLength())):
-            for tensor in (graph.Tensors(t) for t in _layer_constants(graph, kinds)):
-                dtype = {"FLOAT32": np.float32, "FLOAT16": np.float16}.get(enum_names("TensorType")[tensor.Type()])
-                if dtype is not None and (span := constant_span(model, tensor)) is not None:
-                    bad = _count_not_finite(file, span, np.dtype(dtype))
-                    faults += [f"{(tensor.Name() or b'').decode()} ({bad} values)"] if bad else []
-    if faults:
-        got = f"{len(faults)} tensors, the first {faults[0]}"
-        raise ToolError("the model holds NaN or infinite weights", where=path, got=got, remedy="train or export it again")
-
-
-def _layer_constants(graph: Any, kinds: list[str]) -> list[int]:
-    """Return the numbers of the tensors that layers read, and of those that ops turn into these."""
-    ops = [graph.Operators(i) for i in range(graph.OperatorsLength())]
-    makers = {op.Outputs(k): op for op in ops for k in range(op.OutputsLength())}
-    found: dict[int, None] = {}
-    waiting = [op.Inputs(k) for op in ops if kinds[op.OpcodeIndex()] in LAYERS for k in range(op.InputsLength())]
-    while waiting:
-        number = waiting.pop()
-        if number < 0 or number in found:
-            continue
-        found[number] = None
-        maker = makers.get(number)
-        if maker is not None and kinds[maker.OpcodeIndex()] in CARRIERS:
-            waiting += [maker.Inputs(k) for k in range(maker.InputsLength())]
-    return sorted(found)
-
-
-def _count_not_finite(file: IO[bytes], span: tuple[int, int], dtype: np.dtype[Any]) -> int:
-    bad = 0
-    file.seek(span[0])
-    for start in range(span[0], span[1], CHUNK_BYTES):
-        values = np.frombuffer(file.read(min(CHUNK_BYTES, span[1] - start)), dtype)
-        with np.errstate(all="ignore"):
-            if not np.isfinite(values.sum(dtype=np.float32)):  # a sum is several times faster; it may overflow
-                bad += int((~np.isfinite(values)).sum())
-    return bad
-
-
 @functools.cache
 def enum_names(enumeration: str) -> dict[int, str]:
     """Return number -> name of an enumeration of the schema, such as BuiltinOperator or TensorType."""
@@ -210,9 +165,56 @@ def _graph_ops(model: Any, graph: Any, kinds: list[str]) -> Iterator[Op]:
         sizes = [entry for entry in sizes if entry[1] and entry[2] not in ("INT32", "INT64", "BOOL", "STRING")]
         outputs = [graph.Tensors(op.Outputs(k)) for k in range(op.OutputsLength())]
         if outputs:
-            names = [(tensor.Name() or b"").decode() for tensor in outputs]
+            names = [tensor_name(tensor) for tensor in outputs]
             _, weight_bytes, dtype, buffer = max(sizes, default=(0, 0, "", 0))
             yield Op(kind, ";".join(names), dtype, weight_bytes, types[outputs[0].Type()], names[0], buffer)
+
+
+def _hints_of(model: Any, file: IO[bytes], kinds: list[str]) -> InputHints:
+    """Return what the graphs tell about their inputs, by the names of tensors and by those of signatures."""
+    graphs = [model.Subgraphs(g) for g in range(model.SubgraphsLength())]
+    found = [_graph_hints(model, graph, file, kinds) for graph in graphs]
+    largest = {name: limit for hints in found for name, limit in hints.largest.items()}
+    for signature in (model.SignatureDefs(i) for i in range(model.SignatureDefsLength())):
+        for entry in (signature.Inputs(k) for k in range(signature.InputsLength())):
+            tensor = tensor_name(graphs[signature.SubgraphIndex()].Tensors(entry.TensorIndex()))
+            if tensor in largest:
+                name = entry.Name().decode()
+                largest |= {name: largest[tensor], f"{signature.SignatureKey().decode()}/{name}": largest[tensor]}
+    return InputHints(next((hints.pixel_range for hints in found if hints.pixel_range), None), largest)
+
+
+def _is_open(tensor: Any) -> bool:
+    kind = enum_names("TensorType")[tensor.Type()]
+    return "INT" in kind or any(tensor.ShapeSignature(i) < 0 for i in range(1, tensor.ShapeSignatureLength()))
+
+
+def _graph_hints(model: Any, graph: Any, file: IO[bytes], kinds: list[str]) -> InputHints:
+    tensors = [graph.Tensors(t) for t in range(graph.TensorsLength())]
+    stored = {tensor_name(tensor): tensor for tensor in tensors if _buffer_bytes(model, tensor)}
+    shapes = {name: [tensor.Shape(i) for i in range(tensor.ShapeLength())] for name, tensor in stored.items()}
+    ops = [graph.Operators(i) for i in range(graph.OperatorsLength())]
+    steps = [
+        Step(
+            kinds[op.OpcodeIndex()].replace("_", ""),
+            [tensor_name(tensors[op.Inputs(k)]) for k in range(op.InputsLength()) if op.Inputs(k) >= 0],
+            [tensor_name(tensors[op.Outputs(k)]) for k in range(op.OutputsLength())],
+        )
+        for op in ops
+    ]
+
+    def constant(name: str) -> Any:
+        start, end = constant_span(model, stored[name]) or (0, 0)
+        dtype = {"FLOAT32": np.float32, "FLOAT16": np.float16}.get(enum_names("TensorType")[stored[name].Type()])
+        file.seek(start)
+        return np.ones(1) if dtype is None else np.frombuffer(file.read(end - start), dtype)
+
+    return find_hints([tensor_name(tensors[graph.Inputs(k)]) for k in range(graph.InputsLength())], steps, shapes, constant)
+
+
+def tensor_name(tensor: Any) -> str:
+    """Return a tensor's name, empty where it has none."""
+    return (tensor.Name() or b"").decode()
 
 
 def _restored_types(model: Any, graph: Any, kinds: list[str]) -> Iterator[str]:

@@ -9,18 +9,15 @@ Source: https://ai.google.dev/edge/litert/conversion/tensorflow/metadata (append
 import contextlib
 import json
 import math
-import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from shared.command.errors import ToolError, first_line
-from shared.files.zip_layout import DISK_TROUBLE, ZIP_DAMAGE
+from shared.files.zip_layout import ZIP_DAMAGE
 
 METADATA_NAME = "edgepress.json"
 MAX_METADATA_BYTES = 2**16
-MAX_APPENDED_BYTES = 2**28  # of all associated files together; label files and vocabularies are far smaller
 
 
 def append_metadata(path: Path, content: Mapping[str, object]) -> None:
@@ -40,35 +37,6 @@ def read_metadata(file: IO[bytes]) -> dict[str, Any]:
             return content if isinstance(content, dict) else {}
     except (*ZIP_DAMAGE, RecursionError):
         return {}
-
-
-def copy_appended_zip(source: Path, target: Path) -> None:
-    """Append the zip that follows the flatbuffer of `source`, if any, to `target`, entry by entry.
-
-    Raises:
-        ToolError: The zip is damaged, encrypted or too large to be label files.
-    """
-    try:
-        if not zipfile.is_zipfile(source):  # Python 3.11 raises on some damaged directories
-            return
-        with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "a", zipfile.ZIP_STORED) as new:
-            if sum(entry.file_size for entry in old.infolist()) > MAX_APPENDED_BYTES:
-                raise ToolError("the zip appended to the model is too large", where=source, expected="label files and the like")
-            for entry in old.infolist():
-                with old.open(entry) as data, new.open(_same_entry(entry), "w") as out:
-                    shutil.copyfileobj(data, out)
-    except ZIP_DAMAGE as error:
-        if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
-            raise
-        raise ToolError("the zip appended to the model is damaged", where=source, got=first_line(error)) from None
-
-
-def _same_entry(entry: zipfile.ZipInfo) -> zipfile.ZipInfo:
-    """Return an entry of the same name, date and compression for another archive."""
-    same = zipfile.ZipInfo(entry.filename, date_time=entry.date_time)
-    same.compress_type = entry.compress_type
-    same.file_size = entry.file_size
-    return same
 
 
 def task_library_range(model: Any, damage: tuple[type[Exception], ...]) -> tuple[float, float] | None:

@@ -271,9 +271,9 @@ def to_form(pixels: Pixels, form: ImageForm) -> NDArray[np.float32]:
 
 
 def to_values(image: NDArray[np.float32], dtype: str, pixel_range: tuple[float, float]) -> NDArray[Any]:
-    """Return an image in [0, 1] as a model takes it: 0 to 1 become `pixel_range`, of uint8 rounded 0 to 255."""
-    if dtype == "uint8":
-        return np.rint(image * 255).astype(np.uint8)
+    """Return an image in [0, 1] as a model takes it: 0 to 1 become `pixel_range`, of uint8 0 to 255, of int8 -128 to 127."""
+    if dtype in ("uint8", "int8"):
+        return (np.rint(image * 255) - (0 if dtype == "uint8" else 128)).astype(dtype)
     low, high = pixel_range
     return (image if (low, high) == (0, 1) else image * np.float32(high - low) + np.float32(low)).astype(dtype)
 

@@ -1,9 +1,8 @@
 """Gates: limits that a product must keep, how users name them, and what came of each."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.table import Table
 
@@ -65,16 +64,6 @@ def _number(option: str, value: str) -> float:
     if not math.isfinite(number):
         raise ToolError(f"{option}: the limit is no finite number", expected="NAME=VALUE, such as min_speedup=1.5")
     return number
-
-
-def flat_gates(table: Mapping[str, Any]) -> dict[str, float]:
-    """Return gate -> limit of a card's table, in which a gate may hold a table of its own: its parts get `gate:part` as names."""
-    flat: dict[str, float] = {}
-    for name, limit in table.items():
-        flat |= (
-            {f"{name}:{part}": float(of_part) for part, of_part in limit.items()} if isinstance(limit, Mapping) else {name: limit}
-        )
-    return flat
 
 
 def broken(gates: Sequence[GateResult]) -> str:

@@ -56,18 +56,3 @@ def psnr_db(reference: Array, candidate: Array, peak: float = 1.0) -> float:
     a, b = _pair(reference, candidate)
     error = float(np.square(a - b).mean())
     return float(10 * np.log10(peak**2 / error)) if error else float("inf")
-
-
-def roc_auc(positives: Array, negatives: Array) -> float:
-    """Return the area under the ROC curve: how often a positive scores above a negative, ties counting half.
-
-    Args:
-        positives: Scores of shape (N,) that should be high.
-        negatives: Scores of shape (M,) that should be low.
-    """
-    if not (positives.size and negatives.size):
-        raise ValueError("there are no positives or no negatives")
-    differences = positives.astype(np.float64)[:, np.newaxis] - negatives.astype(np.float64)[np.newaxis, :]
-    if not np.isfinite(differences).all():
-        raise ValueError("a score is NaN or infinite")
-    return float((differences > 0).mean() + 0.5 * (differences == 0).mean())

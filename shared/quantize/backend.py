@@ -1,10 +1,12 @@
 """What the quantizer of a format does in its own way, and what it is handed: the protocol that both backend modules keep."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+from shared.calibration.dataset import CalibrationSet
 from shared.calibration.samples import Samples
 from shared.command.errors import ToolError
 from shared.command.options import InputRange
@@ -112,6 +114,11 @@ class Backend(Protocol):
 
     def specs(self, model: ModelFile, name: str, workspace: Workspace) -> tuple[list[TensorSpec], list[TensorSpec]] | None:
         """Return inputs and outputs; None where the runtime here lacks ops of the model. Raises where it does not load."""
+
+    def bounded(
+        self, samples: CalibrationSet, model: ModelFile, inputs: Sequence[TensorSpec], name: str, workspace: Workspace, /
+    ) -> CalibrationSet:
+        """Return the samples in a size at which one takes a bounded part of the free memory; raises where none does."""
 
     def unmatched(self, model: ModelFile, request: Request, name: str) -> list[str]:
         """Return the selectors that match no op; raises where that is an error."""

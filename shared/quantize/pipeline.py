@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 
-from shared.calibration.samples import HeldSamples, Samples, guess_held, sample_for, settle_samples
+from shared.calibration.samples import HeldSamples, KnownRange, Samples, guess_held, sample_for, settle_samples
 from shared.command.cli import step
 from shared.command.errors import ToolError
 from shared.command.resources import GIB, MIB, cpu_count
@@ -29,7 +29,6 @@ from shared.runtime import benchmark
 from shared.runtime.benchmark import ModelRun, run_benchmark
 from shared.runtime.executors import finished
 from shared.runtime.processes import ChildError, Workspace
-from shared.runtime.samples import needs_guess
 from shared.runtime.speed import describe_speed
 
 TASK_TIMEOUT_S = 3600.0
@@ -37,7 +36,6 @@ TASK_TIMEOUT_S = 3600.0
 MOST_CHANGED, MOST_CHANGED_HALVES = 1e-3, 5e-2
 JOB_BASE_BYTES, JOB_BYTES_PER_BYTE = int(0.5 * GIB), 4  # memory of a candidate that is measured: libraries; times the model's size
 MOST_EXPLAINED_BYTES = 64 * MIB  # of a model whose layers are measured one by one because its product is of no use
-DATA = ".data"  # suffix of the file that holds the weights of a large ONNX model
 
 
 def quantize_model(  # noqa: PLR0917 - source, what to do, how, and where to
@@ -94,7 +92,7 @@ def quantize_model(  # noqa: PLR0917 - source, what to do, how, and where to
             peak_rss_bytes=max([workspace.peak_rss_bytes, *peaks]),
             **chosen.facts(),
         )
-        _move(chosen.model, target)
+        chosen.model.move(target)
     return result
 
 
@@ -114,19 +112,18 @@ def _settle(  # noqa: PLR0917 - what a quantization is made of
                 raise ToolError(f"the runtime here lacks ops of this model: {what}", where=name, remedy=remedy)
         return Quantization(name, source, model, request, Samples(None, 0, HeldSamples(None, 0), "", []), workspace, [], [])
     inputs, outputs = specs
+    given = [one and backend.bounded(one, model, inputs, name, workspace) for one in (request.calibration, request.holdout)]
     samples = settle_samples(
         inputs,
         outputs,
         size_bytes=model.size_bytes,
         where=source.path,
-        calibration=request.calibration,
-        holdout=request.holdout,
-        input_range=request.input_range,
-        declared=source.input_range,
-        assumed=backend.ASSUMED_RANGE,
+        calibration=given[0],
+        holdout=given[1],
+        known=KnownRange(request.input_range, source.input_range, model.hints, backend.ASSUMED_RANGE),
     )
-    if samples.held.dataset is None and needs_guess(inputs):
-        samples = replace(samples, held=guess_held(samples.held, model, name, request.threads or cpu_count()))
+    if samples.held.dataset is None:
+        samples = replace(samples, held=guess_held(samples.held, model, inputs, name, request.threads or cpu_count()))
     names = [spec.name for spec in outputs]
     request.limits.require_outputs(names, [peak is not None for peak in samples.peaks], name)
     return Quantization(name, source, model, request, samples, workspace, inputs, names)
@@ -291,10 +288,3 @@ def _sensitivity(
     need = JOB_BASE_BYTES + JOB_BYTES_PER_BYTE * quantization.model.size_bytes
     with quantization.request.executor(need) as executor:
         return measure_sensitivity(quantization.model.ops, jobs, executor)
-
-
-def _move(model: ModelFile, target: Path) -> None:
-    """Give a candidate's files the target's name."""
-    for file in model.files[1:] if model.kind == "onnx" else ():
-        shutil.move(file, target.with_name(f"{target.name}{DATA}"))
-    shutil.move(model.path, target)

@@ -79,8 +79,8 @@ class Model:
         self._child = child
         self.kernels = kernels
         self.load_ms: float = reply["load_ms"]
-        self.inputs = [TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in reply["inputs"]]
-        self.outputs = [TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in reply["outputs"]]
+        self.inputs = [TensorSpec(name, tuple(shape), *rest) for name, shape, *rest in reply["inputs"]]
+        self.outputs = [TensorSpec(name, tuple(shape), *rest) for name, shape, *rest in reply["outputs"]]
 
     def run(self, inputs: Arrays) -> tuple[dict[str, NDArray[Any]], float]:
         """Return the outputs by name, and the milliseconds that the model itself took."""

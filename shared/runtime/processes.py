@@ -22,7 +22,7 @@ from typing import IO, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.command.errors import ToolError, first_line, of_disk, one_line
+from shared.command.errors import ToolError, of_disk, one_line, plain_reason
 from shared.command.resources import peak_rss_bytes
 from shared.command.watchdog import PARENT, die_with_parent
 from shared.files.code_version import ROOT
@@ -138,6 +138,9 @@ class Workspace:
     def __exit__(self, *_: object) -> None:
         self.restart()
 
+    def _is_inside(self, error: ToolError) -> bool:
+        return error.parts.get("where", "").startswith(str(self.folder))
+
     def restart(self) -> None:
         """End the process, which gives its memory back; the next task starts another."""
         if self._child is not None:
@@ -161,7 +164,9 @@ class Workspace:
         try:
             reply, _ = self._child.ask({"task": task, **arguments})
         except ChildError as error:
-            raise ToolError(failure, where=where, got=error) from None
+            raise ToolError(failure, where=where, got=str(error).replace(f"{self.folder}/", "")) from None
+        except ToolError as error:  # of an intermediate file, whose name says nothing to the user
+            raise error.moved_to(where) if self._is_inside(error) else error from None
         self.peak_rss_bytes = max(self.peak_rss_bytes, self._child.peak_rss_bytes)
         return reply
 
@@ -192,7 +197,7 @@ def serve(handler: Handler) -> None:
                 with contextlib.suppress(OSError):  # the disk that is full may be the one of the log
                     traceback.print_exc()
                 full = of_disk(error)
-                reply = {"tool_error": full.parts} if full else {"error": first_line(error)}
+                reply = {"tool_error": full.parts} if full else {"error": plain_reason(error)}
             _send(replies, {**reply, "peak_rss_bytes": peak_rss_bytes()}, results)
 
 

@@ -1,7 +1,7 @@
 """Samples for any model: made-up inputs, and images as the model takes them."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.command.errors import ToolError
-from shared.formats.tensors import IMAGE_DTYPES, TensorSpec, describe, image_input, image_spec
+from shared.formats.input_hints import InputHints
+from shared.formats.tensors import IMAGE_DTYPES, TensorSpec, by_signature, describe, image_input, image_spec
 from shared.media.images import (
     ImageForm,
     Pixels,
@@ -29,6 +30,10 @@ from shared.runtime.processes import ChildError
 PHOTOS = Path(__file__).resolve().parents[2] / "models" / "miniseal" / "samples" / "unmarked"  # the photos of the demo
 
 
+class MadeUpInputsError(ChildError):
+    """A model runs on none of the inputs that were made up for it, which may be their fault."""
+
+
 @dataclass(frozen=True)
 class Guess:
     """What made-up inputs look like where a model does not say it.
@@ -37,37 +42,50 @@ class Guess:
         length: Of free axes of inputs that are no images.
         side: Pixels of free axes of images.
         most: Largest value of integers of 32 bits and more.
+        pixel_range: What 0 and 255 of pixels become in an image.
+        largest: Input and the largest integer that it takes, where that is known.
     """
 
     length: int = 1
     side: int = 128
     most: int = 9
+    pixel_range: tuple[float, float] = (0.0, 1.0)
+    largest: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def of_hints(cls, hints: InputHints, pixel_range: tuple[float, float] | None = None) -> "Guess":
+        """Return what a model tells itself.
+
+        Args:
+            hints: What it tells.
+            pixel_range: What is known of its image input beyond that.
+        """
+        return cls(pixel_range=pixel_range or hints.pixel_range or (0.0, 1.0), largest=tuple(sorted(hints.largest.items())))
 
 
 GUESSES = (Guess(), Guess(16), Guess(64, 64), Guess(224, 224), Guess(1, 256, 1), Guess(16, 128, 1))  # tried in turn
 
 
-def sample_inputs(
-    specs: list[TensorSpec], seed: int, pixel_range: tuple[float, float] = (0.0, 1.0), guess: Guess = GUESSES[0]
-) -> dict[str, NDArray[Any]]:
+def sample_inputs(specs: list[TensorSpec], seed: int, guess: Guess = GUESSES[0]) -> dict[str, NDArray[Any]]:
     """Return one made-up sample for each input: a photo for images, the next one for the next seed, else uniform noise.
 
-    Pictures span `pixel_range`, other float inputs [0, 1], integer inputs the dtype's range (int32 and wider: 0 to 9), booleans
-    are true. Free axes are as `guess` says.
+    Pictures are as `guess` says, of 8 bits the pixels themselves, int8 less 128; other floats lie in [0, 1], integers between 0 and
+    the largest that is known for the input, else in the dtype's range (32 bits and wider: up to `guess.most`); booleans are true.
     """
-    rng = np.random.default_rng(seed)
+    rng, largest = np.random.default_rng(seed), dict(guess.largest)
     samples: dict[str, NDArray[Any]] = {}
     for spec in specs:
         dtype = np.dtype(spec.dtype)
         shape = tuple(guess.length if size == -1 else size for size in spec.shape)
         form = image_form(spec.shape)
-        if form is not None and spec.dtype in IMAGE_DTYPES:
+        if form is not None and spec.dtype in (*IMAGE_DTYPES, "int8"):
             pictures = [_picture(form, seed + number, guess.side) for number in range(form.batch)]
-            samples[spec.name] = to_values(np.concatenate(pictures), spec.dtype, pixel_range)
+            samples[spec.name] = to_values(np.concatenate(pictures), spec.dtype, guess.pixel_range)
         elif dtype.kind == "f":
             samples[spec.name] = rng.random(shape).astype(dtype)
         elif dtype.kind in "iu":
             low, high = (np.iinfo(dtype).min, np.iinfo(dtype).max) if dtype.itemsize <= 2 else (0, guess.most)
+            low, high = (0, largest[spec.name]) if spec.name in largest else (low, high)
             samples[spec.name] = rng.integers(low, high, shape, dtype=dtype, endpoint=True)
         elif dtype.kind == "b":
             samples[spec.name] = np.ones(shape, dtype)
@@ -93,39 +111,69 @@ def _pixels(file: Path) -> Pixels:
     return read_pixels(file)
 
 
+def complete_inputs(
+    known: Mapping[str, NDArray[Any]],
+    specs: list[TensorSpec],
+    seed: int,
+    guess: Guess = GUESSES[0],
+) -> dict[str, NDArray[Any]]:
+    """Return a sample with the inputs it lacks, those of other signatures, made up; arguments as of `sample_inputs`."""
+    return {**sample_inputs([spec for spec in specs if spec.name not in known], seed, guess), **known}
+
+
 def needs_guess(specs: Sequence[TensorSpec]) -> bool:
     """Return whether inputs leave open what values or lengths a model takes: free axes, and integers."""
     return any(-1 in spec.shape or np.dtype(spec.dtype).kind in "iu" for spec in specs)
 
 
-def guess_inputs(source: Source, threads: int, pixel_range: tuple[float, float] = (0.0, 1.0)) -> Guess:
+def guess_inputs(source: Source, specs: Sequence[TensorSpec], threads: int, hinted: Guess) -> Guess:
     """Return the first guess with which a model runs on made-up inputs.
 
+    Args:
+        source: The model.
+        specs: Its inputs; where these leave nothing open, `hinted` is enough.
+        threads: Threads of the runtime.
+        hinted: What the model says itself.
+
     Raises:
-        ChildError: It runs with none of them.
+        MadeUpInputsError: It runs with none of them.
     """
+    if not needs_guess(specs):
+        return hinted
     problem = None
-    for guess in GUESSES:
+    for guess in (replace(hinted, length=one.length, side=one.side, most=one.most) for one in GUESSES):
         with open_model(source, threads=threads) as model:
             try:
-                model.run(sample_inputs(model.inputs, 0, pixel_range, guess))
+                model.run(sample_inputs(model.inputs, 0, guess))
             except ChildError as error:
                 problem = problem or error
             else:
                 return guess
-    raise ChildError(f"it does not run on made-up inputs: {problem}")
+    raise MadeUpInputsError(f"it does not run on made-up inputs: {problem}")
 
 
 def image_sample(specs: list[TensorSpec], pixels: Pixels, pixel_range: tuple[float, float] = (0.0, 1.0)) -> dict[str, NDArray[Any]]:
     """Return pixels as the one image input of a model, stretched where it takes one size only; 0 to 255 become `pixel_range`.
 
+    Of several signatures each that takes one image gets it; inputs of the others are made up.
+
     Raises:
         ChildError: The model takes something else.
     """
+    given = [sample for group in by_signature(specs) if (sample := _as_image(group, pixels, pixel_range))]
+    if not given:
+        raise ChildError(f"it takes {describe(specs)}, not one image; compare it on made-up samples, or give an .npz")
+    return complete_inputs(
+        {name: values for sample in given for name, values in sample.items()}, specs, 0, Guess(pixel_range=pixel_range)
+    )
+
+
+def _as_image(specs: list[TensorSpec], pixels: Pixels, pixel_range: tuple[float, float]) -> dict[str, NDArray[Any]] | None:
+    """Return pixels as the input of one signature; None where that is not one image."""
     if (image := image_spec(specs)) is not None:
         name, layout, size = image
         return {name: to_values(to_layout(stretch_image(to_image(pixels), size), layout), "float32", pixel_range)}
     if (found := image_input(specs)) is None:
-        raise ChildError(f"it takes {describe(specs)}, not one image; compare it on made-up samples, or give an .npz")
+        return None
     name, form = found
     return {name: to_values(np.concatenate([to_form(pixels, form)] * form.batch), specs[0].dtype, pixel_range)}

@@ -1,8 +1,6 @@
 """The worker process of `shared.runtime.model`: loads one model at the first message, runs it at every later one."""
 
-import contextlib
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,15 +10,15 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from shared.command.errors import ToolError
+from shared.formats.tensors import TensorSpec
 from shared.networks.card import Card, InputForm
 from shared.runtime.processes import Arrays, Message
+from shared.runtime.tflite import TfliteModel
 
-Specs = list[tuple[str, list[int], str]]
+Specs = list[tuple[str, list[int], str, str]]  # name, shape, dtype, signature
 Run = Callable[[Arrays], dict[str, NDArray[Any]]]
 Outside = Callable[[], dict[str, int]]
 
-DELEGATES = ("DELEGATE", "TfLiteXNNPackDelegate")
-NUMBERS = "fiub"  # numpy's kinds: float, signed, unsigned, bool
 ONLY_ERRORS = 3  # of ONNX Runtime's log levels
 ONNX_DTYPES = {
     f"tensor({name})": dtype
@@ -30,52 +28,13 @@ TORCH_INPUT, TORCH_OUTPUT = "image", "output_0"  # as litert-torch names them af
 
 
 def load_tflite(path: str, threads: int, kernels: str) -> tuple[Specs, Specs, Run, Outside]:
-    """Return inputs, outputs and a run function of a TFLite model, named by its signature where it has just one; and `Outside`."""
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
-
-    resolver = OpResolverType.AUTO if kernels == "xnnpack" else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-    interpreter = Interpreter(model_path=path, num_threads=threads, experimental_op_resolver_type=resolver)
-    interpreter.allocate_tensors()
-    given, made = interpreter.get_input_details(), interpreter.get_output_details()
-    inputs, outputs = _specs(interpreter, given), _specs(interpreter, made)
-
-    def run(arrays: Arrays) -> dict[str, NDArray[Any]]:
-        for (name, *_), tensor in zip(inputs, given, strict=True):
-            interpreter.set_tensor(tensor["index"], arrays[name])
-        interpreter.invoke()
-        return {name: interpreter.get_tensor(tensor["index"]) for (name, *_), tensor in zip(outputs, made, strict=True)}
-
-    return inputs, outputs, run, lambda: ops_outside_delegate(interpreter)
+    """Return inputs, outputs and a run function of a TFLite model; and `Outside`."""
+    model = TfliteModel(Path(path), threads, has_xnnpack=kernels == "xnnpack")
+    return _as_message(model.inputs), _as_message(model.outputs), model.run, model.ops_outside_delegate
 
 
-def ops_outside_delegate(interpreter: Any) -> dict[str, int]:
-    """Return op type -> how many of a model's ops run in plain kernels although a delegate, such as XNNPACK, took others.
-
-    Inside a delegate's share of the graph tensors have no memory of their own; its own outputs are those of its node.
-    """
-    ops = interpreter._get_ops_details()  # noqa: SLF001 - shown nowhere else
-    delegates = [op for op in ops if op["op_name"] in DELEGATES]
-    delivered = {tensor for op in delegates for tensor in op["outputs"]}
-    outside: Counter[str] = Counter()
-    for op in ops:
-        if delegates and op not in delegates and len(op["outputs"]) and op["outputs"][0] not in delivered:
-            with contextlib.suppress(ValueError):  # no memory: inside a delegate
-                interpreter.get_tensor(op["outputs"][0])
-                outside[op["op_name"]] += 1
-    return dict(outside)
-
-
-def _specs(interpreter: Any, tensors: list[dict[str, Any]]) -> Specs:
-    """Return name, shape and dtype of tensors; a name that comes twice gets its place appended."""
-    of_signature = signature_names(interpreter)
-    specs: Specs = []
-    for place, tensor in enumerate(tensors):
-        name, dtype = of_signature.get(tensor["name"], tensor["name"]), np.dtype(tensor["dtype"])
-        if dtype.kind not in NUMBERS:
-            raise ToolError(f"tensor '{name}' of the model holds {dtype.name}, not numbers; it cannot be run here")
-        taken = {other for other, *_ in specs}
-        specs.append((f"{name}:{place}" if name in taken else name, [int(size) for size in tensor["shape"]], dtype.name))
-    return specs
+def _as_message(specs: list[TensorSpec]) -> Specs:
+    return [(spec.name, list(spec.shape), spec.dtype, spec.signature) for spec in specs]
 
 
 def load_onnx(path: str, threads: int) -> tuple[Specs, Specs, Run]:
@@ -102,18 +61,8 @@ def _onnx_specs(tensors: list[Any]) -> Specs:
         dtype = ONNX_DTYPES.get(tensor.type)
         if dtype is None:
             raise ToolError(f"tensor '{tensor.name}' of the model holds {tensor.type}, not numbers; it cannot be run here")
-        specs.append((tensor.name, [size if isinstance(size, int) and size > 0 else -1 for size in tensor.shape], dtype))
+        specs.append((tensor.name, [size if isinstance(size, int) and size > 0 else -1 for size in tensor.shape], dtype, ""))
     return specs
-
-
-def signature_names(interpreter: Any) -> dict[str, str]:
-    """Return tensor name -> name in the model's only signature; empty where it has none or several."""
-    signatures = interpreter.get_signature_list()
-    if len(signatures) != 1:
-        return {}
-    runner = interpreter.get_signature_runner(next(iter(signatures)))
-    details = {**runner.get_input_details(), **runner.get_output_details()}
-    return {tensor["name"]: name for name, tensor in details.items()}
 
 
 def load_torch(path: Path, threads: int, card: Card, form: InputForm) -> tuple[Specs, Specs, Run]:
@@ -135,7 +84,7 @@ def load_torch(path: Path, threads: int, card: Card, form: InputForm) -> tuple[S
             return {TORCH_OUTPUT: deployed(torch.from_numpy(inputs[TORCH_INPUT].copy())).numpy()}
 
     shape = [1, 3, form.size, form.size] if form.layout == "nchw" else [1, form.size, form.size, 3]
-    return [(TORCH_INPUT, shape, "float32")], [(TORCH_OUTPUT, [1, 1 + card.nbits], "float32")], run
+    return [(TORCH_INPUT, shape, "float32", "")], [(TORCH_OUTPUT, [1, 1 + card.nbits], "float32", "")], run
 
 
 class Worker:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from shared.formats.bundle import Entry, pack_bundle
 from tests.conftest import ROOT
 from tests.support.crash_scenarios import Command, Scene, faults_of_refusal, make_scene
 from tests.support.fork_server import Done, ForkServer
+from tools.quantize_tflite.bundle import Entry, pack_bundle
 
 FEW = 3  # rounds; with more, everything is tried, however long it takes
 BEGUN_S = 0.05  # from here on the tool listens to signals; before, it ends as Python does

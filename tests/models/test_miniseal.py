@@ -17,13 +17,13 @@ from models.miniseal.train import train
 from shared.command.errors import ToolError
 from shared.media.images import Pixels, image_files, read_pixels, stretch, to_image
 from shared.metrics import metrics
-from shared.metrics.gates import flat_gates
 from shared.networks.card import load_card
 from shared.networks.checkpoint import open_checkpoint
 from shared.watermark import WatermarkDetector
 from shared.watermark.message import read_messages
 from tests.conftest import REALDATA, ROOT, Miniseal
 from tools.compare import compare
+from tools.compare.gates import flat_gates
 
 FOLDER = ROOT / "models" / "miniseal"
 MESSAGES = FOLDER / "samples" / "messages.json"

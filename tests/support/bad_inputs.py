@@ -26,8 +26,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.conftest import write_card
-from tests.shared.formats.test_bundle import FAULTS, Part, nested, official, zipped
 from tests.support.small_onnx import save_picture_model, with_external_weights
+from tests.tools.quantize_tflite.test_bundle import FAULTS, Part, nested, official, zipped
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a2146" * 8 + b"\nsize 12345\n"
 HTML = b"<!DOCTYPE html><html><body>404 Not Found</body></html>"
@@ -561,7 +561,7 @@ def _lost_metadata(model: Any) -> None:
 
 def _with_custom_op(good: Good) -> Edit:
     def edit(path: Path) -> None:
-        from tests.tools.quantize_tflite.test_repair import make_custom
+        from tests.tools.quantize_tflite.graph.test_repair import make_custom
 
         make_custom(good.tflite, path, -1)
 

@@ -23,7 +23,7 @@ import onnx
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.tools import flatbuffer_utils
 
-from tests.shared.formats.test_bundle import CENTRAL, END, LOCAL, Part, zipped
+from tests.tools.quantize_tflite.test_bundle import CENTRAL, END, LOCAL, Part, zipped
 
 Mutate = Callable[[bytes, random.Random], bytes]
 END64, LOCATOR64 = struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")

@@ -32,10 +32,8 @@ from pathlib import Path
 from shared.calibration.dataset import CalibrationSet
 from shared.command.errors import ToolError, first_line, one_line
 from shared.formats import onnx_file, onnx_graph, tflite
-from shared.formats.bundle import is_bundle, models_of, pack_bundle, unpack_bundle
 from shared.formats.model_file import ModelFile
 from shared.formats.tensors import TensorSpec
-from shared.formats.tflite_metadata import copy_appended_zip
 from shared.media.images import read_pixels
 from shared.networks.card import load_card
 from shared.networks.checkpoint import open_checkpoint, require_sound
@@ -43,7 +41,9 @@ from shared.networks.pth_check import check_pth
 from tests.support import corruptions, small_files
 from tests.support.corruptions import Mutate, scramble
 from tools.prepare_calibration.sources import Columns, find_sources
-from tools.quantize_tflite.repair import needed_repairs
+from tools.quantize_tflite.bundle import copy_appended_zip, is_bundle, models_of, pack_bundle, unpack_bundle
+from tools.quantize_tflite.graph.repair import needed_repairs
+from tools.quantize_tflite.worker import require_finite
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOUND = ROOT / "tests" / "data" / "fuzz"
@@ -151,7 +151,7 @@ def read_tflite(data: bytes) -> None:
         tflite.check_is_tflite(path)
         target = path.with_name("b.tflite")
         target.write_bytes(b"model")
-        for read in (tflite.read_tflite, needed_repairs, tflite.require_finite):
+        for read in (tflite.read_tflite, needed_repairs, require_finite):
             with contextlib.suppress(ToolError):
                 read(path)
         copy_appended_zip(path, target)

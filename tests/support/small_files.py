@@ -18,9 +18,9 @@ from safetensors.torch import save
 
 from shared.formats.tflite_metadata import append_metadata
 from shared.networks.card import CARDS
-from tests.shared.formats.test_bundle import CONTENTS, END, Part, nested, official, streamed, zipped
 from tests.support.corruptions import END64, LOCATOR64, rezip
 from tests.support.small_onnx import save_picture_model, with_external_weights
+from tests.tools.quantize_tflite.test_bundle import CONTENTS, END, Part, nested, official, streamed, zipped
 
 
 def bundles() -> list[bytes]:

@@ -170,7 +170,7 @@ def _condition(name: str, output: NDArray[Any], truth: NDArray[np.bool_], marked
         bit_accuracy=float((bits == truth).mean()),
         detected=float((confidence[marked] > 0).mean()),
         false_positives=float((confidence[~marked] > 0).mean()) if has_unmarked else None,
-        auc=metrics.roc_auc(confidence[marked], confidence[~marked]) if has_unmarked else None,
+        auc=roc_auc(confidence[marked], confidence[~marked]) if has_unmarked else None,
         best_p_value=chance_of_agreement(best, truth.shape[1]),
     )
 
@@ -185,3 +185,18 @@ def _readings(labelled: Sequence[Labelled], output: NDArray[Any]) -> Iterator[Re
         margin = float(np.where(image.message, logits, -logits).min())
         p_value = chance_of_agreement(right, logits.size)
         yield Reading(image.file, image.original, confidence, right / logits.size, p_value, margin)
+
+
+def roc_auc(positives: NDArray[Any], negatives: NDArray[Any]) -> float:
+    """Return the area under the ROC curve: how often a positive scores above a negative, ties counting half.
+
+    Args:
+        positives: Scores of shape (N,) that should be high.
+        negatives: Scores of shape (M,) that should be low.
+    """
+    if not (positives.size and negatives.size):
+        raise ValueError("there are no positives or no negatives")
+    differences = positives.astype(np.float64)[:, np.newaxis] - negatives.astype(np.float64)[np.newaxis, :]
+    if not np.isfinite(differences).all():
+        raise ValueError("a score is NaN or infinite")
+    return float((differences > 0).mean() + 0.5 * (differences == 0).mean())

@@ -27,12 +27,13 @@ from shared.command.resources import cpu_count, cpu_name
 from shared.files import artifacts
 from shared.files.plan import Plan, Product, is_same, require_report_free
 from shared.files.provenance import require_checksums
+from shared.formats.input_hints import InputHints
 from shared.formats.model_file import ModelFile
 from shared.media.attacks import Attack, parse_attacks
 from shared.networks.card import load_card
 from shared.runtime.benchmark import sample_count
 from shared.runtime.model import DetectorCheckpoint, Source
-from shared.runtime.samples import GUESSES
+from shared.runtime.samples import Guess
 from tools.compare.comparison import Findings
 from tools.compare.gates import GATES, read_gates, require_measurable
 from tools.compare.image_quality import find_truths
@@ -115,10 +116,10 @@ def _task(given: Mapping[str, Any], attacks: Sequence[Attack]) -> CompareTask:
     labelled = choose_labelled(given["messages"], given["samples"])
     images, truth = given["images"], given["ground_truth"]
     count = given["samples"] or (ALL if truth else sample_count(sources[0].size_bytes, is_seeded=images is None))
-    pixel_range = RANGES[given["input_range"]] if given["input_range"] else _declared(sources[0])
+    guess = _hinted(sources[0], RANGES[given["input_range"]] if given["input_range"] else None)
     threads = given["threads"] or cpu_count()
-    guess = choose_guess(sources[0], threads) if images is None and not labelled else GUESSES[0]
-    inputs, files = choose_samples(images, labelled, seed=given["seed"], count=count, pixel_range=pixel_range, guess=guess)
+    guess = choose_guess(sources[0], threads, guess) if images is None and not labelled else guess
+    inputs, files = choose_samples(images, labelled, seed=given["seed"], count=count, guess=guess)
     return CompareTask(
         sources=sources,
         alternatives=len(given["alternatives"] or ()),
@@ -130,15 +131,17 @@ def _task(given: Mapping[str, Any], attacks: Sequence[Attack]) -> CompareTask:
         truths=find_truths(files, truth) if truth else [],
         labelled=labelled,
         attacks=[None, *attacks],
-        pixel_range=pixel_range,
+        pixel_range=guess.pixel_range,
     )
 
 
-def _declared(source: Source) -> tuple[float, float]:
+def _hinted(source: Source, pixel_range: tuple[float, float] | None) -> Guess:
+    """Return what the reference tells of its inputs; `pixel_range` is what the user says."""
     try:
-        return source.input_range or (0.0, 1.0)
+        hints = source.hints if isinstance(source, ModelFile) else InputHints()
+        return Guess.of_hints(hints, pixel_range or source.input_range)
     except DamagedError:
-        return 0.0, 1.0
+        return Guess()
 
 
 def compare(

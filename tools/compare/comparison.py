@@ -1,6 +1,6 @@
 """What a comparison found: the object that compare's table, JSON and HTML page are made from."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,12 +9,13 @@ from rich.table import Column, Table
 
 from shared.command.resources import size_text
 from shared.metrics.gates import GateResult
-from shared.metrics.output_error import OutputError
+from shared.metrics.output_error import OutputError, size_of
 from shared.runtime.benchmark import Measurement
 from tools.compare.accuracy import Accuracy
 from tools.compare.image_quality import TruthScores
 
 UNDER = "bits read right under"
+SHOWN_OUTPUTS = 8  # rows of single outputs; the JSON has all
 CHANCE_NOTE = " (chance)"  # the reference reads no better than a coin
 
 
@@ -232,6 +233,7 @@ def rows(findings: Findings) -> Iterator[tuple[str, str, Callable[[Candidate], s
     yield "cosine, worst output", "1", number(lambda c: c.cosine, ".6f")
     yield "relative error, worst output", "0", number(lambda c: c.relative_error, ".3g")
     yield "largest difference", "0", number(lambda c: c.max_abs_error, ".3g")
+    yield from _output_rows(findings.candidates)
     if findings.images is not None:
         yield from _image_rows(findings.images)
     if accuracy is None:
@@ -247,6 +249,28 @@ def rows(findings: Findings) -> Iterator[tuple[str, str, Callable[[Candidate], s
     if accuracy.clean.auc is not None:
         yield "unmarked but detected", *answered(lambda a: f"{a.clean.false_positives:.1%}")
         yield "AUC of the confidence", *answered(lambda a: f"{a.clean.auc:.4f}")
+
+
+def _output_rows(candidates: Sequence[Candidate]) -> Iterator[tuple[str, str, Callable[[Candidate], str]]]:
+    """Yield a row for each of several outputs: relative error and cosine; of many outputs those that are furthest off."""
+    sizes: dict[str, float] = {}
+    for candidate in candidates:
+        sizes |= {error.output: max(size_of(error), sizes.get(error.output, 0.0)) for error in candidate.errors}
+    if len(sizes) < 2:
+        return
+    worst = sorted(sizes, key=lambda name: -sizes[name])[:SHOWN_OUTPUTS]
+
+    def of_output(name: str) -> Callable[[Candidate], str]:
+        def text(candidate: Candidate) -> str:
+            error = next((error for error in candidate.errors if error.output == name), None)
+            if error is None or error.relative_error is None:
+                return "-" if error is None else error.problem or "empty"
+            return f"{error.relative_error:.3g}" + ("" if error.worst_cosine is None else f", {error.worst_cosine:.6f}")
+
+        return text
+
+    for name in (name for name in sizes if name in worst):
+        yield f"{name}: relative error, cosine", "0, 1", of_output(name)
 
 
 def _image_rows(task: ImageTask) -> Iterator[tuple[str, str, Callable[[Candidate], str]]]:

@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from shared.command.errors import ToolError
 from shared.command.resources import MIB
 from shared.media.attacks import Attack
-from shared.metrics.gates import GateResult, check_gate, flat_gates, parse_gates
+from shared.metrics.gates import GateResult, check_gate, parse_gates
 from shared.networks.card import load_card
 from tools.compare.accuracy import Accuracy, largest_drop
 from tools.compare.comparison import Candidate, ImageTask
 
 UNDER = "min_accuracy_under"  # followed by a colon and the attack
+OF_OUTPUTS = ("min_cosine", "max_error")  # may be followed by a colon and the name of an output, then they are for it alone
 OF_MESSAGES = ("min_bit_accuracy", UNDER, "max_accuracy_drop", "min_auc")
 OF_GROUND_TRUTH = ("max_psnr_drop", "min_psnr_gain")
 SHARES = ("min_bit_agreement", "min_cosine", *OF_MESSAGES, "min_ssim")  # from 0 to 1
@@ -47,6 +49,16 @@ def read_gates(card: str | None, texts: Sequence[str]) -> dict[str, float]:
     return {**known, **parse_gates(texts, GATES)}
 
 
+def flat_gates(table: Mapping[str, Any]) -> dict[str, float]:
+    """Return gate -> limit of a card's table, in which a gate may hold a table of its own: its parts get `gate:part` as names."""
+    flat: dict[str, float] = {}
+    for name, limit in table.items():
+        flat |= (
+            {f"{name}:{part}": float(of_part) for part, of_part in limit.items()} if isinstance(limit, Mapping) else {name: limit}
+        )
+    return flat
+
+
 def require_measurable(
     gates: Mapping[str, float], attacks: Sequence[Attack], *, has_messages: bool, has_ground_truth: bool
 ) -> None:
@@ -60,8 +72,9 @@ def require_measurable(
             raise ToolError(f"--gate {kind} needs the ground truth", remedy="give --images and --ground-truth")
         if kind == UNDER and attack not in names:
             raise ToolError(f"--gate {name}: this attack is not run", expected=f"one of {', '.join(names) or '--attacks'}")
-        if colon and kind != UNDER:
-            raise ToolError(f"--gate {name}: only {UNDER} is followed by a colon and an attack", remedy=f"write {kind}")
+        if colon and kind != UNDER and kind not in OF_OUTPUTS:
+            expected = f"an attack after {UNDER}, an output after {' and '.join(OF_OUTPUTS)}"
+            raise ToolError(f"--gate {name}: nothing follows {kind}", expected=expected, remedy=f"write {kind}")
         low, high = (-math.inf if kind in OF_GROUND_TRUTH else 0.0), (1.0 if kind in SHARES else math.inf)
         if not (low <= limit <= high and math.isfinite(limit)):
             expected = "a share from 0 to 1" if kind in SHARES else "a finite number" + " of 0 or more" * (low == 0)
@@ -86,9 +99,21 @@ def check_gates(
         **_image_values(candidate, task),
     }
     for name in gates:
-        if name.startswith(f"{UNDER}:"):
-            values[name] = accuracy.under(name.partition(":")[2]).bit_accuracy if accuracy else None
+        kind, _, part = name.partition(":")
+        if kind == UNDER:
+            values[name] = accuracy.under(part).bit_accuracy if accuracy else None
+        elif part:
+            values[name] = _of_output(candidate, kind, part)
     return [check_gate(name, values[name], limit) for name, limit in gates.items()]
+
+
+def _of_output(candidate: Candidate, kind: str, output: str) -> float | None:
+    """Return what a gate on one output is about; None where it was not measured."""
+    errors = {error.output: error for error in candidate.errors}
+    if errors and output not in errors:
+        raise ToolError(f"--gate {kind}:{output}: no such output", expected=", ".join(errors))
+    error = errors.get(output)
+    return None if error is None else error.worst_cosine if kind == "min_cosine" else error.relative_error
 
 
 def _image_values(candidate: Candidate, task: ImageTask | None) -> dict[str, float | None]:

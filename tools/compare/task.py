@@ -15,6 +15,7 @@ from shared.command.errors import DamagedError, ToolError
 from shared.command.resources import cpu_name
 from shared.formats.model_file import ModelFile
 from shared.formats.tensors import TensorSpec
+from shared.formats.tflite import TfliteContent
 from shared.media.attacks import Attack
 from shared.media.images import images_at, read_pixels
 from shared.metrics import metrics
@@ -22,7 +23,7 @@ from shared.metrics.output_error import OutputError, measure_errors
 from shared.runtime.benchmark import Inputs, ModelRun, Protocol, run_benchmark
 from shared.runtime.model import Source, open_model
 from shared.runtime.processes import ChildError
-from shared.runtime.samples import GUESSES, Guess, guess_inputs, image_sample, needs_guess, sample_inputs
+from shared.runtime.samples import Guess, complete_inputs, guess_inputs, image_sample, sample_inputs
 from shared.runtime.speed import describe_speed, speedup
 from shared.watermark.message import Labelled, read_messages
 from tools.compare.accuracy import Accuracy, labelled_inputs, read_accuracy
@@ -194,8 +195,7 @@ def choose_samples(
     *,
     seed: int,
     count: int,
-    pixel_range: tuple[float, float],
-    guess: Guess = GUESSES[0],
+    guess: Guess,
 ) -> tuple[list[Inputs], list[Path]]:
     """Return the inputs of the timed runs, and the files they come from.
 
@@ -207,23 +207,25 @@ def choose_samples(
     if images is not None and images.suffix == ".npz":
         return [partial(_from_arrays, file=images, number=number) for number in range(min(count, npz_length(images)))], []
     if images is None:
-        return [partial(sample_inputs, seed=seed + number, pixel_range=pixel_range, guess=guess) for number in range(count)], []
+        return [partial(sample_inputs, seed=seed + number, guess=guess) for number in range(count)], []
     files = _listed(images)[:count]
-    return [partial(_from_file, file=file, pixel_range=pixel_range) for file in files], files
+    return [partial(_from_file, file=file, pixel_range=guess.pixel_range) for file in files], files
 
 
-def choose_guess(reference: Source, threads: int) -> Guess:
-    """Return what made-up inputs look like where the reference, an ONNX model, leaves that open.
+def choose_guess(reference: Source, threads: int, hinted: Guess) -> Guess:
+    """Return what made-up inputs look like; `hinted` is what the reference says itself.
 
     Raises:
         ToolError: It runs with none.
     """
-    if not isinstance(reference, ModelFile) or reference.kind != "onnx":
-        return GUESSES[0]
+    if not isinstance(reference, ModelFile) or (
+        isinstance(reference.content, TfliteContent) and not reference.content.has_open_inputs
+    ):
+        return hinted
     try:
         with open_model(reference, threads=threads) as model:
-            is_open = needs_guess(model.inputs)
-        return guess_inputs(reference, threads) if is_open else GUESSES[0]
+            inputs = model.inputs
+        return guess_inputs(reference, inputs, threads, hinted)
     except ChildError as error:
         remedy = "see what verify says of it, or give real inputs with --images FILE.npz"
         raise ToolError("the reference does not run", where=reference.path, got=error, remedy=remedy) from None
@@ -240,7 +242,7 @@ def _from_file(specs: list[TensorSpec], file: Path, pixel_range: tuple[float, fl
 
 
 def _from_arrays(specs: list[TensorSpec], file: Path, number: int) -> dict[str, Array]:
-    return _arrays(tuple(specs), file)[number]
+    return complete_inputs(_arrays(tuple(specs), file)[number], specs, number)
 
 
 @lru_cache(maxsize=4)

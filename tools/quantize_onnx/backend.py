@@ -1,7 +1,7 @@
 """ONNX through the quantization pipeline: what `shared.quantize.backend.Backend` asks of a format."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from shared.calibration.dataset import CalibrationSet
 from shared.command.cli import step
 from shared.command.errors import ToolError
 from shared.command.options import InputRange
@@ -27,6 +28,7 @@ from shared.runtime.model import open_model
 from shared.runtime.processes import ChildError, Workspace
 from tools.quantize_onnx import worker
 from tools.quantize_onnx.candidates import OnnxJob, Subject, comparable_tensor
+from tools.quantize_onnx.memory import bound_samples
 from tools.quantize_onnx.options import LAYERS, OnnxRequest
 from tools.quantize_onnx.quantizing import QuantizeTask
 from tools.quantize_onnx.ranges import RangeCache, cache_key
@@ -59,6 +61,13 @@ def specs(model: ModelFile, name: str, _: Workspace) -> tuple[list[TensorSpec], 
     except ChildError as error:
         remedy = "export it again, for a runtime of today"
         raise ToolError("the model does not load", where=name, got=error, remedy=remedy) from None
+
+
+def bounded(samples: CalibrationSet, model: ModelFile, inputs: Sequence[TensorSpec], name: str, work: Workspace) -> CalibrationSet:
+    """Return samples whose activations take at most half of the free memory."""
+    given = {"model": str(model.path), "inputs": worker.as_message(inputs)}
+    reply = work.run("activations", "could not run the model on a small image", name, **given)
+    return bound_samples(samples, inputs, int(reply["bytes"]), name)
 
 
 def unmatched(model: ModelFile, request: Request, name: str) -> list[str]:
@@ -280,8 +289,7 @@ def _message(quantization: Quantization) -> dict[str, Any]:
     """Return the calibration set as a message to the worker."""
     given = quantization.samples.calibration
     assert given is not None
-    inputs = [[spec.name, spec.shape, spec.dtype] for spec in quantization.inputs]
-    return {"path": str(given.path), "input_range": given.input_range, "most": given.most, "part": given.part, "inputs": inputs}
+    return {"set": given.as_message(), "inputs": worker.as_message(quantization.inputs)}
 
 
 def _state(op: OnnxOp, after: Mapping[str, tuple[str, int]]) -> LayerState:

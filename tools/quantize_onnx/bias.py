@@ -1,7 +1,7 @@
 """Bias correction for ONNX models: take back what quantized weights shift a layer's outputs by on average.
 
-Source: as `tools.quantize_tflite.bias`, Nagel et al. 2019, section 4.2; mean inputs come from samples in the float model. Border
-    padding counts as further input, an error that is small in layers with little padding.
+Source: as `tools.quantize_tflite.graph.bias`, Nagel et al. 2019, section 4.2; mean inputs come from samples in the float model.
+    Border padding counts as further input, an error that is small in layers with little padding.
 
 Letters in shapes: O outputs, I inputs of a group, G groups, K inputs.
 """

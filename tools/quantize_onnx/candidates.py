@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from shared.calibration.arrays import Sample
 from shared.calibration.samples import HeldSamples
-from shared.command.errors import ToolError, first_line
+from shared.command.errors import ToolError, plain_reason
 from shared.files.checksums import sha256_of
 from shared.formats.onnx_graph import OnnxOp
 from shared.formats.tensors import TensorSpec
@@ -133,7 +133,7 @@ def _session(path: Path) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001 - it raises classes of its own
-        raise RefusedError("the runtime does not load the candidate", got=first_line(error)) from None
+        raise RefusedError("the runtime does not load the candidate", got=plain_reason(error)) from None
 
 
 def _run(session: Any, subject: Subject, outputs: Sequence[str]) -> list[Outputs]:
@@ -142,7 +142,7 @@ def _run(session: Any, subject: Subject, outputs: Sequence[str]) -> list[Outputs
     except ToolError:
         raise
     except Exception as error:  # noqa: BLE001 - it raises classes of its own
-        raise RefusedError("the runtime does not run the candidate", got=first_line(error)) from None
+        raise RefusedError("the runtime does not run the candidate", got=plain_reason(error)) from None
 
 
 def _compare_tensor(subject: Subject, candidate: Path, tensor: str) -> OutputError:

@@ -107,7 +107,8 @@ class OnnxRequest:
             return "float16 is not safe or not known for this op"
         if op.op_type not in self.settings.op_types:
             return "not among the op types to quantize, see --set op_types"
-        return f"recipe {self.recipe} has no form for it, or an activation at it is infinite, or always empty; fp16 may"
+        reasons = "an activation at it is infinite or always empty, or its result is rounded to few integers"
+        return f"recipe {self.recipe} has no form for it, or {reasons}; fp16 may"
 
     def __str__(self) -> str:
         settings = self.settings

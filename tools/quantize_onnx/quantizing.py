@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from shared.command.errors import ToolError, first_line
+from shared.command.errors import ToolError, plain_reason
 from shared.formats.onnx_file import MAX_PROTOBUF_BYTES, Model, external_files, read_model
 from tools.quantize_onnx.bias import correct
 from tools.quantize_onnx.graph import mends
 from tools.quantize_onnx.graph.repair import NARROW, write
 from tools.quantize_onnx.graph.rewrite import AS_FLOAT, matrix_products, shield_cubic_resizes, shield_floats
 from tools.quantize_onnx.graph.weights_only import quantize_weights_only, weights_only
-from tools.quantize_onnx.options import OnnxRequest
-from tools.quantize_onnx.ranges import read_ranges, unranged
+from tools.quantize_onnx.options import LAYERS, OnnxRequest
+from tools.quantize_onnx.ranges import before_rounding, read_ranges, unranged
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def quantize(task: QuantizeTask, target: Path) -> int:
         raise
     except (ValueError, KeyError, TypeError, RuntimeError, NotImplementedError, AssertionError, AttributeError) as error:
         what = f"ONNX Runtime's quantizer fails with recipe {wanted.recipe}"
-        raise ToolError(what, where=task.source, got=first_line(error)) from None
+        raise ToolError(what, where=task.source, got=plain_reason(error)) from None
     if not target.is_file():
         raise ToolError(f"ONNX Runtime's quantizer wrote nothing with recipe {wanted.recipe}", where=task.source)
     product = onnx.load(str(target.absolute()))
@@ -138,7 +138,7 @@ def _static(task: QuantizeTask, target: Path) -> None:
         *mends.kept_activations(proto, is_qdq=is_qdq),
         *weights_only(proto),
     }
-    left |= set(unranged(proto, kinds, ranges))
+    left |= set(unranged(proto, kinds, ranges)) | set(before_rounding(proto, LAYERS, ranges))
     types = settings.weight_type, settings.activation_type
     raised = mends.raise_dead_channels(proto, task.rewritten.parent, ranges, *types, per_channel=settings.per_channel)
     with _alias(task.rewritten, proto if raised else None) as source:

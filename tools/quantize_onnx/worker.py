@@ -1,7 +1,7 @@
 """The worker process of `tools.quantize_onnx`: onnx and onnxruntime.quantization on files of unknown origin."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from tools.quantize_onnx import ranges
 from tools.quantize_onnx.bias import mean_inputs
 from tools.quantize_onnx.graph.repair import repair
 from tools.quantize_onnx.graph.rewrite import write_rewritten
+from tools.quantize_onnx.memory import activation_bytes
 from tools.quantize_onnx.quantizing import QuantizeTask, quantize
 from tools.quantize_onnx.ranges import CalibrationMethod
 
-Samples = dict[str, Any]  # a calibration set as a message: path, input_range, most, part, and the model's inputs
+Samples = dict[str, Any]  # a calibration set as a message: its fields, and the model's inputs
 
 
 def repair_model(source: str, target: str, *, keeps_halves: bool) -> Message:
@@ -53,6 +54,14 @@ def find_ranges(model: str, target: str, method: CalibrationMethod, op_types: li
     return {"tensors": len(found.data)}
 
 
+def find_activations(model: str, inputs: list[Any]) -> Message:
+    """Return the memory that a model's activations take, in bytes; see `tools.quantize_onnx.memory`."""
+    scratch = Path(model).with_name("shapes.onnx")
+    needed = activation_bytes(Path(model), scratch, _specs(inputs))
+    scratch.unlink(missing_ok=True)
+    return {"bytes": needed}
+
+
 def find_means(model: str, target: str, samples: Samples) -> Message:
     """Write the mean inputs of a model's layers; return how many there are."""
     augmented = Path(model).with_name("augmented.onnx")
@@ -74,17 +83,33 @@ def _content(path: Path) -> Any:
     return TypeAdapter(OnnxContent).dump_python(read_onnx(path), mode="json")
 
 
+def as_message(inputs: Sequence[TensorSpec]) -> list[Any]:
+    """Return a model's inputs as JSON can hold them."""
+    return [[spec.name, spec.shape, spec.dtype] for spec in inputs]
+
+
+def _specs(inputs: list[Any]) -> list[TensorSpec]:
+    return [TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in inputs]
+
+
 class _Feeds:
     """Samples of a calibration set by input name; can be iterated over again."""
 
     def __init__(self, samples: Samples) -> None:
-        self._set = CalibrationSet(Path(samples["path"]), samples["input_range"], samples["most"], samples["part"])
-        self._inputs = [TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in samples["inputs"]]
+        self._inputs = _specs(samples["inputs"])
+        self._set = CalibrationSet.from_message(samples["set"])
 
     def __iter__(self) -> Iterator[Sample]:
         return self._set.samples(self._inputs)
 
 
 handle = answer_tasks(
-    {"repair": repair_model, "rewrite": rewrite, "ranges": find_ranges, "means": find_means, "quantize": quantize_file}
+    {
+        "repair": repair_model,
+        "activations": find_activations,
+        "rewrite": rewrite,
+        "ranges": find_ranges,
+        "means": find_means,
+        "quantize": quantize_file,
+    }
 )

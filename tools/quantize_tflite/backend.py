@@ -7,7 +7,6 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from shared.calibration.dataset import CalibrationSet
 from shared.command.cli import step
@@ -44,6 +43,7 @@ from tools.quantize_tflite.recipes import (
     Rules,
     assign,
     build_rules,
+    leave_in_float,
     needs_calibration,
     operation_of,
     with_ends,
@@ -98,6 +98,11 @@ def specs(model: ModelFile, name: str, workspace: Workspace) -> tuple[list[Tenso
             return None if lacks_ops else (opened.inputs, opened.outputs)
     except ChildError as error:
         raise ToolError("the model does not load", where=name, got=error, remedy="choose another model") from None
+
+
+def bounded(samples: CalibrationSet, *_: object) -> CalibrationSet:
+    """Return the samples: TFLite keeps one sample's activations in an arena as large as the largest of them ask for."""
+    return samples
 
 
 def unmatched(model: ModelFile, request: Request, name: str) -> list[str]:
@@ -155,16 +160,15 @@ def identity(quantization: Quantization) -> dict[str, str]:
 def quantize(quantization: Quantization, precisions: Precisions | None) -> Candidate:
     """Make a candidate by the rules of the recipe, or of a search."""
     name, request, settings = quantization.name, quantization.request, quantization.request.settings
-    if precisions is None:
-        built = build_rules(settings.base, settings.only, settings.rules, settings.exclude)
-        rules = with_ends(built, settings.io_dtype, name)
-    else:
-        rules = assign(precisions)
+    built = build_rules(settings.base, settings.only, settings.rules, settings.exclude)
+    rules = with_ends(built, settings.io_dtype, name) if precisions is None else assign(precisions)
     matches = count_matches(_ops(quantization.model), rules)
     if precisions is None and not request.in_bundle:
         _require_matched(matches, name)
     statistics = _calibrated(quantization, rules) if needs_calibration(rules) else None
-    rules = [*rules, *_float_rules(quantization, statistics)]
+    reasons = _without_range(quantization, statistics)
+    if settings.io_dtype != "float32" and worker.NO_SAMPLES in reasons.values():
+        raise ToolError(f"--io-dtype {settings.io_dtype} needs samples of every signature", where=name, remedy="add them")
     few = _few(quantization.samples.calibration)
     corrects = few is not None and request.corrects_bias and statistics is None
     draft = quantization.workspace.folder / "product.tflite"
@@ -175,9 +179,9 @@ def quantize(quantization: Quantization, precisions: Precisions | None) -> Candi
         original=str(quantization.source.path),
         source=str(quantization.model.path),
         draft=str(draft),
-        rules=rules,
+        rules=[*rules, *(leave_in_float(f"^(?:{re.escape(scope)})$") for scope in reasons)],
         statistics=str(statistics) if statistics else None,
-        samples=_message(few) if few and corrects else None,
+        samples=few.as_message() if few and corrects else None,
         short_names=settings.short_names,
     )
     # With short names, coverage still goes by the names that the model came with.
@@ -190,6 +194,7 @@ def quantize(quantization: Quantization, precisions: Precisions | None) -> Candi
         rules=rules,
         matches=matches,
         calibration=None if statistics == settings.statistics else statistics,
+        float_layers={scope.removesuffix(";"): reason for scope, reason in reasons.items()},
     )
 
 
@@ -199,7 +204,7 @@ def coverage(quantization: Quantization, candidate: Candidate) -> tuple[list[OpT
 
     def why(state: LayerState) -> str:
         assert isinstance(state.layer, Op)
-        return why_skipped(state, candidate.rules)
+        return candidate.float_layers.get(state.layer.name) or why_skipped(state, candidate.rules)
 
     return measure_coverage(states, why)
 
@@ -245,11 +250,6 @@ def _few(samples: CalibrationSet | None) -> CalibrationSet | None:
     return None if samples is None else replace(samples, most=samples.most or SAMPLES)
 
 
-def _message(samples: CalibrationSet) -> dict[str, Any]:
-    """Return a set as a message to the worker."""
-    return {"path": str(samples.path), "input_range": samples.input_range, "most": samples.most, "part": samples.part}
-
-
 def _require_matched(matches: Sequence[RuleMatches], name: str) -> None:
     idle = [rule for rule in matches if not rule.matched and rule.operation not in INPUT_OUTPUT]
     if idle and len(idle) < len(matches):  # where no rule does anything, the reasons say more
@@ -279,7 +279,7 @@ def _calibrated(quantization: Quantization, rules: Rules) -> Path:
             source=str(quantization.model.path),
             statistics=str(statistics),
             rules=rules,
-            samples=_message(samples),
+            samples=samples.as_message(),
             threads=request.threads or cpu_count(),
             model_sha256=sha256_of(source),
         )
@@ -287,11 +287,11 @@ def _calibrated(quantization: Quantization, rules: Rules) -> Path:
     return statistics
 
 
-def _float_rules(quantization: Quantization, statistics: Path | None) -> Rules:
-    """Return rules that leave ops in float at which a tensor's values are infinite."""
+def _without_range(quantization: Quantization, statistics: Path | None) -> dict[str, str]:
+    """Return the scopes of ops that stay in float as no range is known for them, and why."""
     if statistics is None:
-        return []
+        return {}
     given = {"source": str(quantization.model.path), "statistics": str(statistics)}
-    reply = quantization.workspace.run("unbounded", "could not read the model's constants", quantization.name, **given)
-    scopes = [f"^(?:{re.escape(scope)})$" for scope in reply["scopes"]]
-    return [{"regex": scope, "operation": "*", "algorithm_key": NO_QUANTIZE, "op_config": {}} for scope in scopes]
+    reply = quantization.workspace.run("without_range", "could not read the model's constants", quantization.name, **given)
+    scopes: dict[str, str] = reply["scopes"]
+    return scopes

@@ -9,8 +9,7 @@ import mmap
 import os
 import statistics
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,14 @@ from numpy.typing import NDArray
 from shared.calibration.arrays import Sample
 from shared.calibration.dataset import CalibrationSet
 from shared.calibration.samples import HeldSamples
-from shared.command.errors import ToolError, first_line
+from shared.command.errors import ToolError, plain_reason
 from shared.files.checksums import sha256_of
 from shared.formats.tensors import TensorSpec
 from shared.metrics.output_error import measure_error, measure_errors
 from shared.quantize.ledger import Outcome, RefusedError
+from shared.runtime.tflite import TfliteModel
 from shared.runtime.workarounds import large_weights_quantized
-from shared.runtime.worker import signature_names
-from tools.quantize_tflite.bias import Patches, correct_biases, layers, mean_patches
+from tools.quantize_tflite.graph.bias import Patches, correct_biases, layers, mean_patches
 from tools.quantize_tflite.recipes import Rules
 
 Array = NDArray[Any]
@@ -120,20 +119,19 @@ def _reference(subject: Subject) -> list[Outputs]:
 @functools.lru_cache(maxsize=2)
 def _patches(subject: Subject) -> Patches:
     """Return what bias correction needs to know of the float model's layers."""
-    interpreter = _interpreter(subject.path, preserve=True)
+    model = _loaded(subject.path, keeps_tensors=True)
     with _mapped(subject.path) as content:
         wanted = {layer.input for layer in layers(content)}
-    sums: dict[int, Array] = {}
-    inputs = _inputs(interpreter)
+    sums: dict[str, dict[tuple[int, ...], tuple[Any, int]]] = {}
     assert subject.calibration is not None
-    samples = list(subject.calibration.samples(list(inputs)))
-    for sample in samples:
-        _feed(interpreter, sample, inputs)
-        interpreter.invoke()
-        for index in wanted:
-            sums[index] = sums.get(index, 0.0) + interpreter.get_tensor(index).astype(np.float64)
+    for sample in subject.calibration.samples(model.inputs):
+        model.run(sample)
+        for name, values in model.tensors(wanted).items():
+            of_shapes = sums.setdefault(name, {})
+            total, count = of_shapes.get(values.shape, (0.0, 0))
+            of_shapes[values.shape] = total + values.astype(np.float64), count + 1
     with _mapped(subject.path) as content:
-        return mean_patches(content, {index: total / len(samples) for index, total in sums.items()})
+        return mean_patches(content, {name: list(of_shapes.values()) for name, of_shapes in sums.items()})
 
 
 @functools.lru_cache(maxsize=1)
@@ -152,69 +150,46 @@ def _quantized(subject: Subject, rules: Rules) -> bytearray:
             job = quantizer.Quantizer(str(subject.path), rules)
             result = job.quantize(enable_progress_bar=False, enable_progress_report=False)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise RefusedError("AI Edge Quantizer rejects the recipe or the model", where=subject.path, got=error) from None
+        raise RefusedError(
+            "AI Edge Quantizer rejects the recipe or the model", where=subject.path, got=plain_reason(error)
+        ) from None
     content = bytearray(result.quantized_model)
     corrected(subject, content)
     return content
 
 
-def _interpreter(model: Path | bytearray, *, preserve: bool = False) -> Any:
-    """Return a loaded interpreter with XNNPACK on one thread: so a candidate gives the same answers wherever it runs."""
-    from ai_edge_litert.interpreter import Interpreter
-
-    source = {"model_path": str(model)} if isinstance(model, Path) else {"model_content": bytes(model)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that preserved tensors take memory
-        try:
-            interpreter = Interpreter(**source, num_threads=1, experimental_preserve_all_tensors=preserve)
-            interpreter.allocate_tensors()
-        except (RuntimeError, ValueError) as error:
-            raise RefusedError("the runtime does not load the candidate", got=first_line(error)) from None
-    return interpreter
+def _loaded(model: Path | bytearray, *, keeps_tensors: bool = False) -> TfliteModel:
+    """Return a loaded model, on one thread: so a candidate gives the same answers wherever it runs."""
+    try:
+        return TfliteModel(model if isinstance(model, Path) else bytes(model), 1, keeps_tensors=keeps_tensors)
+    except (RuntimeError, ValueError) as error:
+        raise RefusedError("the runtime does not load the candidate", got=plain_reason(error)) from None
 
 
-def _inputs(interpreter: Any) -> tuple[TensorSpec, ...]:
-    """Return a model's inputs under the names that `shared.runtime.model` gives them."""
-    names, details = signature_names(interpreter), interpreter.get_input_details()
-    return tuple(
-        TensorSpec(names.get(d["name"], d["name"]), tuple(map(int, d["shape"])), np.dtype(d["dtype"]).name) for d in details
-    )
-
-
-def _feed(interpreter: Any, sample: Sample, inputs: Sequence[TensorSpec]) -> None:
-    for spec, tensor in zip(inputs, interpreter.get_input_details(), strict=True):
-        interpreter.set_tensor(tensor["index"], sample[spec.name])
-
-
-def _run(model: Path | bytearray, subject: Subject, tensor: str | None) -> list[Outputs]:
+def _run(source: Path | bytearray, subject: Subject, tensor: str | None) -> list[Outputs]:
     """Return the outputs for every sample, followed by the requested tensor."""
-    interpreter = _interpreter(model, preserve=tensor is not None)
-    inputs = _inputs(interpreter)
-    wanted = [d["index"] for d in interpreter.get_output_details()]
-    if tensor is not None:
-        places = [d["index"] for d in interpreter.get_tensor_details() if d["name"] == tensor]
-        if not places:
-            raise ToolError("no tensor of this name", where=subject.path, got=tensor)
-        wanted.append(places[0])
+    model = _loaded(source, keeps_tensors=tensor is not None)
     outputs = []
-    for sample in _samples(subject, inputs):
-        _feed(interpreter, sample, inputs)
-        interpreter.invoke()
-        outputs.append([interpreter.get_tensor(index) for index in wanted])
+    for sample in _samples(subject, tuple(model.inputs)):
+        made = model.run(sample)
+        outputs.append([made[spec.name] for spec in model.outputs])
+        if tensor is not None:
+            inside = model.tensors([tensor])
+            if not inside:
+                raise ToolError("no tensor of this name", where=subject.path, got=tensor)
+            outputs[-1].append(inside[tensor])
     return outputs
 
 
 def _slowdown(candidate: bytearray, subject: Subject) -> float:
     """Return the median latency of the candidate over the float model's, run in turns."""
-    sides = [_interpreter(subject.path), _interpreter(candidate)]
-    inputs = _inputs(sides[0])
-    sample = _samples(subject, inputs)[0]
+    sides = [_loaded(subject.path), _loaded(candidate)]
+    sample = _samples(subject, tuple(sides[0].inputs))[0]
     times: list[list[float]] = [[], []]
     for number in range(TIMED_RUNS + 1):
         for side, of_side in zip(sides, times, strict=True):
-            _feed(side, sample, inputs)
             start = time.perf_counter()
-            side.invoke()
+            side.run(sample)
             if number:  # the first run allocates
                 of_side.append(time.perf_counter() - start)
     return statistics.median(times[1]) / statistics.median(times[0])

@@ -41,7 +41,6 @@ from shared.command.options import (
 from shared.command.resources import MIB, ResourceEstimate
 from shared.files.atomic import workspace
 from shared.files.file_type import read_head
-from shared.formats.bundle import Entry, check_packed, is_bundle, models_of, pack_bundle, unpack_bundle
 from shared.formats.model_file import ModelFile
 from shared.formats.tflite import AGAIN, IDENTIFIER, TfliteContent
 from shared.metrics.gates import parse_gates
@@ -51,6 +50,7 @@ from shared.quantize.product import Order, Quantized, Writing, model_folder, wri
 from shared.quantize.request import Request
 from shared.quantize.result import GATES, QuantizationResult
 from tools.quantize_tflite import backend
+from tools.quantize_tflite.bundle import Entry, check_packed, is_bundle, models_of, pack_bundle, unpack_bundle
 from tools.quantize_tflite.options import DEFAULT_RECIPE, IoDtype, TfliteOptions
 from tools.quantize_tflite.recipes import ALIASES, read_recipe_file
 

@@ -200,8 +200,8 @@ def build_rules(
     """
     chosen: Rules = list(base) if not only else [part for selector in only for part in _narrowed(base, selector)]
     for selector, recipe, parts in rules:
-        chosen += _narrowed(parts, selector) if recipe != NONE else [_exclusion(selector)]
-    return concatenate([*chosen, *map(_exclusion, exclude)])
+        chosen += _narrowed(parts, selector) if recipe != NONE else [leave_in_float(selector.regex, selector.operation)]
+    return concatenate([*chosen, *(leave_in_float(selector.regex, selector.operation) for selector in exclude)])
 
 
 def _narrowed(rules: Rules, selector: Selector) -> Rules:
@@ -222,8 +222,9 @@ def _both(one: str, other: str) -> str:
     return other if one in (".*", "^.*", "(?:.*)") else f"^(?=.*(?:{one}))(?=.*(?:{other}))"
 
 
-def _exclusion(selector: Selector) -> dict[str, Any]:
-    return {"regex": selector.regex, "operation": selector.operation, "algorithm_key": NO_QUANTIZE, "op_config": {}}
+def leave_in_float(regex: str, operation: str = "*") -> dict[str, Any]:
+    """Return the rule that leaves ops as they are."""
+    return {"regex": regex, "operation": operation, "algorithm_key": NO_QUANTIZE, "op_config": {}}
 
 
 def supports(rule: dict[str, Any], operation: str) -> bool:
@@ -271,14 +272,10 @@ def with_ends(rules: Rules, io_dtype: str, name: str) -> Rules:
         ToolError: The rules make another type.
     """
     if needs_calibration(rules) and io_dtype == "float32":
-        return concatenate([*rules, *map(_float_end, INPUT_OUTPUT)])
+        return concatenate([*rules, *(leave_in_float(".*", end) for end in INPUT_OUTPUT)])
     if io_dtype != "float32":
         _require_ends(rules, io_dtype, name)
     return rules
-
-
-def _float_end(operation: str) -> dict[str, Any]:
-    return {"regex": ".*", "operation": operation, "algorithm_key": NO_QUANTIZE, "op_config": {}}
 
 
 def _require_ends(rules: Rules, io_dtype: str, name: str) -> None:

@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 
 from shared.calibration.dataset import CalibrationSet
-from shared.calibration.samples import HeldSamples, Samples, settle_samples
+from shared.calibration.samples import HeldSamples, KnownRange, Samples, settle_samples
 from shared.command.errors import ToolError
+from shared.formats.input_hints import InputHints
 from shared.formats.tensors import TensorSpec
 from shared.runtime.benchmark import LARGE_BYTES
-from shared.runtime.samples import sample_inputs
+from shared.runtime.samples import Guess, sample_inputs
 
 PICTURE = [TensorSpec("image", (1, 3, 8, 8), "float32")]
 LOGITS = [TensorSpec("logits", (1, 33), "float32")]
@@ -25,11 +26,11 @@ def settle(inputs: list[TensorSpec] = PICTURE, outputs: list[TensorSpec] = PICTU
         "where": Path("model.onnx"),
         "calibration": None,
         "holdout": None,
-        "input_range": None,
-        "declared": None,
-        "assumed": None,
     }
-    return settle_samples(inputs, outputs, **given | changes)
+    names = {"input_range": "given", "declared": "declared", "assumed": "assumed", "hints": "hints"}
+    known = KnownRange(**{names[name]: value for name, value in changes.items() if name in names})
+    rest = {name: value for name, value in changes.items() if name not in names}
+    return settle_samples(inputs, outputs, known=known, **given | rest)
 
 
 def pictures(folder: Path, count: int = 20, *, held_out: int = 0) -> CalibrationSet:
@@ -53,9 +54,9 @@ def arrays(path: Path, low: float, high: float, count: int = 4) -> CalibrationSe
 def test_without_real_inputs_outputs_are_measured_on_seeded_samples() -> None:
     found = settle(declared=(-1.0, 1.0))
     assert (found.calibration, found.count, found.note, found.peaks) == (None, 0, "8 seeded samples", [2.0])
-    assert found.held == HeldSamples(None, 8, (-1.0, 1.0))
+    assert found.held == HeldSamples(None, 8, Guess(pixel_range=(-1.0, 1.0)))
     (first, *rest) = found.held.load(PICTURE)
-    np.testing.assert_array_equal(first["image"], sample_inputs(PICTURE, 0, (-1.0, 1.0))["image"])
+    np.testing.assert_array_equal(first["image"], sample_inputs(PICTURE, 0, Guess(pixel_range=(-1.0, 1.0)))["image"])
     assert len(rest) == 7
     assert settle(size_bytes=LARGE_BYTES + 1).held.count == 2
 
@@ -75,7 +76,7 @@ def test_samples_that_are_calibrated_with_are_named_so_and_no_more_than_sixteen(
     found = settle(calibration=calibration, input_range="0..255")
     assert (found.count, found.held.count) == (20, 16)
     assert found.note == "16 samples that were calibrated with, too"
-    assert (found.held.pixel_range, found.peaks) == ((0.0, 255.0), [255.0])
+    assert (found.held.guess.pixel_range, found.peaks) == ((0.0, 255.0), [255.0])
     assert settle(calibration=calibration, input_range="0..255", size_bytes=LARGE_BYTES + 1).held.count == 3
     few = CalibrationSet(calibration.path, most=2)
     assert (settle(calibration=few, input_range="0..1").count, settle(calibration=few, input_range="0..1").held.count) == (2, 2)
@@ -127,6 +128,15 @@ def test_samples_that_do_not_fit_are_an_error(tmp_path: Path) -> None:
 
 
 def test_the_hash_of_held_samples_changes_with_whatever_decides_them(tmp_path: Path) -> None:
-    seeded = [HeldSamples(None, 8), HeldSamples(None, 2), HeldSamples(None, 8, (-1.0, 1.0))]
+    seeded = [HeldSamples(None, 8), HeldSamples(None, 2), HeldSamples(None, 8, Guess(pixel_range=(-1.0, 1.0)))]
     real = [HeldSamples(pictures(tmp_path / name, count), 16) for name, count in (("a", 3), ("b", 4))]
     assert len({held.sha256() for held in (*seeded, *real)}) == 5
+
+
+def test_what_the_first_ops_tell_comes_before_an_assumption(tmp_path: Path) -> None:
+    given = pictures(tmp_path / "set")
+    assert settle(calibration=given, assumed="0..1").calibration.input_range == "0..1"  # type: ignore[union-attr]
+    found = settle(calibration=given, assumed="0..1", hints=InputHints((0.0, 255.0)))
+    assert found.calibration is not None
+    assert found.calibration.input_range == "0..255"
+    assert "pixels taken as 0..255" in found.note

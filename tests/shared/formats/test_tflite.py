@@ -1,6 +1,5 @@
 """What a model file says of itself is read without loading it."""
 
-import shutil
 import zipfile
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 
 from shared.command.errors import ToolError
 from shared.formats.tflite import check_is_tflite, read_tflite
-from shared.formats.tflite_metadata import append_metadata, copy_appended_zip
+from shared.formats.tflite_metadata import append_metadata
 from shared.formats.tflite_metadata import read_metadata as read_from
 from tests.conftest import REALDATA
 
@@ -41,20 +40,6 @@ def test_metadata_is_appended_and_read_back(float_model: Path, tmp_path: Path) -
     plain.write_bytes(b"\0" * 100)
     append_metadata(plain, {"a": 1})
     assert plain.read_bytes() == first
-
-
-def test_an_appended_zip_is_carried_over_and_no_zip_stays_none(tmp_path: Path) -> None:
-    source, target = tmp_path / "a.bin", tmp_path / "b.bin"
-    source.write_bytes(b"model")
-    target.write_bytes(b"smaller")
-    copy_appended_zip(source, target)
-    assert target.read_bytes() == b"smaller"
-    with zipfile.ZipFile(source, "a") as archive:
-        archive.writestr("labels.txt", "cat\ndog\n")
-    copy_appended_zip(source, target)
-    assert target.read_bytes().startswith(b"smaller")
-    with zipfile.ZipFile(target) as archive:
-        assert archive.read("labels.txt") == b"cat\ndog\n"
 
 
 @pytest.mark.parametrize(
@@ -96,29 +81,15 @@ def test_weights_behind_dequantize_are_known_by_their_stored_type() -> None:
     assert read_tflite(REALDATA / "tflite" / "mlperf_tiny_resnet_float.tflite").restored_types == []
 
 
-@pytest.mark.realdata
-def test_label_files_of_a_real_model_are_carried_over(tmp_path: Path) -> None:
-    source = REALDATA / "tflite" / "mobilenet_v1_0.25_224_float_metadata.tflite"
-    target = tmp_path / "a.tflite"
-    shutil.copy(REALDATA / "tflite" / "mlperf_tiny_resnet_float.tflite", target)
-    copy_appended_zip(source, target)
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target) as new:
-        assert old.namelist() == new.namelist() != []
-        assert all(old.read(name) == new.read(name) for name in old.namelist())
-
-
-def test_a_damaged_or_encrypted_zip_is_no_metadata_and_not_carried_over(tmp_path: Path) -> None:
-    source, target = tmp_path / "a.bin", tmp_path / "b.bin"
+def test_a_damaged_zip_is_no_metadata(tmp_path: Path) -> None:
+    source = tmp_path / "a.bin"
     source.write_bytes(b"model")
     with zipfile.ZipFile(source, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("edgepress.json", '{"nbits": 3}' * 100)
     content = bytearray(source.read_bytes())
     content[60:80] = b"\xff" * 20
     source.write_bytes(content)
-    target.write_bytes(b"smaller")
     assert read_metadata(source) == {}
-    with pytest.raises(ToolError, match="zip appended to the model is damaged"):
-        copy_appended_zip(source, target)
 
 
 def test_metadata_of_absurd_size_is_not_read(tmp_path: Path) -> None:

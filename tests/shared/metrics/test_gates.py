@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from shared.command.errors import ToolError
-from shared.metrics.gates import GateResult, broken, check_gate, flat_gates, gate_table, parse_gates
+from shared.metrics.gates import GateResult, broken, check_gate, gate_table, parse_gates
 
 KNOWN = ("min_speedup", "max_size_mb", "min_accuracy_under")
 KEPT = GateResult("min_speedup", 1.5, 1.2, ok=True, model="a.tflite")
@@ -60,16 +60,6 @@ def test_texts_that_are_no_gates_are_errors_in_one_line(texts: list[str], reason
     with pytest.raises(ToolError, match=reason) as caught:
         parse_gates(texts, KNOWN)
     assert "\n" not in str(caught.value)
-
-
-def test_parts_of_a_cards_gate_get_names_of_their_own() -> None:
-    table = {"min_cosine": 0.99, "min_accuracy_under": {"jpeg-50": 0.97, "resize-0.75": 1}, "min_auc": None}
-    assert flat_gates(table) == {
-        "min_cosine": 0.99,
-        "min_accuracy_under:jpeg-50": 0.97,
-        "min_accuracy_under:resize-0.75": 1.0,
-        "min_auc": None,
-    }
 
 
 def test_broken_gates_are_one_line_with_value_and_limit() -> None:

@@ -58,12 +58,3 @@ def test_psnr_is_of_the_mean_square_error() -> None:
     assert metrics.psnr_db(black, black + 2.55, peak=255) == pytest.approx(40, abs=1e-4)
     with pytest.raises(ValueError, match="NaN"):
         metrics.psnr_db(black, black * np.nan)
-
-
-def test_auc_counts_how_often_a_positive_scores_higher() -> None:
-    assert metrics.roc_auc(np.array([1.0, 2.0]), np.array([0.0, -1.0])) == 1
-    assert metrics.roc_auc(np.array([0.0]), np.array([1.0])) == 0
-    assert metrics.roc_auc(np.array([1.0, 3.0]), np.array([2.0, 1.0])) == 0.625
-    for wrong in (np.array([]), np.array([np.nan])):
-        with pytest.raises(ValueError, match=r"no positives|NaN"):
-            metrics.roc_auc(np.array([1.0]), wrong)

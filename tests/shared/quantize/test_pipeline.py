@@ -66,6 +66,9 @@ class FakeBackend:
     def specs(self, model: ModelFile, name: str, workspace: Workspace) -> tuple[list[TensorSpec], list[TensorSpec]] | None:
         return ([INPUT], [OUTPUT]) if self.runs_here else None
 
+    def bounded(self, samples: CalibrationSet, *_: object) -> CalibrationSet:
+        return samples
+
     def unmatched(self, model: ModelFile, request: Request, name: str) -> list[str]:
         return ["nobody"]
 

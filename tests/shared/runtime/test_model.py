@@ -217,7 +217,7 @@ def test_free_axes_of_samples_are_settled(shape: tuple[int, ...], expected: tupl
 
 @pytest.mark.parametrize("span", [(-1.0, 1.0), (0.0, 255.0)])
 def test_made_up_pictures_span_the_range_that_the_model_takes(span: tuple[float, float]) -> None:
-    sample = sample_inputs([TensorSpec("x", (1, 3, 32, 32), "float32")], 0, span)["x"]
+    sample = sample_inputs([TensorSpec("x", (1, 3, 32, 32), "float32")], 0, Guess(pixel_range=span))["x"]
     assert span[0] <= sample.min() < sample.max() <= span[1]
     assert np.ptp(sample) > 0.5 * (span[1] - span[0])
 

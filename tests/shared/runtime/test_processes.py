@@ -62,7 +62,7 @@ def test_arrays_come_back_with_dtype_and_shape(module: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("do", "says"),
     [
-        ("fail", "^first line$"),
+        ("fail", "^first line second line$"),
         ("abort", "crashed with SIGABRT: the last words"),
         ("exit", "ended with 3"),
         ("kill", "probably out of memory"),

@@ -12,7 +12,7 @@ from shared.media.attacks import Attack
 from shared.runtime.processes import ChildError
 from shared.runtime.samples import image_sample
 from shared.watermark.message import Labelled
-from tools.compare.accuracy import Accuracy, Condition, labelled_inputs, largest_drop, read_accuracy
+from tools.compare.accuracy import Accuracy, Condition, labelled_inputs, largest_drop, read_accuracy, roc_auc
 
 MESSAGE = np.array([1, 0, 1, 1], bool)
 IMAGES = [Labelled(Path("a.png"), MESSAGE, Path("o.png")), Labelled(Path("b.png"), ~MESSAGE), Labelled(Path("c.png"), None)]
@@ -103,3 +103,12 @@ def test_samples_come_attack_by_attack_and_random_attacks_differ_from_image_to_i
 def test_a_model_that_takes_no_image_is_an_error() -> None:
     with pytest.raises(ChildError, match=r"it takes x float32 \(1, 7\), not one image"):
         image_sample([TensorSpec("x", (1, 7), "float32")], np.zeros((8, 8, 3), np.uint8))
+
+
+def test_auc_counts_how_often_a_positive_scores_higher() -> None:
+    assert roc_auc(np.array([1.0, 2.0]), np.array([0.0, -1.0])) == 1
+    assert roc_auc(np.array([0.0]), np.array([1.0])) == 0
+    assert roc_auc(np.array([1.0, 3.0]), np.array([2.0, 1.0])) == 0.625
+    for wrong in (np.array([]), np.array([np.nan])):
+        with pytest.raises(ValueError, match=r"no positives|NaN"):
+            roc_auc(np.array([1.0]), wrong)

@@ -109,3 +109,18 @@ def test_advice_names_the_smallest_and_the_fastest() -> None:
     assert both.advice() == ["recommended: b, the smallest inside the gates; a is the fastest"]
     one = replace(several, smallest=Path("a.tflite"), fastest=Path("a.tflite"))
     assert one.advice() == ["recommended: a, the smallest and the fastest inside the gates"]
+
+
+def test_each_of_several_outputs_has_a_row_of_its_own() -> None:
+    errors = [OutputError("boxes", 0.001, worst_cosine=0.999998), OutputError("scores", 0.19, worst_cosine=0.98)]
+    text = shown(replace(FINDINGS, candidates=[replace(candidate("a.tflite", 900, 4), errors=errors)]))
+    assert "0.001, 0.999998" in text
+    assert "0.19, 0.980000" in text
+    assert "bits: relative error" not in shown(FINDINGS)  # of one output the row of the worst says all
+
+
+def test_of_many_outputs_the_furthest_off_are_shown() -> None:
+    errors = [OutputError(f"output {number}", relative_error=number / 100, worst_cosine=1) for number in range(20)]
+    text = shown(replace(FINDINGS, candidates=[replace(candidate("a.tflite", 900, 4), errors=errors)]))
+    assert "output 12: relative error" in text
+    assert "output 11: relative error" not in text

@@ -7,10 +7,21 @@ import pytest
 
 from shared.command.errors import ToolError
 from shared.media.attacks import Attack
+from shared.metrics.output_error import OutputError
 from tests.conftest import write_card
 from tests.tools.compare.test_comparison import accuracy, candidate
 from tools.compare.comparison import ImageFindings, ImageTask
-from tools.compare.gates import GATES, OF_GROUND_TRUTH, OF_MESSAGES, SHARES, UNDER, check_gates, read_gates, require_measurable
+from tools.compare.gates import (
+    GATES,
+    OF_GROUND_TRUTH,
+    OF_MESSAGES,
+    SHARES,
+    UNDER,
+    check_gates,
+    flat_gates,
+    read_gates,
+    require_measurable,
+)
 from tools.compare.image_quality import TruthScores
 
 FOUND = candidate("a.tflite", 2**20, 4)  # 1 MiB, 4 ms, cosine 0.5, speed-up 2, 75 % of the bits right, 37.5 % under jpeg-50
@@ -153,7 +164,7 @@ def test_gates_on_values_that_are_not_measured_are_errors(name: str) -> None:
     [
         (f"{UNDER}:jpeg-60", 0.9, "this attack is not run; expected one of jpeg-50, crop-0.9"),
         (UNDER, 0.9, "this attack is not run"),
-        ("min_cosine:jpeg-50", 0.9, "only min_accuracy_under is followed by a colon and an attack; write min_cosine"),
+        ("min_speedup:jpeg-50", 0.9, "nothing follows min_speedup.* an output after min_cosine and max_error; write min_speedup"),
         *((f"{name}{':jpeg-50' * (name == UNDER)}", limit, "a share from 0 to 1") for name in SHARES for limit in (-0.1, 1.1)),
         ("min_speedup", -1, "expected a finite number of 0 or more"),
         ("max_size_mb", float("inf"), "expected a finite number of 0 or more"),
@@ -164,3 +175,30 @@ def test_gates_on_values_that_are_not_measured_are_errors(name: str) -> None:
 def test_limits_that_no_value_can_have_are_errors(name: str, limit: float, reason: str) -> None:
     with pytest.raises(ToolError, match=reason):
         measurable({name: limit})
+
+
+def test_a_gate_can_be_on_one_output() -> None:
+    boxes = OutputError("boxes", relative_error=0.001, worst_cosine=0.999)
+    scores = OutputError("scores", relative_error=0.2, worst_cosine=0.9)
+    found = replace(FOUND, errors=[boxes, scores])
+    for gates, expected in (
+        ({"max_error:boxes": 0.01}, [(0.001, True)]),
+        ({"max_error:scores": 0.01, "min_cosine:scores": 0.9}, [(0.2, False), (0.9, True)]),
+        ({"max_error": 0.01, "min_cosine": 0.95}, [(0.2, False), (0.9, False)]),  # without a name the worst one decides
+    ):
+        measurable(gates)
+        assert [(gate.value, gate.ok) for gate in check_gates(gates, found, REFERENCE)] == expected
+    (gate,) = check_gates({"max_error:boxes": 1}, replace(FOUND, errors=[]), REFERENCE)
+    assert (gate.value, gate.ok) == (None, False)
+    with pytest.raises(ToolError, match="no such output; expected boxes, scores"):
+        check_gates({"min_cosine:masks": 0.9}, found, REFERENCE)
+
+
+def test_parts_of_a_cards_gate_get_names_of_their_own() -> None:
+    table = {"min_cosine": 0.99, "min_accuracy_under": {"jpeg-50": 0.97, "resize-0.75": 1}, "min_auc": None}
+    assert flat_gates(table) == {
+        "min_cosine": 0.99,
+        "min_accuracy_under:jpeg-50": 0.97,
+        "min_accuracy_under:resize-0.75": 1.0,
+        "min_auc": None,
+    }

@@ -14,11 +14,10 @@ from PIL import Image
 from shared.command.errors import ToolError
 from shared.files import artifacts
 from shared.files.plan import Plan
-from shared.metrics.gates import flat_gates
 from tests.conftest import ROOT, Miniseal, Run, Small
 from tools.compare import compare
 from tools.compare import task as module
-from tools.compare.gates import GATES
+from tools.compare.gates import GATES, flat_gates
 from tools.compare.page import Page
 
 IMAGE_GATES = {"min_psnr", "min_ssim", "max_psnr_drop", "min_psnr_gain"}  # tripped in test_images

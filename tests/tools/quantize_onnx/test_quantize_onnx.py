@@ -306,15 +306,13 @@ def test_a_broken_gate_leaves_no_weights_beside_the_product_either(model: Path, 
 
 def test_weights_beside_a_candidate_move_with_it(model: Path, tiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole path of a model above 2 GiB, with the limit of protobuf lowered for the moment of the move."""
-    from shared.quantize import pipeline
-
-    move = pipeline._move
+    move = ModelFile.move
 
     def move_large(candidate: ModelFile, target: Path) -> None:
         with_external_weights(candidate.path, f"{candidate.path.name}.data")
         move(ModelFile(candidate.path), target)
 
-    monkeypatch.setattr(pipeline, "_move", move_large)
+    monkeypatch.setattr(ModelFile, "move", move_large)
     product = quantize_onnx(model, calibration=tiles).product
     assert product is not None
     (data,) = model.parent.glob("*.data")

@@ -36,13 +36,13 @@ from shared.quantize.sensitivity import LayerSensitivity, measure_sensitivity, n
 from shared.runtime.executors import local_processes
 from shared.runtime.processes import Workspace
 from tests.conftest import ROOT
-from tests.tools.quantize_tflite.test_bias import convolution
+from tests.tools.quantize_tflite.graph.test_bias import convolution
 from tools.quantize_tflite import backend, coverage, quantize_tflite
 from tools.quantize_tflite.backend import BASE, STEPS, _subject, job_maker, layer_jobs, space
 from tools.quantize_tflite.candidates import TfliteJob
+from tools.quantize_tflite.graph.repair import shorten_names
 from tools.quantize_tflite.options import TfliteSettings
 from tools.quantize_tflite.recipes import Rules, assign, parse_selector
-from tools.quantize_tflite.repair import shorten_names
 
 LIMIT = 0.05
 OTHERS = ["DEPTHWISE_CONV_2D", "FULLY_CONNECTED"]  # left out where five layers are enough

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.command.errors import ToolError, first_line
+from shared.command.errors import ToolError, plain_reason
 from shared.formats.onnx_file import AGAIN, LAYER_CONSTANTS, Model, inner_graphs
 from tools.quantize_onnx.graph.folding import rename_inputs
 
@@ -23,7 +23,7 @@ def inline_functions(model: Model, source: Path) -> tuple[int, Model]:
     try:
         return count, inliner.inline_local_functions(model) if count else model
     except Exception as error:  # noqa: BLE001 - it raises whatever its C++ code throws
-        what, got = "the model's functions can't be inlined", first_line(error)
+        what, got = "the model's functions can't be inlined", plain_reason(error)
         raise ToolError(what, where=source, got=got, remedy=AGAIN) from None
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.command.errors import ToolError, first_line
+from shared.command.errors import ToolError, plain_reason
 from shared.formats.onnx_file import AGAIN, MAX_PROTOBUF_BYTES, Model, external_files, read_model
 from shared.formats.onnx_graph import is_weight, node_names
 from tools.quantize_onnx.graph.folding import fold_batchnorms, fold_constants
@@ -155,7 +155,7 @@ def _upgrade(model: Model, source: Path, *, is_large: bool) -> tuple[int, Model]
         upgraded = version_converter.convert_version(model, OPSET)
     except Exception as error:  # noqa: BLE001 - it raises whatever its C++ code throws
         remedy = f"export the model again with opset {OPSET} or newer"
-        raise ToolError(f"opset {opset} can't be upgraded", where=source, got=first_line(error), remedy=remedy) from None
+        raise ToolError(f"opset {opset} can't be upgraded", where=source, got=plain_reason(error), remedy=remedy) from None
     upgraded.ir_version = max(upgraded.ir_version, IR)
     if opset <= LAST_PLAIN_RESIZE:
         _resize_as_before(upgraded)
@@ -215,7 +215,7 @@ def _infer_shapes(model: Model, source: Path) -> int:
     try:
         inferred = shape_inference.infer_shapes(model, data_prop=True)  # weights of a large model are not loaded
     except Exception as error:  # noqa: BLE001 - it raises whatever its C++ code throws
-        raise ToolError("the model's shapes can't be inferred", where=source, got=first_line(error), remedy=AGAIN) from None
+        raise ToolError("the model's shapes can't be inferred", where=source, got=plain_reason(error), remedy=AGAIN) from None
     del model.graph.value_info[:]
     model.graph.value_info.extend(inferred.graph.value_info)
     after = {value.name: _lengths(value) for value in model.graph.value_info}

@@ -1,4 +1,7 @@
-"""Seeded graphs of random ops: random opset, random sharing of weights, outputs anywhere."""
+"""Seeded graphs of random ops: random opset, random sharing of weights, outputs anywhere.
+
+Ops that jump, such as Ceil, are left out: next to a jump the smallest noise is an error of a whole step.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +29,7 @@ UNARY = (
     "Erf",
     "Identity",
     "Dropout",
-    "Ceil",
+    "Softsign",
 )
 
 

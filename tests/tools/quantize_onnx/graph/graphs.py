@@ -90,6 +90,17 @@ def lost_output(path: Path) -> Path:
     return save(path, nodes, PICTURE, {"feat": (1, 8, 16, 16), "y": (1, 4, 16, 16)}, held)
 
 
+def rounded(path: Path, factor: float = 1.0) -> Path:
+    """A convolution's result, times a factor where that is not 1, is rounded to integers."""
+    nodes = [conv("image", "w0", "b0", "feat")]
+    held = weights(w0=(8, 3, 3, 3), b0=(8,))
+    if factor != 1:
+        nodes.append(helper.make_node("Mul", ["feat", "factor"], ["scaled"], name="scale"))
+        held["factor"] = np.array(factor, np.float32)
+    nodes += [helper.make_node("Ceil", ["feat" if factor == 1 else "scaled"], ["y"], name="up")]
+    return save(path, nodes, PICTURE, {"y": (1, 8, 16, 16)}, held)
+
+
 def clipped_output(path: Path) -> Path:
     """The same with a Clip, and outputs that are a constant, and the input itself."""
     nodes = [

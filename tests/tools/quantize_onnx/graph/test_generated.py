@@ -10,7 +10,8 @@ from tests.tools.quantize_onnx.graph.generated import draw, samples
 from tests.tools.quantize_onnx.graph.graphs import product_of
 
 GRAPHS, EACH_ROUND = 200, 6
-LARGEST_ERROR = 0.15  # of an output over all samples; 8 bits in the worst of the 200 graphs give 0.12, where norms amplify rounding
+LARGEST_ERROR = 0.06  # of an output over all samples; the worst of the 200 graphs has 0.056
+CALIBRATED, HELD = 32, 4  # samples; of few ones the ranges are too narrow for others
 
 
 @pytest.mark.parametrize("mode", ["static", "static, QOperator", "dynamic", "fp16"])
@@ -18,8 +19,8 @@ def test_a_generated_graph_keeps_its_answers(mode: str, rounds: int, tmp_path: P
     wrong = []
     for seed in range(min(GRAPHS, EACH_ROUND * rounds)):
         source = draw(tmp_path / f"{seed}.onnx", seed)
-        product = product_of(source, tmp_path / "work", mode, samples(8, 1000 + seed))
-        held = samples(4, seed)
+        product = product_of(source, tmp_path / "work", mode, samples(CALIBRATED, 1000 + seed))
+        held = samples(HELD, seed)
         pairs = [(answer(source, **sample), answer(product, **sample)) for sample in held]
         names = [f"graph {seed}, output {number}" for number in range(len(pairs[0][0]))]
         found = measure_errors(names, [before for before, _ in pairs], [after for _, after in pairs])

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -16,6 +17,7 @@ from tests.tools.quantize_onnx.graph.graphs import (
     lost_output,
     pictures,
     product_of,
+    rounded,
     scaled_gemm,
     shared_bias,
 )
@@ -51,6 +53,8 @@ def plain(source: Path, target: Path, **settings: Any) -> Path:
         (dead_channels, "static, uint8 weights", {"weight_type": QuantType.QUInt8}),
         (dead_channels, "static, QOperator", {"quant_format": QuantFormat.QOperator}),
         (batched_matrix, "static", {}),
+        (rounded, "static", {}),
+        (rounded, "static, QOperator", {"quant_format": QuantFormat.QOperator}),
     ],
 )
 def test_the_library_alone_is_wrong_where_we_are_not(save: Save, mode: str, settings: dict[str, Any], tmp_path: Path) -> None:
@@ -65,3 +69,13 @@ def test_the_library_alone_is_wrong_where_we_are_not(save: Save, mode: str, sett
     mended = errors_of(source, product_of(source, tmp_path / "work", mode, pictures(8)), held)
     assert max(mended) < RIGHT, mended
     print(f"{save.__name__}, {mode}: {max(errors):.3f} -> {max(mended):.3f}")
+
+
+@pytest.mark.parametrize(("factor", "is_quantized"), [(1, False), (255, True)])
+def test_only_layers_before_a_coarse_rounding_stay_in_float(factor: float, *, is_quantized: bool, tmp_path: Path) -> None:
+    """Rounding to one of 255 levels of a pixel is as fine as 8 bits are."""
+    source = rounded(tmp_path / "model.onnx", factor)
+    product = product_of(source, tmp_path / "work", "static", pictures(8))
+    kinds = {node.op_type for node in onnx.load(product).graph.node}
+    assert ("QuantizeLinear" in kinds) == is_quantized
+    assert max(errors_of(source, product, pictures(4, seed=1))) < RIGHT

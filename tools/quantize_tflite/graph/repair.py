@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.command.errors import ToolError, first_line
+from shared.command.errors import ToolError, first_line, plain_reason
 from shared.formats.tflite import DAMAGE, constant_span, enum_names, open_flatbuffer
 
 SIGNATURE = "serving_default"
@@ -224,7 +224,7 @@ def _evaluate(model: Any, graph: Any, ops: list[Any]) -> dict[int, NDArray[Any]]
         interpreter.invoke()
         return {index: interpreter.get_tensor(index) for index in wanted}
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"its stored constants can't be evaluated: {first_line(error)}") from None
+        raise ValueError(f"its stored constants can't be evaluated: {plain_reason(error)}") from None
 
 
 def _set_constant(model: Any, tensor: Any, value: NDArray[Any]) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from shared.formats.tensors import TensorSpec
 from shared.formats.tflite import read_tflite
 from shared.runtime.samples import sample_inputs
-from tools.quantize_tflite.bias import Layer, _mean_patch, _shift, correct_biases, layers, mean_patches
+from tools.quantize_tflite.graph.bias import Layer, _mean_patch, _shift, correct_biases, layers, mean_patches
 from tools.quantize_tflite.recipes import Rules, assign, resolve_recipe
 
 Array = NDArray[Any]
@@ -46,13 +46,15 @@ def runs(interpreter: Interpreter) -> Iterator[None]:
         yield
 
 
-def mean_inputs(content: bytes) -> dict[int, Array]:
+def mean_inputs(content: bytes) -> dict[str, list[tuple[Array, int]]]:
+    """Return the sums of the layers' inputs over the samples, and their number."""
     interpreter = open_preserving(content)
     wanted = {layer.input for layer in layers(content)}
+    places = {d["name"]: d["index"] for d in interpreter.get_tensor_details() if d["name"] in wanted}
     sums = dict.fromkeys(wanted, np.zeros(()))
     for _ in runs(interpreter):
-        sums = {index: sums[index] + interpreter.get_tensor(index).astype(np.float64) for index in wanted}
-    return {index: total / SAMPLES for index, total in sums.items()}
+        sums = {name: sums[name] + interpreter.get_tensor(places[name]).astype(np.float64) for name in wanted}
+    return {name: [(total, SAMPLES)] for name, total in sums.items()}
 
 
 def channel_means(content: bytes | bytearray, name: str) -> Array:
@@ -297,7 +299,7 @@ def test_the_mean_patch_is_what_the_runtime_convolves(
 
 
 def test_the_patch_of_a_matrix_is_the_mean_of_its_rows() -> None:
-    layer = Layer("y;", "FULLY_CONNECTED", 0, np.ones((2, 3), np.float32), "FLOAT32", None, None)
+    layer = Layer("y;", "FULLY_CONNECTED", "x", np.ones((2, 3), np.float32), "FLOAT32", None, None)
     mean = np.arange(12.0).reshape(1, 2, 2, 3)
     np.testing.assert_array_equal(_mean_patch(layer, mean), [4.5, 5.5, 6.5])
 

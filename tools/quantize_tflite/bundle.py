@@ -1,4 +1,6 @@
-"""MediaPipe `.task` bundles: zip files whose entries the runtime maps where they lie, so all are stored and aligned.
+"""MediaPipe `.task` bundles, and the zip of label files that may follow a TFLite model.
+
+Bundles are zip files whose entries the runtime maps where they lie, so all are stored and aligned.
 
 Source: https://github.com/google-ai-edge/mediapipe/blob/v0.10.21/mediapipe/tasks/cc/metadata/utils/zip_utils.cc (what the
     runtime reads) and .../tasks/python/metadata/metadata_writers/model_asset_bundle_utils.py (what the official packer writes).
@@ -23,6 +25,7 @@ ALIGNMENT = 64  # bytes; weights inside a model lie at multiples of 16
 EXTRA_ID = 0xD935  # Android's zipalign: alignment, then padding
 MAX_ENTRIES = 256
 LARGEST_ENTRY = 1_900_000_000  # bytes; above, zipfile writes headers of another length
+MAX_APPENDED_BYTES = 2**28  # of all associated files together; label files and vocabularies are far smaller
 MAX_DEPTH = 3  # bundles inside bundles; the deepest published one has one level
 UNDATED = (1980, 1, 1, 0, 0, 0)
 REMEDY = "download the bundle again"
@@ -160,3 +163,32 @@ def pack_bundle(entries: Sequence[Entry], output: Path, replaced: dict[Path, Pat
             info.extra = struct.pack("<3H", EXTRA_ID, 2 + -header % ALIGNMENT, ALIGNMENT) + bytes(-header % ALIGNMENT)
             with content.open("rb") as data, archive.open(info, "w") as file:
                 shutil.copyfileobj(data, file)
+
+
+def copy_appended_zip(source: Path, target: Path) -> None:
+    """Append the zip that follows the flatbuffer of `source`, if any, to `target`, entry by entry.
+
+    Raises:
+        ToolError: The zip is damaged, encrypted or too large to be label files.
+    """
+    try:
+        if not zipfile.is_zipfile(source):  # Python 3.11 raises on some damaged directories
+            return
+        with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "a", zipfile.ZIP_STORED) as new:
+            if sum(entry.file_size for entry in old.infolist()) > MAX_APPENDED_BYTES:
+                raise ToolError("the zip appended to the model is too large", where=source, expected="label files and the like")
+            for entry in old.infolist():
+                with old.open(entry) as data, new.open(_same_entry(entry), "w") as out:
+                    shutil.copyfileobj(data, out)
+    except ZIP_DAMAGE as error:
+        if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
+            raise
+        raise ToolError("the zip appended to the model is damaged", where=source, got=first_line(error)) from None
+
+
+def _same_entry(entry: zipfile.ZipInfo) -> zipfile.ZipInfo:
+    """Return an entry of the same name, date and compression for another archive."""
+    same = zipfile.ZipInfo(entry.filename, date_time=entry.date_time)
+    same.compress_type = entry.compress_type
+    same.file_size = entry.file_size
+    return same

@@ -7,7 +7,8 @@ Source: Nagel et al., Data-free quantization through weight equalization and bia
     mean inputs from samples in the float model, border padding included, instead of deriving them from batch normalization.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ class Layer:
     Args:
         scope: The op's scope.
         kind: CONV_2D, DEPTHWISE_CONV_2D or FULLY_CONNECTED.
-        input: Index of its input tensor.
+        input: Name of its input tensor.
         weights: float32; (out, height, width, in), depthwise (1, height, width, out), fully connected (out, in).
         stored: Type the weights are stored in.
         bias: Where its float32 bias lies in the file: start and end; None where it has none of its own.
@@ -36,7 +37,7 @@ class Layer:
 
     scope: str
     kind: str
-    input: int
+    input: str
     weights: Array
     stored: str
     bias: tuple[int, int] | None
@@ -44,16 +45,24 @@ class Layer:
 
 
 def layers(content: Any) -> Iterator[Layer]:
-    """Yield the layers of the first subgraph of a model's bytes."""
+    """Yield the layers of a model's bytes."""
     from ai_edge_litert import schema_py_generated as schema
 
     model = schema.Model.GetRootAs(content)
-    graph = model.Subgraphs(0)
+    graphs = [model.Subgraphs(g) for g in range(model.SubgraphsLength())]
+    uses = Counter(graph.Tensors(t).Buffer() for graph in graphs for t in range(graph.TensorsLength()))
+    for graph in graphs:
+        yield from _graph_layers(content, model, graph, uses)
+
+
+def _graph_layers(content: Any, model: Any, graph: Any, uses: Mapping[int, int]) -> Iterator[Layer]:
+    """Yield the layers of a subgraph; `uses` counts the tensors of each buffer in all of them."""
+    from ai_edge_litert import schema_py_generated as schema
+
     ops = [graph.Operators(i) for i in range(graph.OperatorsLength())]
     kinds = [enum_names("BuiltinOperator")[model.OperatorCodes(op.OpcodeIndex()).BuiltinCode()] for op in ops]
     behind = {op.Outputs(0): op.Inputs(0) for op, kind in zip(ops, kinds, strict=True) if kind == "DEQUANTIZE"}
     readers = [op.Inputs(k) for op in ops for k in range(op.InputsLength())]
-    buffers = [graph.Tensors(t).Buffer() for t in range(graph.TensorsLength())]
     tables = {"CONV_2D": schema.Conv2DOptions, "DEPTHWISE_CONV_2D": schema.DepthwiseConv2DOptions, "FULLY_CONNECTED": None}
     for op, kind in zip(ops, kinds, strict=True):
         if kind not in tables or op.InputsLength() < 3 or op.Inputs(2) < 0:
@@ -63,7 +72,7 @@ def layers(content: Any) -> Iterator[Layer]:
         if weights is None:
             continue
         bias = graph.Tensors(op.Inputs(2))
-        is_own = readers.count(op.Inputs(2)) == 1 and buffers.count(bias.Buffer()) == 1
+        is_own = readers.count(op.Inputs(2)) == 1 and uses[bias.Buffer()] == 1
         is_float = enum_names("TensorType")[bias.Type()] == "FLOAT32"
         span = constant_span(model, bias) if is_own and is_float else None
         stored = enum_names("TensorType")[graph.Tensors(place).Type()]
@@ -72,7 +81,8 @@ def layers(content: Any) -> Iterator[Layer]:
             options = table()
             options.Init(op.BuiltinOptions().Bytes, op.BuiltinOptions().Pos)
         scope = "".join(f"{graph.Tensors(op.Outputs(k)).Name().decode()};" for k in range(op.OutputsLength()))
-        yield Layer(scope, kind, op.Inputs(0), weights, stored, span, options)
+        given = (graph.Tensors(op.Inputs(0)).Name() or b"").decode()
+        yield Layer(scope, kind, given, weights, stored, span, options)
 
 
 def _float_values(content: Any, model: Any, tensor: Any) -> Array | None:
@@ -102,14 +112,19 @@ def _float_values(content: Any, model: Any, tensor: Any) -> Array | None:
     return exact
 
 
-def mean_patches(content: Any, mean_inputs: Mapping[int, Array]) -> Patches:
+def mean_patches(content: Any, inputs: Mapping[str, Sequence[tuple[Array, int]]]) -> Patches:
     """Return for each layer the input under its kernel, averaged over samples and positions.
 
     Args:
         content: The float model's bytes.
-        mean_inputs: Tensor index -> the tensor's mean over the samples, float, its own shape.
+        inputs: Tensor name -> for each shape that it has in the samples, the sum over these samples, float, and their number.
     """
-    return {layer.scope: _mean_patch(layer, mean_inputs[layer.input]) for layer in layers(content) if layer.input in mean_inputs}
+    return {layer.scope: _mean_over(layer, inputs[layer.input]) for layer in layers(content) if layer.input in inputs}
+
+
+def _mean_over(layer: Layer, sums: Sequence[tuple[Array, int]]) -> Array:
+    patches = [_mean_patch(layer, total / count) for total, count in sums]
+    return np.average(patches, axis=0, weights=[count for _, count in sums])
 
 
 def _mean_patch(layer: Layer, mean: Array) -> Array:

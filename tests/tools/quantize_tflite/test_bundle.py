@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from shared.command.errors import ToolError
-from shared.formats import bundle
-from shared.formats.bundle import ALIGNMENT, MAX_DEPTH, MAX_ENTRIES, Entry, is_bundle, models_of, pack_bundle, unpack_bundle
 from tests.conftest import REALDATA
+from tools.quantize_tflite import bundle
+from tools.quantize_tflite.bundle import ALIGNMENT, MAX_DEPTH, MAX_ENTRIES, Entry, is_bundle, models_of, pack_bundle, unpack_bundle
 
 LOCAL = struct.Struct("<4s5H3L2H")
 CENTRAL = struct.Struct("<4s6H3L5H2L")

@@ -12,14 +12,14 @@ from ai_edge_litert.tools import flatbuffer_utils
 from numpy.typing import NDArray
 
 from shared.command.errors import ToolError
-from shared.formats.bundle import models_of, unpack_bundle
 from shared.formats.model_file import ModelFile
 from shared.formats.tflite import enum_names, read_tflite
 from shared.runtime.model import Kernels, open_model
 from shared.runtime.samples import sample_inputs
 from tests.conftest import REALDATA
+from tools.quantize_tflite.bundle import models_of, unpack_bundle
+from tools.quantize_tflite.graph.repair import Repairs, cut_before_custom_ops, needed_repairs, repair
 from tools.quantize_tflite.recipes import resolve_recipe
-from tools.quantize_tflite.repair import Repairs, cut_before_custom_ops, needed_repairs, repair
 
 Edit = Callable[[Any], None]
 KERNELS: tuple[Kernels, ...] = ("xnnpack", "reference")

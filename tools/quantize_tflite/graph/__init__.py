@@ -1,0 +1,1 @@
+"""The graph of a TFLite model, read and changed in its flatbuffer."""
