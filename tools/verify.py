@@ -29,7 +29,7 @@ from shared.files import artifacts
 from shared.files.plan import Plan, Product
 from shared.files.provenance import require_checksums
 from shared.formats.model_file import ModelFile
-from shared.formats.tensors import TensorSpec, describe
+from shared.formats.tensors import TensorSpec, by_signature, describe
 from shared.metrics.metrics import message_bits
 from shared.runtime.model import Model, open_model
 from shared.runtime.processes import ChildError
@@ -110,7 +110,7 @@ class _Inputs:
         if self.file is None:
             return sample_inputs(specs, self.seed + number, self.guess)
         samples = list(itertools.islice(CalibrationSet(self.file).samples(specs), number + 1))
-        return complete_inputs(samples[number % len(samples)], specs, self.seed + number)
+        return complete_inputs(samples[number % len(samples)], specs, self.seed + number, self.guess)
 
 
 def _run(model: Model, inputs: _Inputs, number: int = 0) -> tuple[Outputs, float]:
@@ -172,7 +172,7 @@ def _verify(source: ModelFile, threads: int, inputs: _Inputs, nbits: int | None)
             if not all(check.ok for check in checks):
                 return Findings(checks, load_ms, run_ms, model.peak_rss_bytes)
             stage = "runs"
-            if inputs.file is None:
+            if inputs.file is None or len(by_signature(model.inputs)) > 1:
                 guess = Guess.of_hints(source.hints, source.input_range)
                 inputs = replace(inputs, guess=guess_inputs(source, model.inputs, threads, guess))
             first, _ = _run(model, inputs)

@@ -27,6 +27,10 @@ AGAIN = "make the calibration set again"
 _Array = tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]
 
 
+class UnfitError(ToolError):
+    """A set lacks an input of a model, or its samples have another shape."""
+
+
 def _npz_arrays(archive: zipfile.ZipFile, path: Path, streams: contextlib.ExitStack) -> dict[str, _Array]:
     """Return stream, shape and dtype of each array of an .npz, positioned at its first value."""
     found = {}
@@ -86,7 +90,7 @@ def single_specs(path: Path, inputs: list[TensorSpec]) -> list[TensorSpec] | Non
     singles = [replace(spec, shape=(1, *spec.shape[1:])) for spec in inputs]
     with contextlib.suppress(*ZIP_DAMAGE, ToolError), zipfile.ZipFile(path) as archive, contextlib.ExitStack() as streams:
         arrays = _npz_arrays(archive, path, streams)
-        known = arrays.get(inputs[0].name, arrays.get(IMAGES_KEY))
+        known = arrays.get(inputs[0].name, arrays.get(inputs[0].own_name, arrays.get(IMAGES_KEY)))
         if known is not None and len(known[1]) <= len(inputs[0].shape):
             return singles
     return None
@@ -103,7 +107,7 @@ def read_npz(path: Path, inputs: list[TensorSpec]) -> Iterator[Sample]:
             missing = [spec.name for spec in inputs if source[spec.name] not in arrays]
             if missing:
                 what, got = "the calibration set lacks inputs of the model", sorted(arrays)
-                raise ToolError(what, where=path, got=got, expected=describe(inputs), remedy="name arrays as the inputs")
+                raise UnfitError(what, where=path, got=got, expected=describe(inputs), remedy="name arrays as the inputs")
             for spec in inputs:
                 _require_fits(path, spec, *arrays[source[spec.name]][1:])
             for _ in range(arrays[source[inputs[0].name]][1][0]):
@@ -120,7 +124,7 @@ def _require_fits(path: Path, spec: TensorSpec, shape: tuple[int, ...], dtype: n
     if not fits or dtype.kind not in "fiu":
         expected = f"({shape[0]}, {', '.join(map(str, wanted))}) {spec.dtype}"
         what, got = f"the calibration set does not fit input '{spec.name}'", f"{shape} {dtype}"
-        raise ToolError(what, where=path, got=got, expected=expected, remedy=AGAIN)
+        raise UnfitError(what, where=path, got=got, expected=expected, remedy=AGAIN)
 
 
 def _next_sample(path: Path, spec: TensorSpec, stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -15,14 +15,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shared.calibration.arrays import AGAIN, Sample, npz_length, read_npz, single_specs
+from shared.calibration.arrays import AGAIN, Sample, UnfitError, npz_length, read_npz, single_specs
 from shared.command.errors import ToolError
 from shared.command.options import InputRange
 from shared.files.file_type import is_regular, read_head
 from shared.formats.tensors import TensorSpec, by_signature, describe, image_input
 from shared.media.images import ImageForm, Pixels, image_files, read_pixels, to_form, to_values
+from shared.metrics.output_error import USUAL_RANGES
 
-RANGES: dict[InputRange, tuple[float, float]] = {"0..1": (0.0, 1.0), "-1..1": (-1.0, 1.0), "0..255": (0.0, 255.0)}
+RANGES: dict[InputRange, tuple[float, float]] = dict(zip(("0..1", "-1..1", "0..255"), USUAL_RANGES, strict=True))
 TOLERANCE = 0.05  # of the range's width: interpolation overshoots, and normalisation constants are rounded
 LEAST_SPAN = 0.1  # of the range's width: below it, all samples together are likelier of another scale
 TILE_SIZE, TILE_STEP = 256, 16  # pixels of a tile; networks halve sides a few times
@@ -105,11 +106,13 @@ class CalibrationSet:
             ToolError: The set does not fit the model, is damaged, or holds NaN.
         """
         groups = by_signature(inputs)
+        if self.path.suffix == ".npz":
+            npz_length(self.path)  # damage is no misfit
         fitting = groups if len(groups) == 1 else [group for group in groups if self._fits(group)]
         if not fitting:
             what, remedy = "the calibration set fits no signature of the model", "name arrays SIGNATURE/INPUT"
             raise ToolError(what, where=self.path, expected=describe(inputs), remedy=remedy)
-        for parts in zip(*map(self._of_one, fitting), strict=True):
+        for parts in zip(*map(self._of_one, fitting), strict=False):  # batches of several sizes: as many as the fewest
             yield {name: values for part in parts for name, values in part.items()}
 
     def _fits(self, inputs: list[TensorSpec]) -> bool:
@@ -118,7 +121,7 @@ class CalibrationSet:
             return image_input(inputs) is not None
         try:
             return next(self._of_one(inputs), None) is not None
-        except ToolError:
+        except UnfitError:
             return False
 
     def _of_one(self, inputs: list[TensorSpec]) -> Iterator[Sample]:
@@ -141,16 +144,18 @@ class CalibrationSet:
         """
         known = RANGES[self.input_range] if self.input_range else declared
         count, low, high = 0, np.inf, -np.inf
+        images = {group[0].name for group in by_signature(inputs) if image_input(group) is not None}
         for sample in self.samples(inputs):
             count += 1
             for name, values in sample.items():
                 if not np.isfinite(values).all():
                     got = f"sample {count}, {name}"
                     raise ToolError("a calibration sample holds NaN or infinity", where=self.path, got=got, remedy=AGAIN)
-                low, high = min(low, float(values.min())), max(high, float(values.max()))
+                if name in images:
+                    low, high = min(low, float(values.min())), max(high, float(values.max()))
         if count == 0:
             raise ToolError("the calibration set is empty", where=self.path, remedy=AGAIN)
-        if known is not None and all(len(group) == 1 for group in by_signature(inputs)):
+        if known is not None and low <= high:
             _require_range(self.path, (low, high), known)
         return count
 

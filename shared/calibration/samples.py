@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from shared.calibration.arrays import Sample
 from shared.calibration.dataset import RANGES, CalibrationSet, choose_range, name_of_range
@@ -15,8 +18,6 @@ from shared.formats.tensors import TensorSpec, by_signature, image_input, makes_
 from shared.runtime.benchmark import Inputs, sample_count
 from shared.runtime.processes import ChildError
 from shared.runtime.samples import Guess, complete_inputs, guess_inputs, sample_inputs
-
-SLACK = 0.05  # that values may lie outside a range: interpolation overshoots
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Samples:
         count: How many samples that is.
         held: What to measure answers on.
         note: The same in words.
-        peaks: For each output of the model the width of the range of the images it makes, else None.
+        peaks: For each output of the model the width of the range of the images it makes, 0 where nobody said it, else None.
     """
 
     calibration: CalibrationSet | None
@@ -80,10 +81,8 @@ class KnownRange:
     hints: InputHints = field(default_factory=InputHints)
     assumed: InputRange | None = None
 
-    def choose(
-        self, inputs: Sequence[TensorSpec], real: CalibrationSet | None, where: Path
-    ) -> tuple[InputRange | None, bool, Guess]:
-        """Return the range, whether it is assumed only, and what made-up inputs look like.
+    def choose(self, inputs: Sequence[TensorSpec], real: CalibrationSet | None, where: Path) -> "ChosenRange":
+        """Return the range to take.
 
         Args:
             inputs: The model's inputs.
@@ -96,7 +95,17 @@ class KnownRange:
         assumes = self.assumed is not None and known is None and bool(images) and real is not None and real.path.suffix != ".npz"
         guess = Guess.of_hints(self.hints, RANGES[known] if known else declared)
         chosen = name_of_range(guess.pixel_range) or self.assumed if assumes else known
-        return chosen, assumes, replace(guess, pixel_range=RANGES[chosen]) if chosen else guess
+        width = float(np.ptp(guess.pixel_range)) if known or declared else 0.0
+        return ChosenRange(chosen, assumes, replace(guess, pixel_range=RANGES[chosen]) if chosen else guess, width)
+
+
+class ChosenRange(NamedTuple):
+    """The range of an image input: its name, whether nobody said it, made-up inputs in it, and its width where it was said."""
+
+    name: InputRange | None
+    is_assumed: bool
+    guess: Guess
+    width: float
 
 
 def settle_samples(
@@ -123,9 +132,7 @@ def settle_samples(
     Raises:
         ToolError: Samples don't fit the model, or their range is not known.
     """
-    are_images = [makes_image(list(inputs), spec) for spec in outputs]
-    chosen, assumes, guess = known.choose(inputs, calibration or holdout, where)
-    low, high = guess.pixel_range
+    chosen, is_assumed, guess, width = known.choose(inputs, calibration or holdout, where)
     settled, count = None, 0
     if calibration is not None:
         settled = replace(calibration, input_range=chosen)
@@ -143,12 +150,9 @@ def settle_samples(
         held = HeldSamples(dataset, len(samples), guess)
         is_apart = dataset.part == "holdout" or calibration is None or dataset.path != calibration.path
         note = _describe(samples, inputs, is_apart=is_apart)
-        if are_images[:1] == [True] and chosen is None:
-            low, high = _seen_range(samples)
-            note += f"; PSNR of values from {low:g} to {high:g}, as the samples have them, say --input-range if that is wrong"
-    if assumes:
+    if is_assumed:
         note += f"; pixels taken as {chosen}, say --input-range if the model wants another range"
-    peaks = [high - low if is_image else None for is_image in are_images]
+    peaks = [width if makes_image(list(inputs), spec) else None for spec in outputs]
     return Samples(settled, count, held, note, peaks)
 
 
@@ -156,15 +160,7 @@ def _describe(samples: Sequence[Sample], inputs: Sequence[TensorSpec], *, is_apa
     """Say what samples answers are measured on, and which signatures they have no inputs for."""
     note = f"{len(samples)} samples that were {'not calibrated with' if is_apart else 'calibrated with, too'}"
     lacking = sorted({spec.signature for spec in inputs if spec.name not in samples[0]})
-    return f"{note}; {', '.join(lacking)} on made-up inputs, as the samples have none for it" if lacking else note
-
-
-def _seen_range(samples: Sequence[Sample]) -> tuple[float, float]:
-    """Return the narrowest usual range that all values of arrays lie in, nearly; arrays do not tell theirs."""
-    lowest = min(float(values.min()) for sample in samples for values in sample.values())
-    highest = max(float(values.max()) for sample in samples for values in sample.values())
-    fitting = (limits for limits in RANGES.values() if limits[0] - SLACK <= lowest and highest <= limits[1] + SLACK)
-    return next(fitting, RANGES["0..255"])
+    return f"{note}; {', '.join(lacking)} on made-up inputs, for which the samples have nothing" if lacking else note
 
 
 def _held_set(
@@ -193,7 +189,7 @@ def sample_for(sample: Sample, of: Sequence[TensorSpec]) -> Inputs:
 
 
 def guess_held(held: HeldSamples, model: ModelFile, inputs: Sequence[TensorSpec], where: str, threads: int) -> HeldSamples:
-    """Return samples that a model runs with where some of its inputs are made up.
+    """Return samples that a model runs with, those of its inputs that are made up as it takes them.
 
     Raises:
         ToolError: It runs with none.

@@ -23,12 +23,10 @@ import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 
 from shared.command.dry_run import DryRun
@@ -205,15 +203,6 @@ def step(name: str) -> Iterator[None]:
         yield
     peak = max(peak_rss_bytes(), peak_rss_bytes(children=True))
     progress_console.print(f"{time.monotonic() - start:7.1f} s  peak {peak / GIB:5.2f} GiB  {name}")
-
-
-@contextlib.contextmanager
-def byte_progress(name: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Yield a function to be called with the bytes of each piece; draws a bar when stderr is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=progress_console, transient=True, disable=not progress_console.is_terminal) as progress:
-        task = progress.add_task(name, total=total, completed=done)
-        yield lambda size: progress.update(task, advance=size)
 
 
 @contextlib.contextmanager

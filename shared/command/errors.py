@@ -10,13 +10,14 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 BOILERPLATE = (
     (r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", ""),
     (r"Non-zero status code returned while running (\S+) node\. Name:'(.*?)' Status Message: ", r"\1 '\2': "),
-    (r"\S*\w\.(?:cc|h|cpp):\d+:? (?:[\w ]*\w+::[\w:~]+\(.*?\)(?: const)? )?", ""),
+    (r"\S{0,300}\w\.(?:cc|h|cpp):\d+:? (?:[\w ]*\w+::[\w:~]+\(.*?\)(?: const)? )?", ""),
     (r"(?:_nchwc|_token_\d+|_QuantizeLinear|_DequantizeLinear)(?=')", ""),
     (r"This is an invalid model\. |Please fix either the inputs/outputs or the model\.", ""),
     (r"In Node, \(\"(.*?)\", (\w+).*?, Error ", r"\2 '\1': "),
     (r"See instructions: https?://\S+ ", ""),
     (r"(?<=[^\s])Node number", ". Node number"),
 )
+MOST_READ = 4000  # characters of what a runtime says; names in it come from a file of unknown origin
 MOST_SHOWN = 600  # characters of each part in the line; much of it may come from a file of unknown origin
 
 
@@ -83,7 +84,7 @@ def first_line(error: BaseException) -> str:
 
 def plain_reason(error: BaseException) -> str:
     """Return what a runtime says of a failure in one line, without its codes, places in its source and endings of its own names."""
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:MOST_READ] or type(error).__name__
     for pattern, replacement in BOILERPLATE:
         text = re.sub(pattern, replacement, text)
     return text.strip()

@@ -36,15 +36,6 @@ def cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def saturates() -> bool:
-    """Return whether ONNX Runtime's sums of 8-bit products overflow here: x86 without VNNI adds pairs of them in 16 bits."""
-    info = Path("/proc/cpuinfo")
-    if platform.machine() not in ("x86_64", "AMD64") or not info.exists():
-        return False
-    flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "avx_vnni").split()
-    return not {"avx512_vnni", "avx_vnni"} & set(flags)
-
-
 def peak_rss_bytes(*, children: bool = False) -> int:
     """Return the largest resident set so far, memory-mapped files included, of this process or its finished children."""
     status = Path("/proc/self/status")

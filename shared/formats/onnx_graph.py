@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.formats.input_hints import MOST_VALUES, InputHints, Step, find_hints
+from shared.formats.input_hints import GraphInput, InputHints, Step, find_hints
 from shared.formats.onnx_file import Model, inner_graphs, read_checked, tensor_bytes
+from shared.media.images import image_form
 
 METADATA_KEY = "edgepress"  # of metadata_props
 MAX_METADATA_BYTES = 2**16
@@ -109,16 +110,23 @@ def _hints_of(graph: Any) -> InputHints:
     from onnx import TensorProto, numpy_helper
 
     constants = {**{tensor.name: tensor for tensor in graph.initializer}, **_constant_nodes(graph)}
-    steps = [Step(node.op_type.upper(), list(node.input), list(node.output)) for node in graph.node]
-    inputs = [value.name for value in graph.input if value.name not in constants]
-    shapes = {
-        name: list(tensor.dims)
-        for name, tensor in constants.items()
-        if tensor.data_location != TensorProto.EXTERNAL or math.prod(tensor.dims) > MOST_VALUES
-    }
+    axes = [next((a.i for a in node.attribute if a.name == "axis"), 0) for node in graph.node]
+    steps = [Step(n.op_type.upper(), list(n.input), list(n.output), axis) for n, axis in zip(graph.node, axes, strict=True)]
+    given = [value for value in graph.input if value.name not in constants]
+    inputs = [GraphInput(value.name, value.name, _is_image(value.type.tensor_type)) for value in given]
+    inside = {name: tensor for name, tensor in constants.items() if tensor.data_location != TensorProto.EXTERNAL}
+    shapes = {name: list(tensor.dims) for name, tensor in constants.items()}
     with contextlib.suppress(ValueError, TypeError, LookupError, RuntimeError):  # a damaged constant is named by `check_constants`
-        return find_hints(inputs, steps, shapes, lambda name: numpy_helper.to_array(constants[name]))
+        return find_hints(inputs, steps, shapes, lambda name: numpy_helper.to_array(inside[name]) if name in inside else None)
     return InputHints()
+
+
+def _is_image(kind: Any) -> bool:
+    """Return whether a tensor's type is that of an image of floats."""
+    from onnx import TensorProto
+
+    shape = tuple(dim.dim_value or -1 for dim in kind.shape.dim)
+    return kind.elem_type in (TensorProto.FLOAT, TensorProto.FLOAT16) and image_form(shape) is not None
 
 
 def _constant_nodes(graph: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class TensorSpec:
     @property
     def own_name(self) -> str:
         """Its name within its signature."""
-        return self.name.removeprefix(f"{self.signature}/")
+        return self.name.removeprefix(f"{self.signature}/") if self.signature else self.name
 
 
 def describe(specs: list[TensorSpec]) -> str:

@@ -18,14 +18,16 @@ import numpy as np
 from shared.command.errors import DamagedError, ToolError, first_line
 from shared.command.watchdog import reading
 from shared.files.file_type import name_kind, open_checked
-from shared.formats.input_hints import InputHints, Step, find_hints
+from shared.formats.input_hints import GraphInput, InputHints, Step, find_hints
 from shared.formats.tflite_check import check_structure
 from shared.formats.tflite_metadata import read_metadata, task_library_range
+from shared.media.images import image_form
 
 IDENTIFIER = b"TFL3"  # at byte 4
 # What a walk over a flatbuffer's tables can raise on a damaged file.
 DAMAGE = (struct.error, LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError, RecursionError)
 AGAIN = "convert or download it again"
+PLAIN_TYPES = {"FLOAT32": np.float32, "FLOAT16": np.float16, "INT32": np.int32, "INT64": np.int64}
 
 
 @dataclass(frozen=True)
@@ -174,14 +176,40 @@ def _hints_of(model: Any, file: IO[bytes], kinds: list[str]) -> InputHints:
     """Return what the graphs tell about their inputs, by the names of tensors and by those of signatures."""
     graphs = [model.Subgraphs(g) for g in range(model.SubgraphsLength())]
     found = [_graph_hints(model, graph, file, kinds) for graph in graphs]
-    largest = {name: limit for hints in found for name, limit in hints.largest.items()}
+    largest = {tensor_name(graphs[g].Tensors(int(t))): top for g, hints in enumerate(found) for t, top in hints.largest.items()}
     for signature in (model.SignatureDefs(i) for i in range(model.SignatureDefsLength())):
         for entry in (signature.Inputs(k) for k in range(signature.InputsLength())):
-            tensor = tensor_name(graphs[signature.SubgraphIndex()].Tensors(entry.TensorIndex()))
-            if tensor in largest:
+            top = found[signature.SubgraphIndex()].largest.get(str(entry.TensorIndex()))
+            if top is not None:
                 name = entry.Name().decode()
-                largest |= {name: largest[tensor], f"{signature.SignatureKey().decode()}/{name}": largest[tensor]}
+                largest |= {name: top, f"{signature.SignatureKey().decode()}/{name}": top}
     return InputHints(next((hints.pixel_range for hints in found if hints.pixel_range), None), largest)
+
+
+def _graph_hints(model: Any, graph: Any, file: IO[bytes], kinds: list[str]) -> InputHints:
+    """Return what a graph tells about its inputs, by the numbers of their tensors."""
+    tensors = [graph.Tensors(t) for t in range(graph.TensorsLength())]
+    stored = {str(t): tensor for t, tensor in enumerate(tensors) if _buffer_bytes(model, tensor)}
+    shapes = {key: [tensor.Shape(i) for i in range(tensor.ShapeLength())] for key, tensor in stored.items()}
+    ops = [graph.Operators(i) for i in range(graph.OperatorsLength())]
+    steps = [
+        Step(
+            kinds[op.OpcodeIndex()].replace("_", ""),
+            [str(op.Inputs(k)) for k in range(op.InputsLength())],
+            [str(op.Outputs(k)) for k in range(op.OutputsLength())],
+        )
+        for op in ops
+    ]
+
+    def constant(key: str) -> Any:
+        start, end = constant_span(model, stored[key]) or (0, 0)
+        dtype = PLAIN_TYPES.get(enum_names("TensorType")[stored[key].Type()])  # small integers are quantized
+        file.seek(start)
+        return None if dtype is None else np.frombuffer(file.read(end - start), dtype)
+
+    places = [graph.Inputs(k) for k in range(graph.InputsLength())]
+    inputs = [GraphInput(str(t), tensor_name(tensors[t]), _is_image(tensors[t])) for t in places]
+    return find_hints(inputs, steps, shapes, constant)
 
 
 def _is_open(tensor: Any) -> bool:
@@ -189,27 +217,10 @@ def _is_open(tensor: Any) -> bool:
     return "INT" in kind or any(tensor.ShapeSignature(i) < 0 for i in range(1, tensor.ShapeSignatureLength()))
 
 
-def _graph_hints(model: Any, graph: Any, file: IO[bytes], kinds: list[str]) -> InputHints:
-    tensors = [graph.Tensors(t) for t in range(graph.TensorsLength())]
-    stored = {tensor_name(tensor): tensor for tensor in tensors if _buffer_bytes(model, tensor)}
-    shapes = {name: [tensor.Shape(i) for i in range(tensor.ShapeLength())] for name, tensor in stored.items()}
-    ops = [graph.Operators(i) for i in range(graph.OperatorsLength())]
-    steps = [
-        Step(
-            kinds[op.OpcodeIndex()].replace("_", ""),
-            [tensor_name(tensors[op.Inputs(k)]) for k in range(op.InputsLength()) if op.Inputs(k) >= 0],
-            [tensor_name(tensors[op.Outputs(k)]) for k in range(op.OutputsLength())],
-        )
-        for op in ops
-    ]
-
-    def constant(name: str) -> Any:
-        start, end = constant_span(model, stored[name]) or (0, 0)
-        dtype = {"FLOAT32": np.float32, "FLOAT16": np.float16}.get(enum_names("TensorType")[stored[name].Type()])
-        file.seek(start)
-        return np.ones(1) if dtype is None else np.frombuffer(file.read(end - start), dtype)
-
-    return find_hints([tensor_name(tensors[graph.Inputs(k)]) for k in range(graph.InputsLength())], steps, shapes, constant)
+def _is_image(tensor: Any) -> bool:
+    shape = tuple(tensor.Shape(i) for i in range(tensor.ShapeLength()))
+    signed = tuple(tensor.ShapeSignature(i) for i in range(tensor.ShapeSignatureLength())) or shape
+    return enum_names("TensorType")[tensor.Type()] in ("FLOAT32", "FLOAT16") and image_form(signed) is not None
 
 
 def tensor_name(tensor: Any) -> str:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shared.command.errors import ToolError
 from shared.media.images import Pixels
 
 if TYPE_CHECKING:
@@ -135,28 +134,3 @@ STANDARD = tuple(
     }.items()
     for strength in strengths
 )
-
-
-def parse_attacks(text: str) -> list[Attack]:
-    """Return the attacks that a text names: `standard`, `none`, or a list like `jpeg-50,crop-0.9`.
-
-    Raises:
-        ToolError: An unknown kind, or no strength.
-    """
-    if text in ("standard", "none"):
-        return list(STANDARD) if text == "standard" else []
-    attacks: list[Attack] = []
-    for name in text.split(","):
-        kind, _, strength = name.strip().partition("-")
-        try:
-            attack = Attack(kind, float(strength))
-        except ValueError:
-            attack = None
-        low, high = LIMITS.get(kind, (0, 0))
-        if attack is None or not low <= attack.strength <= high:
-            known = ", ".join(f"{kind}-{low:g} to {high:g}" for kind, (low, high) in LIMITS.items())
-            raise ToolError(f"unknown attack '{name}'", expected=f"standard, none, or of {known}")
-        if attack.name in [known.name for known in attacks]:
-            raise ToolError(f"attack '{attack.name}' is named twice")
-        attacks.append(attack)
-    return attacks

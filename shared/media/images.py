@@ -57,23 +57,6 @@ def visible_files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
             yield path
 
 
-def images_at(path: Path) -> list[Path]:
-    """Return an image file, the image files in a folder and below, or the files that match `photos/*_small.png`, sorted.
-
-    Raises:
-        ToolError: There is no image.
-    """
-    if path.is_file():
-        return [path]
-    if not path.is_dir() and any(sign in path.name for sign in "*?["):
-        matching = set(path.parent.glob(path.name))
-        if files := sorted(file for file in visible_files(path.parent, SUFFIXES) if file in matching):
-            return files
-        expected = "files ending in " + ", ".join(SUFFIXES)
-        raise ToolError("no images match", where=path, expected=expected, remedy="correct the pattern")
-    return image_files(path)
-
-
 def read_pixels(path: Path) -> Pixels:
     """Return an image file as uint8 (H, W, 3) RGB at its own size, turned upright by its EXIF, transparent parts on a background.
 
@@ -276,12 +259,6 @@ def to_values(image: NDArray[np.float32], dtype: str, pixel_range: tuple[float, 
         return (np.rint(image * 255) - (0 if dtype == "uint8" else 128)).astype(dtype)
     low, high = pixel_range
     return (image if (low, high) == (0, 1) else image * np.float32(high - low) + np.float32(low)).astype(dtype)
-
-
-def from_form(values: NDArray[np.float32], form: ImageForm) -> NDArray[np.float32]:
-    """Return an image tensor of any layout as (H, W, channels)."""
-    image: NDArray[np.float32] = values[0].transpose(1, 2, 0) if form.layout == "nchw" else values[0]
-    return image
 
 
 def to_layout(image: Image, layout: str) -> Image:

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+USUAL_RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0))  # of pixels
+OVERSHOOT = 0.25  # of a range's width
 MOST_DB = 200.0  # stands for no difference, too: JSON has no infinity
 
 
@@ -74,7 +76,8 @@ def measure_errors(
         names: Of the outputs, in the models' order.
         reference: For each sample the outputs in that order, of any shape.
         candidate: The same of the other model.
-        peaks: For each output the width of the range of its values where it is an image, else None.
+        peaks: For each output the width of the range of its values where it is an image, 0 where the reference's own values tell
+            it, else None.
 
     Raises:
         ValueError: The models differ in the number of outputs or samples.
@@ -104,6 +107,8 @@ def measure_error(name: str, reference: Sequence[Array], candidate: Sequence[Arr
     others = np.array([c @ c for _, c in pairs])
     products = np.array([r @ c for r, c in pairs])
     cosines = [_cosine(*values) for values in zip(products, signal, others, strict=True) if values[1] or values[2]]
+    if peak == 0:
+        peak = float(np.ptp(usual_range([r for r, _ in pairs])))
     whole, worst = _decibels(noise, np.array([r.size for r, _ in pairs]), peak)
     error = OutputError(
         name,
@@ -121,6 +126,13 @@ def measure_error(name: str, reference: Sequence[Array], candidate: Sequence[Arr
         return replace(error, problem="the reference's values are all zero, the candidate's are not")
     ratio = 10 * math.log10(signal.sum() / noise.sum())
     return replace(error, relative_error=math.sqrt(noise.max() / signal.mean()), snr_db=ratio)
+
+
+def usual_range(values: Sequence[Array]) -> tuple[float, float]:
+    """Return the narrowest usual range of pixels that holds the values of images, or else their own; networks may overshoot."""
+    low, high = min(float(array.min()) for array in values), max(float(array.max()) for array in values)
+    holding = ((a, b) for a, b in USUAL_RANGES if a - OVERSHOOT * (b - a) <= low and high <= b + OVERSHOOT * (b - a))
+    return next(holding, (low, high))
 
 
 def _wrong_shape(reference: Sequence[Array], candidate: Sequence[Array]) -> str:

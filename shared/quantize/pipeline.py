@@ -16,6 +16,7 @@ from shared.command.cli import step
 from shared.command.errors import ToolError
 from shared.command.resources import GIB, MIB, cpu_count
 from shared.formats.model_file import ModelFile
+from shared.formats.tensors import by_signature
 from shared.metrics.alarm import alarms
 from shared.metrics.output_error import measure_errors, size_of, worst_error
 from shared.quantize.backend import Backend, Candidate, Quantization, UnchangedError
@@ -122,7 +123,7 @@ def _settle(  # noqa: PLR0917 - what a quantization is made of
         holdout=given[1],
         known=KnownRange(request.input_range, source.input_range, model.hints, backend.ASSUMED_RANGE),
     )
-    if samples.held.dataset is None:
+    if samples.held.dataset is None or len(by_signature(inputs)) > 1:
         samples = replace(samples, held=guess_held(samples.held, model, inputs, name, request.threads or cpu_count()))
     names = [spec.name for spec in outputs]
     request.limits.require_outputs(names, [peak is not None for peak in samples.peaks], name)

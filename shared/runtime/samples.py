@@ -54,10 +54,10 @@ class Guess:
 
     @classmethod
     def of_hints(cls, hints: InputHints, pixel_range: tuple[float, float] | None = None) -> "Guess":
-        """Return what a model tells itself.
+        """Return the guess that follows from a model's hints.
 
         Args:
-            hints: What it tells.
+            hints: The hints.
             pixel_range: What is known of its image input beyond that.
         """
         return cls(pixel_range=pixel_range or hints.pixel_range or (0.0, 1.0), largest=tuple(sorted(hints.largest.items())))
@@ -85,7 +85,7 @@ def sample_inputs(specs: list[TensorSpec], seed: int, guess: Guess = GUESSES[0])
             samples[spec.name] = rng.random(shape).astype(dtype)
         elif dtype.kind in "iu":
             low, high = (np.iinfo(dtype).min, np.iinfo(dtype).max) if dtype.itemsize <= 2 else (0, guess.most)
-            low, high = (0, largest[spec.name]) if spec.name in largest else (low, high)
+            low, high = (0, min(largest[spec.name], np.iinfo(dtype).max)) if spec.name in largest else (low, high)
             samples[spec.name] = rng.integers(low, high, shape, dtype=dtype, endpoint=True)
         elif dtype.kind == "b":
             samples[spec.name] = np.ones(shape, dtype)
@@ -133,7 +133,7 @@ def guess_inputs(source: Source, specs: Sequence[TensorSpec], threads: int, hint
         source: The model.
         specs: Its inputs; where these leave nothing open, `hinted` is enough.
         threads: Threads of the runtime.
-        hinted: What the model says itself.
+        hinted: The guess that follows from its hints.
 
     Raises:
         MadeUpInputsError: It runs with none of them.
@@ -152,20 +152,19 @@ def guess_inputs(source: Source, specs: Sequence[TensorSpec], threads: int, hint
     raise MadeUpInputsError(f"it does not run on made-up inputs: {problem}")
 
 
-def image_sample(specs: list[TensorSpec], pixels: Pixels, pixel_range: tuple[float, float] = (0.0, 1.0)) -> dict[str, NDArray[Any]]:
-    """Return pixels as the one image input of a model, stretched where it takes one size only; 0 to 255 become `pixel_range`.
+def image_sample(specs: list[TensorSpec], pixels: Pixels, guess: Guess = GUESSES[0]) -> dict[str, NDArray[Any]]:
+    """Return pixels as the one image input of a model, in the range of `guess`, stretched where it takes one size only.
 
     Of several signatures each that takes one image gets it; inputs of the others are made up.
 
     Raises:
         ChildError: The model takes something else.
     """
-    given = [sample for group in by_signature(specs) if (sample := _as_image(group, pixels, pixel_range))]
+    given = [sample for group in by_signature(specs) if (sample := _as_image(group, pixels, guess.pixel_range))]
     if not given:
         raise ChildError(f"it takes {describe(specs)}, not one image; compare it on made-up samples, or give an .npz")
-    return complete_inputs(
-        {name: values for sample in given for name, values in sample.items()}, specs, 0, Guess(pixel_range=pixel_range)
-    )
+    merged = {name: values for sample in given for name, values in sample.items()}
+    return complete_inputs(merged, specs, 0, guess)
 
 
 def _as_image(specs: list[TensorSpec], pixels: Pixels, pixel_range: tuple[float, float]) -> dict[str, NDArray[Any]] | None:

@@ -115,10 +115,19 @@ class TfliteModel:
 
 
 def _runners_apart(interpreter: Any) -> dict[str, Any]:
-    """Return signature -> what runs it, of several of one graph the first; empty where the main graph is all there is to run."""
+    """Return what runs each signature, by name; empty where there is nothing to run but the main graph.
+
+    Of several signatures of one graph the first counts. Those with texts, such as the name of a file to write, are left out.
+    """
     runners = {key: interpreter.get_signature_runner(key) for key in interpreter.get_signature_list()}
+    runners = {key: runner for key, runner in runners.items() if _has_numbers(runner)}
     firsts = {_graph(runner): key for key, runner in reversed(runners.items())}
-    return {key: runners[key] for key in runners if firsts[_graph(runners[key])] == key} if list(firsts) != [0] else {}
+    return {key: runners[key] for key in runners if firsts[_graph(runners[key])] == key} if list(firsts) not in ([], [0]) else {}
+
+
+def _has_numbers(runner: Any) -> bool:
+    tensors = [*runner.get_input_details().values(), *runner.get_output_details().values()]
+    return all(np.dtype(tensor["dtype"]).kind in NUMBERS for tensor in tensors)
 
 
 def _graph(runner: Any) -> int:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.media.attacks import Attack
+from shared.command.errors import ToolError
+from shared.media.attacks import LIMITS, STANDARD, Attack
 from shared.media.images import Pixels, read_pixels
 from shared.metrics import metrics
 from shared.runtime.benchmark import Inputs
@@ -200,3 +201,28 @@ def roc_auc(positives: NDArray[Any], negatives: NDArray[Any]) -> float:
     if not np.isfinite(differences).all():
         raise ValueError("a score is NaN or infinite")
     return float((differences > 0).mean() + 0.5 * (differences == 0).mean())
+
+
+def parse_attacks(text: str) -> list[Attack]:
+    """Return the attacks that a text names: `standard`, `none`, or a list like `jpeg-50,crop-0.9`.
+
+    Raises:
+        ToolError: An unknown kind, or no strength.
+    """
+    if text in ("standard", "none"):
+        return list(STANDARD) if text == "standard" else []
+    attacks: list[Attack] = []
+    for name in text.split(","):
+        kind, _, strength = name.strip().partition("-")
+        try:
+            attack = Attack(kind, float(strength))
+        except ValueError:
+            attack = None
+        low, high = LIMITS.get(kind, (0, 0))
+        if attack is None or not low <= attack.strength <= high:
+            known = ", ".join(f"{kind}-{low:g} to {high:g}" for kind, (low, high) in LIMITS.items())
+            raise ToolError(f"unknown attack '{name}'", expected=f"standard, none, or of {known}")
+        if attack.name in [known.name for known in attacks]:
+            raise ToolError(f"attack '{attack.name}' is named twice")
+        attacks.append(attack)
+    return attacks

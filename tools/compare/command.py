@@ -29,11 +29,12 @@ from shared.files.plan import Plan, Product, is_same, require_report_free
 from shared.files.provenance import require_checksums
 from shared.formats.input_hints import InputHints
 from shared.formats.model_file import ModelFile
-from shared.media.attacks import Attack, parse_attacks
+from shared.media.attacks import Attack
 from shared.networks.card import load_card
 from shared.runtime.benchmark import sample_count
 from shared.runtime.model import DetectorCheckpoint, Source
 from shared.runtime.samples import Guess
+from tools.compare.accuracy import parse_attacks
 from tools.compare.comparison import Findings
 from tools.compare.gates import GATES, read_gates, require_measurable
 from tools.compare.image_quality import find_truths
@@ -116,9 +117,10 @@ def _task(given: Mapping[str, Any], attacks: Sequence[Attack]) -> CompareTask:
     labelled = choose_labelled(given["messages"], given["samples"])
     images, truth = given["images"], given["ground_truth"]
     count = given["samples"] or (ALL if truth else sample_count(sources[0].size_bytes, is_seeded=images is None))
-    guess = _hinted(sources[0], RANGES[given["input_range"]] if given["input_range"] else None)
+    known = RANGES[given["input_range"]] if given["input_range"] else _declared(sources[0])
+    guess = _hinted(sources[0], known)
     threads = given["threads"] or cpu_count()
-    guess = choose_guess(sources[0], threads, guess) if images is None and not labelled else guess
+    guess = choose_guess(sources[0], threads, guess, is_made_up=images is None and not labelled)
     inputs, files = choose_samples(images, labelled, seed=given["seed"], count=count, guess=guess)
     return CompareTask(
         sources=sources,
@@ -132,16 +134,25 @@ def _task(given: Mapping[str, Any], attacks: Sequence[Attack]) -> CompareTask:
         labelled=labelled,
         attacks=[None, *attacks],
         pixel_range=guess.pixel_range,
+        is_range_known=known is not None,
     )
 
 
-def _hinted(source: Source, pixel_range: tuple[float, float] | None) -> Guess:
-    """Return what the reference tells of its inputs; `pixel_range` is what the user says."""
+def _declared(source: Source) -> tuple[float, float] | None:
+    """Return the range of the reference's image input, as its metadata gives it."""
+    try:
+        return source.input_range
+    except DamagedError:  # reported as a model that does not run
+        return None
+
+
+def _hinted(source: Source, known: tuple[float, float] | None) -> Guess:
+    """Return the guess that follows from the reference's hints and from what is known of its range."""
     try:
         hints = source.hints if isinstance(source, ModelFile) else InputHints()
-        return Guess.of_hints(hints, pixel_range or source.input_range)
     except DamagedError:
-        return Guess()
+        hints = InputHints()
+    return Guess.of_hints(hints, known)
 
 
 def compare(

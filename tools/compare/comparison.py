@@ -47,7 +47,8 @@ class ImageTask:
         truths: What each should become, where known.
         reference: How near the reference's are to that.
         bicubic: How near plain enlargement is.
-        pixel_range: What 0 and 255 become in the models' images.
+        pixel_range: What 0 and 255 become in the models' inputs.
+        output_range: What they are in the images that the models make.
     """
 
     files: list[Path]
@@ -55,6 +56,7 @@ class ImageTask:
     reference: TruthScores | None
     bicubic: TruthScores | None
     pixel_range: tuple[float, float] = (0.0, 1.0)
+    output_range: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -253,24 +255,22 @@ def rows(findings: Findings) -> Iterator[tuple[str, str, Callable[[Candidate], s
 
 def _output_rows(candidates: Sequence[Candidate]) -> Iterator[tuple[str, str, Callable[[Candidate], str]]]:
     """Yield a row for each of several outputs: relative error and cosine; of many outputs those that are furthest off."""
-    sizes: dict[str, float] = {}
-    for candidate in candidates:
-        sizes |= {error.output: max(size_of(error), sizes.get(error.output, 0.0)) for error in candidate.errors}
+    errors = [error for candidate in candidates for error in candidate.errors]
+    sizes = {one.output: max(size_of(error) for error in errors if error.output == one.output) for one in errors}
     if len(sizes) < 2:
         return
     worst = sorted(sizes, key=lambda name: -sizes[name])[:SHOWN_OUTPUTS]
 
     def of_output(name: str) -> Callable[[Candidate], str]:
         def text(candidate: Candidate) -> str:
-            error = next((error for error in candidate.errors if error.output == name), None)
-            if error is None or error.relative_error is None:
-                return "-" if error is None else error.problem or "empty"
+            error = next((error for error in candidate.errors if error.output == name), OutputError(name, problem="-"))
+            if error.relative_error is None:
+                return error.problem or "empty"
             return f"{error.relative_error:.3g}" + ("" if error.worst_cosine is None else f", {error.worst_cosine:.6f}")
 
         return text
 
-    for name in (name for name in sizes if name in worst):
-        yield f"{name}: relative error, cosine", "0, 1", of_output(name)
+    yield from ((f"{name}: relative error, cosine", "0, 1", of_output(name)) for name in sizes if name in worst)
 
 
 def _image_rows(task: ImageTask) -> Iterator[tuple[str, str, Callable[[Candidate], str]]]:

@@ -113,7 +113,9 @@ def _of_output(candidate: Candidate, kind: str, output: str) -> float | None:
     if errors and output not in errors:
         raise ToolError(f"--gate {kind}:{output}: no such output", expected=", ".join(errors))
     error = errors.get(output)
-    return None if error is None else error.worst_cosine if kind == "min_cosine" else error.relative_error
+    if error is None or kind == "max_error":
+        return None if error is None else error.relative_error
+    return 1.0 if error.worst_cosine is None and error.relative_error == 0 else error.worst_cosine  # all zero in both
 
 
 def _image_values(candidate: Candidate, task: ImageTask | None) -> dict[str, float | None]:

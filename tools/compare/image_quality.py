@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.command.errors import ToolError
-from shared.media.images import Pixels, from_form, image_form, read_pixels
+from shared.media.images import SUFFIXES, ImageForm, Pixels, image_files, image_form, read_pixels, visible_files
 from shared.metrics.output_error import MOST_DB
 
 LUMA = np.array([65.481, 128.553, 24.966]) / 255  # of ITU-R BT.601, to 16..235, from RGB in 0..255
@@ -61,8 +61,6 @@ def find_truths(files: Sequence[Path], folder: Path) -> list[Path]:
     Raises:
         ToolError: There is none for an image.
     """
-    from shared.media.images import images_at
-
     known: dict[str, list[Path]] = {}
     for path in images_at(folder):
         known.setdefault(path.stem, []).append(path)
@@ -165,3 +163,26 @@ def _mean(scores: list[ImageScore]) -> TruthScores:
     similarities = [one.ssim for one in scores if one.ssim is not None]
     ssim = float(np.mean(similarities)) if len(similarities) == len(scores) else None
     return TruthScores(float(np.mean([one.psnr_db for one in scores])), ssim, scores)
+
+
+def images_at(path: Path) -> list[Path]:
+    """Return an image file, the image files in a folder and below, or the files that match `photos/*_small.png`, sorted.
+
+    Raises:
+        ToolError: There is no image.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir() and any(sign in path.name for sign in "*?["):
+        matching = set(path.parent.glob(path.name))
+        if files := sorted(file for file in visible_files(path.parent, SUFFIXES) if file in matching):
+            return files
+        expected = "files ending in " + ", ".join(SUFFIXES)
+        raise ToolError("no images match", where=path, expected=expected, remedy="correct the pattern")
+    return image_files(path)
+
+
+def from_form(values: NDArray[np.float32], form: ImageForm) -> NDArray[np.float32]:
+    """Return an image tensor of any layout as (H, W, channels)."""
+    image: NDArray[np.float32] = values[0].transpose(1, 2, 0) if form.layout == "nchw" else values[0]
+    return image

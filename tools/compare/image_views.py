@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from shared.formats.model_file import ModelFile
 from shared.media.images import Pixels, read_pixels
 from shared.runtime.model import Model, open_model
-from shared.runtime.samples import image_sample
+from shared.runtime.samples import Guess, image_sample
 from tools.compare.comparison import Findings, ImageTask
 from tools.compare.image_quality import as_image
 
@@ -44,14 +44,14 @@ def worst_views(findings: Findings, count: int, skip: frozenset[Path] = frozense
     with ExitStack() as stack:
         models = [stack.enter_context(open_model(ModelFile(path))) for path in (findings.reference.path, *(c.path for c in shown))]
         for number in worst:
-            made = [_made(model, task.files[number], task.pixel_range) for model in models]
+            made = [_made(model, task.files[number], task) for model in models]
             yield task.files[number], decibels[number], list(_views(task, number, made, [names[c.path] for c in shown]))
 
 
-def _made(model: Model, file: Path, pixel_range: tuple[float, float]) -> NDArray[np.float32]:
+def _made(model: Model, file: Path, task: ImageTask) -> NDArray[np.float32]:
     """Return the image a model makes, (H, W, 3) in 0..255, not rounded."""
-    low, high = pixel_range
-    outputs, _ = model.run(image_sample(model.inputs, read_pixels(file), pixel_range))
+    low, high = task.output_range
+    outputs, _ = model.run(image_sample(model.inputs, read_pixels(file), Guess(pixel_range=task.pixel_range)))
     image = (as_image(outputs[model.outputs[0].name]) - np.float32(low)) * np.float32(255 / (high - low))
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
 

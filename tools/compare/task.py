@@ -17,9 +17,9 @@ from shared.formats.model_file import ModelFile
 from shared.formats.tensors import TensorSpec
 from shared.formats.tflite import TfliteContent
 from shared.media.attacks import Attack
-from shared.media.images import images_at, read_pixels
+from shared.media.images import read_pixels
 from shared.metrics import metrics
-from shared.metrics.output_error import OutputError, measure_errors
+from shared.metrics.output_error import OutputError, measure_errors, usual_range
 from shared.runtime.benchmark import Inputs, ModelRun, Protocol, run_benchmark
 from shared.runtime.model import Source, open_model
 from shared.runtime.processes import ChildError
@@ -29,7 +29,7 @@ from shared.watermark.message import Labelled, read_messages
 from tools.compare.accuracy import Accuracy, labelled_inputs, read_accuracy
 from tools.compare.comparison import Candidate, Findings, ImageFindings, ImageTask
 from tools.compare.gates import check_gates
-from tools.compare.image_quality import TruthScores, as_image, bicubic_scores, score, score_against_truth
+from tools.compare.image_quality import TruthScores, as_image, bicubic_scores, images_at, score, score_against_truth
 
 Array = NDArray[Any]
 
@@ -49,7 +49,8 @@ class CompareTask:
         truths: What each of them should become; empty where that is not known.
         labelled: The images whose messages are known.
         attacks: None, then what these meet too.
-        pixel_range: What 0 and 255 become in the models' images.
+        pixel_range: What 0 and 255 become in the models' inputs.
+        is_range_known: Whether somebody said so; then it holds for the images they make, too.
     """
 
     sources: list[Source]
@@ -63,6 +64,7 @@ class CompareTask:
     labelled: list[Labelled]
     attacks: list[Attack | None]
     pixel_range: tuple[float, float] = (0.0, 1.0)
+    is_range_known: bool = True
 
     def pictures(self) -> list[Path]:
         """Return every image that is read or shown, once."""
@@ -127,7 +129,7 @@ class CompareTask:
         if not self._are_images(reference, run):
             return measure_errors(reference.output_names, reference.outputs, run.outputs)
         before, after = ([[as_image(first), *rest] for first, *rest in one.outputs] for one in (reference, run))
-        peaks = [self.pixel_range[1] - self.pixel_range[0], *[None] * (len(run.output_names) - 1)]
+        peaks = [float(np.ptp(self._output_range(reference))), *[None] * (len(run.output_names) - 1)]
         return measure_errors(reference.output_names, before, after, peaks)
 
     def _are_images(self, reference: ModelRun, run: ModelRun) -> bool:
@@ -143,7 +145,7 @@ class CompareTask:
         """Return how good a model's images are, where it makes any and its reference does."""
         if not self._are_images(reference, run):
             return None
-        peak = self.pixel_range[1] - self.pixel_range[0]
+        peak = float(np.ptp(self._output_range(reference)))
         pairs = zip(reference.outputs, run.outputs, strict=True)
         scores = [score(as_image(one[0]), as_image(other[0]), peak) for one, other in pairs]
         similarities = [one.ssim for one in scores if one.ssim is not None]
@@ -153,15 +155,19 @@ class CompareTask:
             psnr_db=whole,
             worst_psnr_db=worst,
             ssim=float(np.mean(similarities)) if len(similarities) == len(scores) else None,
-            truth=self._truth(run),
+            truth=self._truth(run, reference),
             samples=[one.psnr_db for one in scores],
         )
 
-    def _truth(self, run: ModelRun) -> TruthScores | None:
+    def _output_range(self, reference: ModelRun) -> tuple[float, float]:
+        """Return what 0 and 255 become in the images that models make, if need be from the reference's own."""
+        return self.pixel_range if self.is_range_known else usual_range([outputs[0] for outputs in reference.outputs])
+
+    def _truth(self, run: ModelRun, reference: ModelRun) -> TruthScores | None:
         """Return how near a model's images are to the ground truth."""
         if not self.truths:
             return None
-        low, high = self.pixel_range
+        low, high = self._output_range(reference)
         return score_against_truth([(outputs[0] - low) / (high - low) for outputs in run.outputs], self.files, self.truths)
 
     def _image_task(self, reference: ModelRun) -> ImageTask | None:
@@ -170,7 +176,8 @@ class CompareTask:
             return None
         channels = as_image(reference.outputs[0][0]).shape[2]
         plain = bicubic_scores(self.files, self.truths, channels) if self.truths else None
-        return ImageTask(self.files, self.truths, self._truth(reference), plain, self.pixel_range)
+        truth, made = self._truth(reference, reference), self._output_range(reference)
+        return ImageTask(self.files, self.truths, truth, plain, self.pixel_range, made)
 
 
 def _bit_agreement(reference: list[list[Array]], candidate: list[list[Array]], nbits: int) -> float:
@@ -205,22 +212,29 @@ def choose_samples(
         marked = [image for image in labelled if image.message is not None]
         return labelled_inputs(marked, [None]), [image.file for image in marked]
     if images is not None and images.suffix == ".npz":
-        return [partial(_from_arrays, file=images, number=number) for number in range(min(count, npz_length(images)))], []
+        length = min(count, npz_length(images))
+        return [partial(_from_arrays, file=images, number=number, guess=guess) for number in range(length)], []
     if images is None:
         return [partial(sample_inputs, seed=seed + number, guess=guess) for number in range(count)], []
     files = _listed(images)[:count]
-    return [partial(_from_file, file=file, pixel_range=guess.pixel_range) for file in files], files
+    return [partial(_from_file, file=file, guess=guess) for file in files], files
 
 
-def choose_guess(reference: Source, threads: int, hinted: Guess) -> Guess:
-    """Return what made-up inputs look like; `hinted` is what the reference says itself.
+def choose_guess(reference: Source, threads: int, hinted: Guess, *, is_made_up: bool) -> Guess:
+    """Return what made-up inputs look like.
+
+    Args:
+        reference: The reference.
+        threads: Threads of the runtime.
+        hinted: The guess that follows from its hints.
+        is_made_up: Whether all inputs are; else those of signatures that the samples don't fit.
 
     Raises:
         ToolError: It runs with none.
     """
-    if not isinstance(reference, ModelFile) or (
-        isinstance(reference.content, TfliteContent) and not reference.content.has_open_inputs
-    ):
+    if not isinstance(reference, ModelFile):
+        return hinted
+    if not (reference.content.has_open_inputs if isinstance(reference.content, TfliteContent) else is_made_up):
         return hinted
     try:
         with open_model(reference, threads=threads) as model:
@@ -237,12 +251,12 @@ def _listed(images: Path) -> list[Path]:
     return holdout_of(images).images() if is_set else images_at(images)
 
 
-def _from_file(specs: list[TensorSpec], file: Path, pixel_range: tuple[float, float]) -> dict[str, Array]:
-    return image_sample(specs, read_pixels(file), pixel_range)
+def _from_file(specs: list[TensorSpec], file: Path, guess: Guess) -> dict[str, Array]:
+    return image_sample(specs, read_pixels(file), guess)
 
 
-def _from_arrays(specs: list[TensorSpec], file: Path, number: int) -> dict[str, Array]:
-    return complete_inputs(_arrays(tuple(specs), file)[number], specs, number)
+def _from_arrays(specs: list[TensorSpec], file: Path, number: int, guess: Guess) -> dict[str, Array]:
+    return complete_inputs(_arrays(tuple(specs), file)[number], specs, number, guess)
 
 
 @lru_cache(maxsize=4)

@@ -3,16 +3,19 @@
 The hash of the finished file is kept in `<file>.sha256`, so that later damage is noticed.
 """
 
+import contextlib
 import hashlib
 import http.client
 import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from shared.command.cli import byte_progress, step, warn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from shared.command.cli import progress_console, step, warn
 from shared.command.errors import ToolError
 from shared.command.resources import MIB, require_disk
 from shared.files.atomic import alone_in, sync
@@ -158,3 +161,12 @@ def _fetch_rest(url: str, part: Path) -> None:
     size = part.stat().st_size
     if total is not None and size != total:
         raise ConnectionError(f"the connection ended after {size} of {total} bytes")
+
+
+@contextlib.contextmanager
+def byte_progress(name: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Yield a function to be called with the bytes of each piece; draws a bar when stderr is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=progress_console, transient=True, disable=not progress_console.is_terminal) as progress:
+        task = progress.add_task(name, total=total, completed=done)
+        yield lambda size: progress.update(task, advance=size)

@@ -66,7 +66,7 @@ def specs(model: ModelFile, name: str, _: Workspace) -> tuple[list[TensorSpec], 
 def bounded(samples: CalibrationSet, model: ModelFile, inputs: Sequence[TensorSpec], name: str, work: Workspace) -> CalibrationSet:
     """Return samples whose activations take at most half of the free memory."""
     given = {"model": str(model.path), "inputs": worker.as_message(inputs)}
-    reply = work.run("activations", "could not run the model on a small image", name, **given)
+    reply = work.run("activations", "could not estimate the memory of activations", name, **given)
     return bound_samples(samples, inputs, int(reply["bytes"]), name)
 
 

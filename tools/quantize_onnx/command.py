@@ -6,6 +6,7 @@ Example:
 Source: ONNX Runtime's quantization, https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html (1.31)
 """
 
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,7 +38,7 @@ from shared.command.options import (
     collect,
     require_useful,
 )
-from shared.command.resources import GIB, ResourceEstimate, cpu_count, cpu_name, require_disk, saturates
+from shared.command.resources import GIB, ResourceEstimate, cpu_count, cpu_name, require_disk
 from shared.files.atomic import workspace
 from shared.files.plan import is_same
 from shared.files.provenance import provenance_path
@@ -164,6 +165,15 @@ def _overflow_note(options: OnnxOptions) -> str:
     if options.recipe == "fp16" or options.settings.reduce_range or not saturates():
         return ""
     return "this CPU lacks VNNI: its 8-bit sums overflow, and outputs are worse here than elsewhere; see --set reduce_range=yes"
+
+
+def saturates() -> bool:
+    """Return whether ONNX Runtime's sums of 8-bit products overflow here: x86 without VNNI adds pairs of them in 16 bits."""
+    info = Path("/proc/cpuinfo")
+    if platform.machine() not in ("x86_64", "AMD64") or not info.exists():
+        return False
+    flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "avx_vnni").split()
+    return not {"avx512_vnni", "avx_vnni"} & set(flags)
 
 
 def _require_cache_free(cache: Path, others: list[Path]) -> None:

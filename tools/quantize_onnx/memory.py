@@ -1,6 +1,7 @@
 """How much memory the activations of a model take, known before a sample of full size runs, and samples that keep it bounded."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from shared.calibration.dataset import TILE_SIZE, CalibrationSet
 from shared.command.errors import ToolError
 from shared.command.resources import available_memory_bytes, size_text
+from shared.formats.onnx_file import inner_graphs
 from shared.formats.onnx_graph import readers_of
 from shared.formats.tensors import TensorSpec, image_input
 from shared.runtime.samples import Guess, sample_inputs
@@ -23,7 +25,8 @@ Sizes = dict[str, int]  # tensor -> bytes
 def activation_bytes(model: Path, scratch: Path, inputs: Sequence[TensorSpec]) -> int:
     """Return the most memory that activations take at once when every node runs as soon as its inputs are there.
 
-    Images of free size count with LEAST_TILE pixels a side; other inputs of free length are not known, which gives 0.
+    Images of free size count with LEAST_TILE pixels a side. 0 where it is not known beforehand: other inputs of free length, and
+    models that don't run at that size.
 
     Args:
         model: A repaired model.
@@ -72,7 +75,10 @@ def _seen(proto: Any, scratch: Path, inputs: Sequence[TensorSpec]) -> Sizes:
     insert_after(copied.graph, added)
     onnx.save_model(copied, str(scratch))
     feed = sample_inputs(list(inputs), 0, Guess(side=LEAST_TILE))
-    shapes = open_session(scratch).run([nodes[0].output[0] for nodes in added.values()], feed)
+    try:
+        shapes = open_session(scratch).run([nodes[0].output[0] for nodes in added.values()], feed)
+    except Exception:  # noqa: BLE001 - ONNX Runtime's errors have no class in common; samples of another size may run
+        return {}
     found = {name: math.prod(map(int, shape)) * _width(kinds[name]) for name, shape in zip(added, shapes, strict=True)}
     return found | {name: values.nbytes for name, values in feed.items()}
 
@@ -91,8 +97,11 @@ def _most_at_once(graph: Any, sizes: Mapping[str, int]) -> int:
     for node in graph.node:
         live += sum(sizes.get(name, 0) for name in node.output)
         most = max(most, live)
-        left.subtract(node.input)
-        gone = {name for name in (*node.input, *node.output) if not left[name]}
+        read = Counter(node.input)
+        for inner in inner_graphs(node):
+            read.update(readers_of(inner))
+        left.subtract(read)
+        gone = {name for name in (*read, *node.output) if not left[name]}
         live -= sum(sizes.get(name, 0) for name in gone)
     return most
 

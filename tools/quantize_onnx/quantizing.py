@@ -19,9 +19,10 @@ from tools.quantize_onnx.bias import correct
 from tools.quantize_onnx.graph import mends
 from tools.quantize_onnx.graph.repair import NARROW, write
 from tools.quantize_onnx.graph.rewrite import AS_FLOAT, matrix_products, shield_cubic_resizes, shield_floats
+from tools.quantize_onnx.graph.rounding import before_rounding
 from tools.quantize_onnx.graph.weights_only import quantize_weights_only, weights_only
 from tools.quantize_onnx.options import LAYERS, OnnxRequest
-from tools.quantize_onnx.ranges import before_rounding, read_ranges, unranged
+from tools.quantize_onnx.ranges import read_ranges, unranged
 
 
 @dataclass(frozen=True)

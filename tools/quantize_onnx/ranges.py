@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -32,12 +32,6 @@ ENTROPY_BINS, ENTROPY_LEVELS = 1024, 128  # bins of the histogram, and of what i
 FETCHED_BYTES = 512 * MIB  # of activations at a time; the model itself may need more
 PROBED = 8  # tensors fetched at a time while their sizes are unknown
 LEAST_RANGE = 1e-6  # of a tensor that is constant on all samples
-ROUNDING = ("Ceil", "Floor", "Round", "Sign")
-FEW_INTEGERS = 32  # a range with fewer of them is rounded coarsely; at 32 noise of one step of 8 bits gives 3 % of error
-# Ops whose results are about as large as their inputs.
-LIKE_INPUT = {"Relu", "LeakyRelu", "PRelu", "Elu", "Softplus", "Abs", "Neg", "Clip", "Min", "Max", "Identity", "Dropout", "Erf"}
-LIKE_INPUT |= {"Sigmoid", "HardSigmoid", "Tanh", "Concat", "Split", "Slice", "Pad", "Transpose", "Reshape", "Squeeze", "Unsqueeze"}
-LIKE_INPUT |= {"MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMax", "ReduceMean", "Resize", "DepthToSpace", "SpaceToDepth"}
 Feed = dict[str, NDArray[Any]]
 Limits = dict[str, tuple[float, float]]
 
@@ -124,28 +118,6 @@ def unranged(model: Model, op_types: Sequence[str], ranges: Mapping[str, object]
         names = [name for name in (*node.input, *node.output) if name not in constants and kinds.get(name, True)]
         if node.op_type in op_types and any(name not in ranges for name in names if name):
             yield node.name
-
-
-def before_rounding(model: Model, layers: Collection[str], ranges: Limits) -> Iterator[str]:
-    """Yield the names of layers whose results are rounded to one of few integers: the noise of 8 bits moves them to the next one.
-
-    Args:
-        model: The model.
-        layers: Op types with weights.
-        ranges: Smallest and largest value of activations.
-    """
-    makers = {name: node for node in model.graph.node for name in node.output}
-    waiting = [name for node in model.graph.node if node.op_type in ROUNDING for name in node.input]
-    seen = set(waiting)
-    while waiting:
-        name = waiting.pop()
-        node = makers.get(name)
-        low, high = ranges.get(name, (0.0, np.inf))
-        if node is not None and node.op_type in layers and high - low < FEW_INTEGERS:
-            yield node.name
-        elif node is not None and node.op_type in LIKE_INPUT:
-            waiting += [read for read in node.input if read not in seen]
-            seen |= set(node.input)
 
 
 def _float_tensors(graph: Any) -> dict[str, bool]:

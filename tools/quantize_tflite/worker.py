@@ -1,5 +1,6 @@
 """The worker process of `tools.quantize_tflite`: AI Edge Quantizer, with both files memory-mapped."""
 
+import json
 import mmap
 import os
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ INFINITE_CARRIERS = {
 }  # give an infinite operand on
 INFINITE_CARRIERS |= {"RESHAPE", "TRANSPOSE", "SLICE", "STRIDED_SLICE", "SPLIT", "SQUEEZE", "EXPAND_DIMS", "GATHER", "TILE"}
 NO_RANGE = "its values are infinite, such as those of a mask"
+FED = "signatures"  # in the metadata of statistics: those that had samples
 NO_SAMPLES = "the samples have no inputs for its signature"
 CHUNK_BYTES = 2**24
 # Op types whose constants are weights, biases or scales.
@@ -122,38 +124,40 @@ def calibrate(  # noqa: PLR0917 - called by name
     calibrator = Calibrator(source, num_threads=threads, qsv_update_func=min_max_update)
     only = next(iter(calibrator.get_signature_list()))
     inputs, _ = model_specs(calibrator._tfl_interpreter)  # noqa: SLF001 - the library shows it nowhere else
-    count = 0
+    count, fed = 0, set()
     for sample in CalibrationSet.from_message(samples).samples(inputs):
         given = {spec: sample[spec.name] for spec in inputs if spec.name in sample}
         for group in by_signature(given):  # one by one: it makes a list of what it is given
             calibrator.calibrate({group[0].signature or only: [{spec.own_name: given[spec] for spec in group}]}, manager)
+            fed.add(group[0].signature or only)
         count += 1
-    calibrator.save_calibration_result(statistics, {"model_sha256": model_sha256, "samples": str(count)})
+    noted = {"model_sha256": model_sha256, "samples": str(count), FED: json.dumps(sorted(fed))}
+    calibrator.save_calibration_result(statistics, noted)
     return {"samples": count}
 
 
 def find_without_range(source: str, statistics: str) -> Message:
     """Return the scopes of ops that can't be quantized by ranges, and why.
 
-    They are at a tensor whose values are infinite, such as a mask of attention, or in the graph of a signature without samples.
+    They are at a tensor whose values are infinite, such as a mask of attention, or in the graph of a signature without samples; the
+    statistics name those that had some.
     Magnitudes from INFINITE_FROM on count as infinite. Ranges of activations leave infinite values out; they follow from constants.
     """
     from ai_edge_quantizer.utils.calibration_utils import load_calibration_results
 
-    ranges = load_calibration_results(statistics)[0]
+    ranges, noted = load_calibration_results(statistics)
     found = {}
     with open_flatbuffer(Path(source)) as model:
         kinds = [op_type(model.OperatorCodes(i)) for i in range(model.OperatorCodesLength())]
-        for graph in (model.Subgraphs(g) for g in range(model.SubgraphsLength())):
+        unfed = _unfed_graphs(model, noted.get(FED))
+        for number, graph in ((g, model.Subgraphs(g)) for g in range(model.SubgraphsLength())):
             tensors = [graph.Tensors(t) for t in range(graph.TensorsLength())]
             ops = [graph.Operators(i) for i in range(graph.OperatorsLength())]
-            made = [tensor_name(tensors[op.Outputs(k)]) for op in ops for k in range(op.OutputsLength())]
-            is_calibrated = any(name in ranges for name in made)
-            infinite = {number for number, tensor in enumerate(tensors) if _is_unbounded(Path(source), model, tensor, ranges)}
+            infinite = {place for place, tensor in enumerate(tensors) if _is_unbounded(Path(source), model, tensor, ranges)}
             for op in ops:
                 outputs = [op.Outputs(k) for k in range(op.OutputsLength())]
-                scope = "".join(f"{tensor_name(tensors[number])};" for number in outputs)
-                if not is_calibrated:
+                scope = "".join(f"{tensor_name(tensors[place])};" for place in outputs)
+                if number in unfed:
                     found[scope] = NO_SAMPLES
                 reads = infinite & {op.Inputs(k) for k in range(op.InputsLength())}
                 if reads and kinds[op.OpcodeIndex()] in INFINITE_CARRIERS:
@@ -161,6 +165,15 @@ def find_without_range(source: str, statistics: str) -> Message:
                 if reads or infinite & set(outputs):
                     found[scope] = NO_RANGE
     return {"scopes": found}
+
+
+def _unfed_graphs(model: Any, fed: str | None) -> set[int]:
+    """Return the graphs of signatures that none of the samples was for; `fed` names the others, in JSON."""
+    if fed is None:  # statistics of another tool
+        return set()
+    signatures = [model.SignatureDefs(i) for i in range(model.SignatureDefsLength())]
+    used = {one.SubgraphIndex() for one in signatures if one.SignatureKey().decode() in json.loads(fed)}
+    return {one.SubgraphIndex() for one in signatures} - used
 
 
 def _is_unbounded(source: Path, model: Any, tensor: Any, ranges: Mapping[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """What runtimes say of a failure loses their codes, places in their sources and inner names, and keeps what a user can act on."""
 
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,7 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from shared.command.errors import ToolError, plain_reason
+from shared.command.errors import MOST_READ, ToolError, plain_reason
 from shared.runtime.processes import Workspace
 
 ARRAY = np.zeros((3, 3), np.float32)
@@ -105,3 +106,9 @@ def test_an_error_about_an_intermediate_file_names_the_model(tmp_path: Path) -> 
                 workspace.run("refuse", "it failed", "model.onnx", file="other")
             with pytest.raises(ToolError, match=r"^model\.onnx: it failed; got float\.onnx is odd$"):
                 workspace.run("fail", "it failed", "model.onnx", file=str(folder / "float.onnx"))
+
+
+def test_a_name_of_any_length_is_cut_in_no_time() -> None:
+    start = time.monotonic()
+    assert len(plain_reason(RuntimeError("x" * 1_000_000))) <= MOST_READ
+    assert time.monotonic() - start < 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from shared.formats.input_hints import find_hints
+from shared.formats.input_hints import GraphInput, find_hints
 from shared.formats.model_file import ModelFile
 from shared.formats.tensors import TensorSpec
 from shared.runtime.model import open_model
@@ -62,12 +62,72 @@ def write_network(path: Path, first: list[tuple[str, Any]], name: str = "image")
         ([("BatchNormalization", [np.ones(3), np.zeros(3), 255 * MEAN, (255 * SPREAD) ** 2])], BYTES),
         ([("BatchNormalization", [np.ones(3), np.zeros(3), MEAN, SPREAD**2])], UNITS),
         ([("Add", 0.001)], None),
+        ([("Add", 1.0), ("Log", [])], None),
+        ([("Mul", 0.04)], None),
     ],
 )
 def test_the_first_ops_tell_what_pixels_are(
     tmp_path: Path, first: list[tuple[str, Any]], expected: tuple[float, float] | None
 ) -> None:
     assert ModelFile(write_network(tmp_path / "m.onnx", first)).hints.pixel_range == expected
+
+
+def test_other_inputs_say_nothing_of_the_image(tmp_path: Path) -> None:
+    model = onnx.load(write_network(tmp_path / "m.onnx", []))
+    model.graph.input.append(helper.make_tensor_value_info("sigma", TensorProto.FLOAT, [1]))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0.001], np.float32), "thousandth"))
+    model.graph.node.append(helper.make_node("Mul", ["sigma", "thousandth"], ["noise"]))
+    model.graph.output.append(helper.make_tensor_value_info("noise", TensorProto.FLOAT, [1]))
+    onnx.save(model, tmp_path / "two.onnx")
+    assert ModelFile(tmp_path / "two.onnx").hints.pixel_range is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "shift", "axis", "dtype", "expected"),
+    [
+        (50, 0, 0, "int64", 49),
+        (50, 2, 0, "int64", 47),
+        (50, 0, 1, "int64", 2),
+        (1000, 0, 0, "uint8", 999),
+        (0, 0, 0, "int64", None),
+    ],
+)
+def test_the_largest_integer_chooses_the_last_row(
+    tmp_path: Path, rows: int, shift: int, axis: int, dtype: str, expected: int | None
+) -> None:
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    constants = [
+        numpy_helper.from_array(np.ones((rows, 3), np.float32), "table"),
+        numpy_helper.from_array(np.array(shift), "shift"),
+    ]
+    nodes = [
+        helper.make_node("Cast", ["ids"], ["wide"], to=TensorProto.INT64),
+        helper.make_node("Add", ["wide", "shift"], ["places"]),
+        helper.make_node("Gather", ["table", "places"], ["y"], axis=axis),
+    ]
+    ends = [helper.make_tensor_value_info("ids", kind, [8]), helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "m.onnx")
+    model = ModelFile(tmp_path / "m.onnx")
+    assert model.hints.largest.get("ids") == expected
+    if expected is not None:
+        with open_model(model) as opened:
+            guess = guess_inputs(model, opened.inputs, 1, Guess.of_hints(model.hints))
+            opened.run(sample_inputs(opened.inputs, 0, guess))
+
+
+def test_images_from_0_to_1_of_bytes_are_compared_in_their_own_range(tmp_path: Path) -> None:
+    """A network that divides bytes by 255 and makes images from 0 to 1: an error of a fifth is 20 dB, not 68."""
+    model = write_network(tmp_path / "m.onnx", [("Div", 255.0)])
+    for factor in (1.0, 0.8):
+        proto = onnx.load(model)
+        (weight,) = [tensor for tensor in proto.graph.initializer if tensor.name == "w"]
+        values = factor * np.eye(3, dtype=np.float32).reshape(3, 3, 1, 1)
+        weight.CopyFrom(numpy_helper.from_array(values.astype(np.float32), "w"))
+        onnx.save(proto, tmp_path / f"{factor}.onnx")
+    (found,) = compare(tmp_path / "1.0.onnx", [tmp_path / "0.8.onnx"]).findings.candidates
+    assert found.images is not None
+    assert 10 < found.images.psnr_db < 30
 
 
 @pytest.mark.parametrize(
@@ -79,7 +139,8 @@ def test_the_name_of_an_input_tells_what_pixels_are(tmp_path: Path, name: str, e
 
 
 def test_integers_called_a_mask_are_0_or_1() -> None:
-    hints = find_hints(["attention_mask", "ids"], [], {}, lambda _: np.ones(1))
+    inputs = [GraphInput(name, name, is_image=False) for name in ("attention_mask", "ids")]
+    hints = find_hints(inputs, [], {}, lambda _: None)
     assert hints.largest == {"attention_mask": 1}
     values = sample_inputs([TensorSpec("attention_mask", (1, 64), "int64")], 0, Guess.of_hints(hints))["attention_mask"]
     assert (values.min(), values.max()) == (0, 1)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from shared.command.errors import ToolError
-from shared.media.attacks import KINDS, LIMITS, STANDARD, Attack, parse_attacks
+from shared.media.attacks import KINDS, LIMITS, STANDARD, Attack
 from shared.media.images import Pixels, to_image
 from shared.metrics import metrics
+from tools.compare.accuracy import parse_attacks
 from tools.prepare_calibration.sources import seeded_image
 
 

@@ -13,11 +13,9 @@ from shared.media.images import (
     ImageForm,
     _say_background,
     as_image,
-    from_form,
     image_files,
     image_form,
     image_layout,
-    images_at,
     read_pixels,
     set_background,
     stretch,
@@ -28,6 +26,7 @@ from shared.media.images import (
     to_values,
 )
 from tests.conftest import REALDATA
+from tools.compare.image_quality import from_form, images_at
 from tools.prepare_calibration.sources import seeded_image
 
 

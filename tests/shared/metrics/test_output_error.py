@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from shared.metrics.metrics import psnr_db
-from shared.metrics.output_error import MOST_DB, Array, OutputError, measure_error, measure_errors, size_of, worst_error
+from shared.metrics.output_error import (
+    MOST_DB,
+    Array,
+    OutputError,
+    measure_error,
+    measure_errors,
+    size_of,
+    usual_range,
+    worst_error,
+)
 from tests.support.small_onnx import seeded
 
 PICTURES = [seeded(1, 3, 8, 8, seed=number) for number in range(3)]
@@ -199,3 +208,28 @@ def test_an_error_is_one_line_with_psnr_only_for_images() -> None:
     assert str(OutputError("made", problem="outputs differ")) == "made: outputs differ"
     zeros = vectors([0, 0])
     assert str(measure_error("made", zeros, zeros)) == "made: relative error 0.000%, cosine -; worst sample 0.000%"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 1, (0, 1)),
+        (0.3, 0.4, (0, 1)),
+        (-0.1, 1.2, (0, 1)),
+        (-1, 1, (-1, 1)),
+        (0, 255, (0, 255)),
+        (-20, 260, (0, 255)),
+        (-5, 4e3, (-5, 4e3)),
+    ],
+)
+def test_the_usual_range_is_the_narrowest_that_holds_images_with_some_overshoot(
+    low: float, high: float, expected: tuple[float, float]
+) -> None:
+    images = [np.linspace(low, high, 12).reshape(1, 3, 2, 2), np.full((1, 3, 2, 2), low)]
+    assert usual_range(images) == expected
+
+
+def test_a_peak_of_zero_is_that_of_the_references_own_range() -> None:
+    reference = [np.linspace(0, 255, 12).reshape(1, 3, 2, 2)]
+    candidate = [reference[0] + 1]
+    assert measure_error("y", reference, candidate, 0.0) == measure_error("y", reference, candidate, 255.0)

@@ -190,6 +190,8 @@ def test_a_gate_can_be_on_one_output() -> None:
         assert [(gate.value, gate.ok) for gate in check_gates(gates, found, REFERENCE)] == expected
     (gate,) = check_gates({"max_error:boxes": 1}, replace(FOUND, errors=[]), REFERENCE)
     assert (gate.value, gate.ok) == (None, False)
+    zeros = replace(FOUND, errors=[OutputError("mask", relative_error=0.0), scores])
+    assert check_gates({"min_cosine:mask": 0.9}, zeros, REFERENCE)[0].ok
     with pytest.raises(ToolError, match="no such output; expected boxes, scores"):
         check_gates({"min_cosine:masks": 0.9}, found, REFERENCE)
 

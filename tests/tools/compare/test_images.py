@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from shared.command.errors import ToolError
-from shared.command.resources import saturates
 from tests.conftest import REALDATA, ROOT, Run
 from tests.support.small_onnx import save
 from tests.tools.compare.test_page import parse
@@ -18,6 +17,7 @@ from tools.compare import compare
 from tools.compare.image_quality import bicubic_scores
 from tools.prepare_calibration import prepare_calibration
 from tools.quantize_onnx import quantize_onnx
+from tools.quantize_onnx.command import saturates
 
 IMAGE_GATES = ("min_psnr", "min_ssim", "max_psnr_drop", "min_psnr_gain")
 ADDED = 10  # grey levels that `brighter` adds

@@ -11,9 +11,9 @@ import pytest
 from onnx import helper, numpy_helper
 from onnxruntime.quantization.calibrate import save_tensors_data
 
-from shared.command.resources import saturates
 from tests.support.small_onnx import answer, save, save_vector_model, seeded, weights_of
 from tools.quantize_onnx.bias import correct, mean_inputs
+from tools.quantize_onnx.command import saturates
 from tools.quantize_onnx.graph.repair import repair
 from tools.quantize_onnx.graph.rewrite import write_rewritten
 from tools.quantize_onnx.options import OnnxRequest, OnnxSettings, Recipe

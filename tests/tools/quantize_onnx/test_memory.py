@@ -42,6 +42,10 @@ def write_network(path: Path, size: tuple[int | str, int | str]) -> Path:
     return path
 
 
+def value(name: str, shape: list[int | str] | list[int] | None) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
@@ -92,3 +96,36 @@ def test_what_does_not_fit_is_refused_before_it_runs(tmp_path: Path, photos: Pat
     fixed = write_network(tmp_path / "fixed.onnx", (1024, 1024))
     with pytest.raises(ToolError, match="more than half of the free memory"):
         quantize_onnx(fixed, output=tmp_path / "q.onnx", calibration=photos, input_range="0..1")
+
+
+def test_tensors_that_branches_read_are_freed_too(tmp_path: Path) -> None:
+    """A chain of sums holds two tensors at a time, whether a branch reads one of them or not."""
+    size, found = [1, 64, 32, 32], []
+    for has_branch in (False, True):
+        nodes = [helper.make_node("Relu", ["image"], ["a"])]
+        if has_branch:
+            inner = [
+                helper.make_graph([helper.make_node(kind, ["a"], ["z"])], kind, [], [value("z", size)]) for kind in ("Neg", "Abs")
+            ]
+            nodes.append(helper.make_node("If", ["yes"], ["b"], then_branch=inner[0], else_branch=inner[1]))
+        else:
+            nodes.append(helper.make_node("Neg", ["a"], ["b"]))
+        nodes += [helper.make_node("Neg", ["b"], ["c"]), helper.make_node("Add", ["c", "b"], ["out"])]
+        graph = helper.make_graph(
+            nodes, "g", [value("image", size)], [value("out", size)], [numpy_helper.from_array(np.array(True), "yes")]
+        )
+        path = tmp_path / f"{has_branch}.onnx"
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+        found.append(activation_bytes(path, tmp_path / "s.onnx", [TensorSpec("image", tuple(size), "float32")]))
+    assert found[0] == found[1]
+
+
+def test_a_model_that_does_not_run_at_a_small_size_is_calibrated_all_the_same(tmp_path: Path, photos: Path) -> None:
+    """Free height and width, and a table of positions for one size: as some exporters write transformers."""
+    table = numpy_helper.from_array(np.zeros((1, 3, 256, 256), np.float32), "table")
+    weight = numpy_helper.from_array(np.random.default_rng(0).standard_normal((3, 3, 1, 1)).astype(np.float32), "w")
+    nodes = [helper.make_node("Add", ["image", "table"], ["a"]), helper.make_node("Conv", ["a", "w"], ["out"])]
+    graph = helper.make_graph(nodes, "g", [value("image", [1, 3, "h", "w"])], [value("out", None)], [table, weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "m.onnx")
+    assert activation_bytes(tmp_path / "m.onnx", tmp_path / "s.onnx", FREE) == 0
+    assert quantize_onnx(tmp_path / "m.onnx", output=tmp_path / "q.onnx", calibration=photos, input_range="0..1").ok

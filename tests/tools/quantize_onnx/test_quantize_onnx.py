@@ -12,7 +12,6 @@ import pytest
 from onnx import helper
 
 from shared.command.errors import ToolError
-from shared.command.resources import saturates
 from shared.formats import onnx_file
 from shared.formats.model_file import ModelFile
 from shared.formats.tensors import TensorSpec
@@ -45,6 +44,7 @@ from tests.tools.quantize_onnx.conftest import (
     size_of,
 )
 from tools.quantize_onnx import quantize_onnx
+from tools.quantize_onnx.command import saturates
 
 MINISR = ROOT / "models" / "minisr" / "minisr_x2.onnx"
 

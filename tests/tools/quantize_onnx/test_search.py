@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from shared.command.errors import ToolError
-from shared.command.resources import saturates
 from shared.metrics.output_error import OutputError
 from shared.quantize.ledger import Ledger, Outcome, RefusedError
 from shared.quantize.product import Quantized
@@ -25,6 +24,7 @@ from tests.support.small_onnx import save_picture_model, save_vector_model
 from tests.tools.quantize_onnx.conftest import names, only, psnr_of, relative_error_of, save_with_a_bad_layer
 from tools.quantize_onnx import quantize_onnx
 from tools.quantize_onnx.backend import FLOAT
+from tools.quantize_onnx.command import saturates
 from tools.quantize_onnx.options import OnnxRequest
 from tools.quantize_onnx.quantizing import QuantizeTask, quantize
 

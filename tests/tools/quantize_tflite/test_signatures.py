@@ -153,3 +153,94 @@ def test_integer_ends_need_samples_of_every_signature(model: Path, tmp_path: Pat
     samples = write_set(tmp_path / "set.npz", keys=("encode",), with_signature=False)
     with pytest.raises(ToolError, match="samples of every signature"):
         quantize_tflite(model, recipe="int8-static", io_dtype="int8", output=tmp_path / "q.tflite", calibration=samples)
+
+
+class Words(torch.nn.Module):
+    """Integers to rows of a table of three, and these through a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer = torch.nn.Embedding(3, 32), torch.nn.Linear(32, 32)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.table(ids)).mean(1)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One image, four images at once, words, and the name of a file: as models that train on a device have it."""
+    import litert_torch
+    from ai_edge_litert import schema_py_generated as schema
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    torch.manual_seed(0)
+    network = Encoder(torch.nn.Linear(32, 32)).eval()
+    path = tmp_path_factory.mktemp("mixed") / "mixed.tflite"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch of itself
+        first = litert_torch.signature("one", network, (torch.rand(1, 3, 32, 32),))
+        second = first.signature("four", network, (torch.rand(4, 3, 32, 32),))
+        second.signature("words", Words().eval(), (torch.zeros(1, 16, dtype=torch.int32),)).convert().export(str(path))
+    content = flatbuffer_utils.read_model(str(path))
+    text = schema.TensorT(name=b"path", shape=np.array([1], np.int32), type=schema.TensorType.STRING, buffer=0)
+    content.subgraphs.append(schema.SubGraphT(tensors=[text], inputs=[0], outputs=[0], operators=[], name=b"save"))
+    ends = [schema.TensorMapT(name=b"path", tensorIndex=0)]
+    place = len(content.subgraphs) - 1
+    content.signatureDefs.append(schema.SignatureDefT(inputs=ends, outputs=ends, signatureKey=b"save", subgraphIndex=place))
+    flatbuffer_utils.write_model(content, str(path))
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def test_a_signature_with_texts_is_left_out_and_made_up_words_are_in_the_table(mixed: Path) -> None:
+    with open_model(ModelFile(mixed)) as opened:
+        assert {spec.signature for spec in opened.inputs} == {"one", "four", "words"}
+    assert verify(mixed).ok
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-static"])
+def test_photos_feed_signatures_of_every_batch_and_words_are_made_up(
+    mixed: Path, photos: Path, recipe: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "q.tflite"
+    (done,) = quantize_tflite(mixed, recipe=recipe, output=output, calibration=photos, input_range="0..1").result.models
+    assert "words on made-up inputs" in done.measured_on
+    assert (done.coverage == 1) == (recipe == "int8")
+    reasons = {layer.reason for layer in done.skipped}
+    assert reasons == (set() if recipe == "int8" else {"the samples have no inputs for its signature"})
+    assert compare(mixed, [output], images=photos, gate=["min_cosine=0.9"]).ok
+    (tmp_path / "one").mkdir()
+    np.savez(tmp_path / "one" / "set.npz", **{"one/args_0": np.random.default_rng(0).random((4, 1, 3, 32, 32), np.float32)})
+    assert compare(mixed, [output], images=tmp_path / "one" / "set.npz", gate=["min_cosine=0.9"]).ok
+    assert verify(output, inputs=tmp_path / "one" / "set.npz").ok
+
+
+def test_words_beside_photos_have_no_range_of_pixels(mixed: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {"one/args_0": rng.random((4, 3, 32, 32), np.float32), "words/args_0": rng.integers(0, 3, (4, 16), np.int32)}
+    np.savez(tmp_path / "set.npz", **arrays)
+    given = {"calibration": tmp_path / "set.npz", "input_range": "0..1"}
+    assert quantize_tflite(mixed, recipe="int8", output=tmp_path / "q.tflite", **given).ok  # type: ignore[arg-type]
+
+
+def test_a_damaged_set_is_no_misfit(mixed: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", **{"one/args_0": np.zeros((4, 3, 32, 32), np.float32)})
+    (tmp_path / "set.npz").write_bytes((tmp_path / "set.npz").read_bytes()[:1000])
+    with pytest.raises(ToolError, match=r"damaged \.npz"):
+        quantize_tflite(mixed, recipe="int8-static", output=tmp_path / "q.tflite", calibration=tmp_path / "set.npz")
+
+
+def test_layers_that_no_rule_selects_are_not_said_to_lack_samples(model: Path, tmp_path: Path) -> None:
+    samples = write_set(tmp_path / "set.npz", keys=("encode", "decode"), with_signature=True)
+    given = {"recipe": "int8-static", "only": ["CONV_2D"], "calibration": samples}
+    (done,) = quantize_tflite(model, output=tmp_path / "q.tflite", **given).result.models  # type: ignore[arg-type]
+    assert {layer.reason for layer in done.skipped} == {"no rule matches"}

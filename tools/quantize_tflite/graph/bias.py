@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.formats.tflite import constant_span, enum_names
+from shared.formats.tflite import constant_span, enum_names, tensor_name
 
 Array = NDArray[Any]
 Patches = dict[str, Array]  # op scope -> mean input patch: (height, width, channels) of the kernel, (channels,) of a matrix
@@ -80,8 +80,8 @@ def _graph_layers(content: Any, model: Any, graph: Any, uses: Mapping[int, int])
         if (table := tables[kind]) is not None:
             options = table()
             options.Init(op.BuiltinOptions().Bytes, op.BuiltinOptions().Pos)
-        scope = "".join(f"{graph.Tensors(op.Outputs(k)).Name().decode()};" for k in range(op.OutputsLength()))
-        given = (graph.Tensors(op.Inputs(0)).Name() or b"").decode()
+        scope = "".join(f"{tensor_name(graph.Tensors(op.Outputs(k)))};" for k in range(op.OutputsLength()))
+        given = tensor_name(graph.Tensors(op.Inputs(0)))
         yield Layer(scope, kind, given, weights, stored, span, options)
 
 

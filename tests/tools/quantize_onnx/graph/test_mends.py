@@ -71,7 +71,7 @@ def test_the_library_alone_is_wrong_where_we_are_not(save: Save, mode: str, sett
     print(f"{save.__name__}, {mode}: {max(errors):.3f} -> {max(mended):.3f}")
 
 
-@pytest.mark.parametrize(("factor", "is_quantized"), [(1, False), (255, True)])
+@pytest.mark.parametrize(("factor", "is_quantized"), [(1, False), (3, False), (255, True)])
 def test_only_layers_before_a_coarse_rounding_stay_in_float(factor: float, *, is_quantized: bool, tmp_path: Path) -> None:
     """Rounding to one of 255 levels of a pixel is as fine as 8 bits are."""
     source = rounded(tmp_path / "model.onnx", factor)
