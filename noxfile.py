@@ -200,6 +200,7 @@ TFLITE = {  # session -> card, recipe, product
     "chunkyseal_fp16": ("chunkyseal", "fp16", "ChunkySeal's detector as verified TFLite with float16 weights."),
     "videoseal_int8": ("videoseal", "int8", "VideoSeal 1.0's detector as verified INT8 TFLite."),
     "videoseal_fp16": ("videoseal", "fp16", "VideoSeal 1.0's detector as verified TFLite with float16 weights."),
+    "videoseal_0_int8": ("videoseal_0.0", "int8", "VideoSeal 0.0's detector as verified INT8 TFLite."),
     "pixelseal_int8": ("pixelseal", "int8", "PixelSeal's detector as verified INT8 TFLite."),
 }
 ONNX = {  # session -> card, images to calibrate with, product

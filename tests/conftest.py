@@ -75,6 +75,31 @@ def videoseal_small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     return Small(write_card(folder / "videoseal_small.toml"), DATA / "parity_videoseal_small.safetensors")
 
 
+VIT_CARD = """title = "Small"
+nbits = 24
+image_size = 64
+output_prefix = "small_detector_videoseal_0.0"
+[vit]
+patch = 8
+window = 4
+channels = 48
+features = 40
+blocks = 4
+heads = 3
+global_blocks = [1, 3]
+[checkpoint]
+url = "https://example.org/small.pth"
+"""
+
+
+@pytest.fixture(scope="session")
+def videoseal_0_small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """VideoSeal 0.0's kind: a vision transformer, 24 bits."""
+    card = tmp_path_factory.mktemp("videoseal_0_small") / "videoseal_0_small.toml"
+    card.write_text(VIT_CARD)
+    return Small(card, DATA / "parity_detector_videoseal00_small.safetensors")
+
+
 @pytest.fixture(scope="session")
 def chunkyseal_small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     """ChunkySeal's kind: stem stride 2, channels grown with the square root of the bits."""

@@ -28,7 +28,7 @@ from shared.files.atomic import draft_beside
 from shared.files.code_version import code_version
 from shared.media.attacks import Attack
 from shared.media.images import Pixels, stretch
-from shared.networks.card import CARDS, PRODUCTS, Card, load_card
+from shared.networks.card import CARDS, PRODUCTS, Card, ConvNeXt, load_card
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +144,9 @@ class _Learner:
         from shared.networks.detector import Detector
 
         torch.manual_seed(seed)
-        detector, embedder = Detector(card), Embedder(card.nbits)
+        sizes = card.encoder
+        assert isinstance(sizes, ConvNeXt)
+        detector, embedder = Detector(sizes, card.nbits), Embedder(card.nbits)
         groups: list[dict[str, Any]] = [
             {"params": detector.parameters(), "rate": DETECTOR_RATE},
             {"params": embedder.parameters(), "rate": PATTERN_RATE},

@@ -90,21 +90,71 @@ class Gates:
 
 
 @dataclass(frozen=True)
+class ConvNeXt:
+    """Sizes of a ConvNeXt V2 encoder: blocks and channels of its four stages, stride of its stem."""
+
+    depths: Four
+    dims: Four
+    stem_stride: Literal[2, 4]
+
+
+@dataclass(frozen=True)
+class Vit:
+    """Sizes of a vision transformer.
+
+    Args:
+        patch: Side of a patch; pixels.
+        window: Side of a window; tokens.
+        channels: Of a token.
+        features: Channels that the decoder reads.
+        blocks: How many there are.
+        heads: Of each attention.
+        global_blocks: Numbers of the blocks, from 0, without windows.
+    """
+
+    __pydantic_config__ = STRICT
+    patch: Positive
+    window: Positive
+    channels: Positive
+    features: Positive
+    blocks: Positive
+    heads: Positive
+    global_blocks: tuple[Annotated[int, Field(ge=0, strict=True)], ...]
+
+
+@dataclass(frozen=True)
 class Card:
-    """A detector model."""
+    """A detector model: with the sizes of a ConvNeXt encoder, or with a table [vit]."""
 
     __pydantic_config__ = STRICT
     name: FileStem
     title: str
     nbits: Positive
-    depths: Four
-    dims: Four
-    stem_stride: Literal[2, 4]
     image_size: Annotated[int, Field(ge=32, le=8192, strict=True)]  # of the training images; pixels, square
     output_prefix: FileStem
     checkpoint: Source
     folder: str  # where the card lies
+    depths: Four | None = None
+    dims: Four | None = None
+    stem_stride: Literal[2, 4] | None = None
+    vit: Vit | None = None
     gates: dict[str, Gates] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        given = [value is not None for value in (self.depths, self.dims, self.stem_stride)]
+        if not (all(given) and self.vit is None) and not (self.vit is not None and not any(given)):
+            raise ValueError("give depths, dims and stem_stride, or else a table [vit]")
+        vit = self.vit
+        if vit is not None and (self.image_size % (vit.patch * vit.window) or vit.channels % vit.heads):
+            raise ValueError("windows of patches do not fill the image, or heads do not share the channels")
+
+    @property
+    def encoder(self) -> ConvNeXt | Vit:
+        """Sizes of the encoder."""
+        if self.vit is not None:
+            return self.vit
+        assert self.depths is not None and self.dims is not None and self.stem_stride is not None
+        return ConvNeXt(self.depths, self.dims, self.stem_stride)
 
     def find_checkpoint(self) -> Path | None:
         """Return the checkpoint's file in the usual folders, or None."""
@@ -124,7 +174,8 @@ class Card:
         """Return the fields that decide the bytes of a product."""
         content = asdict(self)
         layout = {key: content["checkpoint"][key] for key in ("container", "prefix")}
-        return layout | {key: content[key] for key in ("name", "nbits", "depths", "dims", "stem_stride", "image_size")}
+        sizes = ("vit",) if self.vit is not None else ("depths", "dims", "stem_stride")
+        return layout | {key: content[key] for key in ("name", "nbits", *sizes, "image_size")}
 
 
 def card_names() -> list[str]:

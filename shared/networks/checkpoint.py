@@ -192,7 +192,7 @@ def select_detector(checkpoint: Checkpoint, prefix: str) -> "dict[str, Tensor]":
     chosen = {key.removeprefix(prefix): value for key, value in checkpoint.state.items() if key.startswith(prefix)}
     if chosen:
         return chosen
-    if any(key.startswith("convnext.") for key in checkpoint.state):
+    if any(key.startswith(("convnext.", "image_encoder.")) for key in checkpoint.state):
         return checkpoint.state
     groups = sorted({key.partition(".")[0] for key in checkpoint.state})
     raise ToolError(

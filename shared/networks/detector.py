@@ -1,6 +1,6 @@
 """The watermark detector: a ConvNeXt V2 encoder and a pixel decoder that reads one logit per message bit.
 
-Reads leaf to root: layer norm, GRN, block, encoder, decoder, detector. Attribute names are the published checkpoints' keys
+Reads leaf to root: GRN, block, encoder, detector. Attribute names are the published checkpoints' keys
 with the leading `detector.` removed. Parts for training only (drop path, initialisation) are left out.
 
 Letters in shapes: N images, C channels, H height, W width, K message bits.
@@ -10,41 +10,15 @@ Source:
     Video Seal, Fernandez et al. 2024, arXiv:2412.09492 (pixel decoder, message layout of the output).
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-EPSILON = 1e-6  # of every normalisation in the published network
+from shared.networks.blocks import EPSILON, ChannelNorm, PixelDecoder
+from shared.networks.card import Card, ConvNeXt, InputForm, Vit
+from shared.networks.vit import VitDetector
+
 TINY = 1e-12  # in training only: keeps the gradient of a square root finite where a channel is all 0
-
-
-class DetectorSizes(Protocol):
-    """Sizes of a network, from its model card: message length K, blocks and channels of the four stages, stride of the stem."""
-
-    @property
-    def nbits(self) -> int: ...
-    @property
-    def depths(self) -> tuple[int, int, int, int]: ...
-    @property
-    def dims(self) -> tuple[int, int, int, int]: ...
-    @property
-    def stem_stride(self) -> int: ...
-
-
-class ChannelNorm(nn.Module):
-    """Layer norm over the channels of float32 (N, C, H, W)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
-        x = F.layer_norm(x, self.weight.shape, self.weight, self.bias, EPSILON)
-        return x.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
@@ -95,7 +69,7 @@ class Block(nn.Module):
 class ConvNeXtV2(nn.Module):
     """The encoder: float32 (N, 3, H, W) in [-1, 1] -> float32 (N, dims[3], H / (8 * stem_stride), W / (8 * stem_stride))."""
 
-    def __init__(self, sizes: DetectorSizes) -> None:
+    def __init__(self, sizes: ConvNeXt) -> None:
         super().__init__()
         dims = sizes.dims
         stem = nn.Sequential(nn.Conv2d(3, dims[0], kernel_size=4, stride=sizes.stem_stride), ChannelNorm(dims[0]))
@@ -111,40 +85,6 @@ class ConvNeXtV2(nn.Module):
         return x
 
 
-class UpscalingBlock(nn.Module):
-    """Pad by reflection, 3x3 convolution, channel norm, GELU on float32 (N, C, H, W).
-
-    The published block starts with a bilinear upsampling by 1, the identity, which has no weights: `nn.Identity` keeps its place.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.upsample_block = nn.Sequential(
-            nn.Identity(),
-            nn.ReflectionPad2d(1),
-            nn.Conv2d(channels, channels, kernel_size=3, bias=False),
-            ChannelNorm(channels),
-            nn.GELU(),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.upsample_block(x)
-        return y
-
-
-class PixelDecoder(nn.Module):
-    """Features float32 (N, C, H, W) -> float32 (N, 1 + K): mean over pixels of the upscaled features, then one linear layer."""
-
-    def __init__(self, channels: int, nbits: int) -> None:
-        super().__init__()
-        self.output_upscaling = nn.Sequential(UpscalingBlock(channels))
-        self.linear = nn.Linear(channels, 1 + nbits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear(self.output_upscaling(x).mean(dim=(2, 3)))
-        return y
-
-
 class Detector(nn.Module):
     """Image -> confidence and message logits.
 
@@ -152,30 +92,20 @@ class Detector(nn.Module):
     Output: float32 (N, 1 + K): the confidence that the image is marked, then one logit per bit; a logit above 0 reads as 1.
 
     Args:
-        sizes: Sizes of the network.
+        sizes: Sizes of the encoder.
+        nbits: Message length K.
         maps_input: False only with weights of `tools.convert_detector.fusion`, whose stem includes the mapping.
     """
 
-    def __init__(self, sizes: DetectorSizes, *, maps_input: bool = True) -> None:
+    def __init__(self, sizes: ConvNeXt, nbits: int, *, maps_input: bool = True) -> None:
         super().__init__()
         self.maps_input = maps_input
         self.convnext = ConvNeXtV2(sizes)
-        self.pixel_decoder = PixelDecoder(sizes.dims[3], sizes.nbits)
+        self.pixel_decoder = PixelDecoder(sizes.dims[3], nbits)
 
     def forward(self, image: Tensor) -> Tensor:
         y: Tensor = self.pixel_decoder(self.convnext(image * 2 - 1 if self.maps_input else image))
         return y
-
-
-class ImageForm(Protocol):
-    """Form of a product's image input; see `shared.networks.card.InputForm`."""
-
-    @property
-    def size(self) -> int: ...
-    @property
-    def layout(self) -> str: ...
-    @property
-    def resize(self) -> bool: ...
 
 
 class Deployed(nn.Module):
@@ -190,7 +120,7 @@ class Deployed(nn.Module):
         network_size: Height and width of the training images.
     """
 
-    def __init__(self, detector: Detector, form: ImageForm, network_size: int) -> None:
+    def __init__(self, detector: nn.Module, form: InputForm, network_size: int) -> None:
         super().__init__()
         self.detector = detector
         self.is_nhwc = form.layout == "nhwc"
@@ -216,12 +146,20 @@ def _resize_matrix(size: int, network_size: int) -> Tensor:
     return resized.reshape(network_size, size)
 
 
-def build_on_meta(sizes: DetectorSizes, *, maps_input: bool = True) -> Detector:
-    """Return the network with its shapes but without memory for its weights; load them with `assign=True`."""
+def build_on_meta(card: Card, *, maps_input: bool = True) -> nn.Module:
+    """Return a card's network with its shapes but without memory for its weights; load them with `assign=True`.
+
+    `maps_input` is as of `Detector`; a transformer always maps it.
+    """
     with torch.device("meta"):
-        return Detector(sizes, maps_input=maps_input).eval().requires_grad_(requires_grad=False)
+        sizes = card.encoder
+        if isinstance(sizes, Vit):
+            network: nn.Module = VitDetector(sizes, card.image_size, card.nbits)
+        else:
+            network = Detector(sizes, card.nbits, maps_input=maps_input)
+        return network.eval().requires_grad_(requires_grad=False)
 
 
-def detector_shapes(sizes: DetectorSizes) -> dict[str, tuple[int, ...]]:
+def detector_shapes(card: Card) -> dict[str, tuple[int, ...]]:
     """Return the detector's keys, without the checkpoint's prefix, and their shapes."""
-    return {key: tuple(value.shape) for key, value in build_on_meta(sizes).state_dict().items()}
+    return {key: tuple(value.shape) for key, value in build_on_meta(card).state_dict().items()}

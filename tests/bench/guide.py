@@ -42,7 +42,7 @@ from shared.networks.card import load_card
 from shared.networks.detector import Detector
 name, weights, output = sys.argv[1:]
 card = load_card(name)
-network = Detector(card).eval()
+network = Detector(card.encoder, card.nbits).eval()
 state = {key.removeprefix(card.checkpoint.prefix): value for key, value in load_file(weights).items()}
 network.load_state_dict(state)
 litert_torch.convert(network, (torch.zeros(1, 3, card.image_size, card.image_size),)).export(output)

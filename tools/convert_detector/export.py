@@ -82,7 +82,10 @@ def convert(message: Message) -> Message:
     size = form.size
     image = torch.zeros((1, 3, size, size) if form.layout == "nchw" else (1, size, size, 3))
     reply = {"parameters": sum(math.prod(shape) for shape in shapes.values()), "casts": casts}
-    write_safetensors(folded, shapes, fold_affine(shapes, lambda key: as_float32(state[key])))
+    if card.vit is None:
+        write_safetensors(folded, shapes, fold_affine(shapes, lambda key: as_float32(state[key])))
+    else:  # layer norms of a transformer are not worth it: each has its own axis
+        write_safetensors(folded, shapes, ((key, as_float32(state[key])) for key in shapes))
     network = build_on_meta(card, maps_input=False)
     network.load_state_dict(open_checkpoint(folded).state, assign=True)
     if message["format"] == "onnx":

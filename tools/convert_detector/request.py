@@ -1,13 +1,14 @@
 """What is asked of convert_detector: which network, from which weights, in which form; and the guides' names of products."""
 
 import itertools
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
 from shared.command.errors import ToolError
 from shared.files.plan import require_output_free
-from shared.networks.card import Card, InputForm
+from shared.networks.card import Card, InputForm, Vit
 
 BYTES_PER_PARAMETER = 4
 STEM_KERNEL = 4  # pixels
@@ -105,8 +106,17 @@ def choose_format(asked: ModelFormat | None, output: Path | None, quantize: Prec
 
 
 def require_image_size(card: Card, form: InputForm) -> None:
-    """Raise ToolError unless enough pixels reach the decoder, which pads by reflection: 2 by 2 after all strides."""
-    smallest = STEM_KERNEL + card.stem_stride * (2 * TOTAL_HALVING - 1)
+    """Raise ToolError unless enough pixels reach the decoder, which pads by reflection: 2 by 2 after all strides.
+
+    A transformer takes its own size alone: its positions are a table for it.
+    """
+    encoder = card.encoder
+    if isinstance(encoder, Vit):
+        if not form.resize and form.size != card.image_size:
+            remedy = "leave out --image-size, or add --no-simple"
+            raise ToolError("this network takes images of one size", got=form.size, expected=card.image_size, remedy=remedy)
+        return
+    smallest = STEM_KERNEL + encoder.stem_stride * (2 * TOTAL_HALVING - 1)
     if not form.resize and form.size < smallest:
         raise ToolError("the image is too small for the network", got=f"{form.size} pixels", expected=f"at least {smallest}")
 
@@ -122,9 +132,15 @@ def require_outputs_free(outputs: set[Path], weights: Path, *, wants_float: bool
 
 
 def weights_bytes(card: Card) -> int:
-    """Return the bytes of a card's float32 weights, from its sizes: 8 dim^2 per block, and the convolutions between."""
-    widths = list(card.dims)
-    blocks = sum(depth * (8 * dim * dim + 62 * dim) for depth, dim in zip(card.depths, widths, strict=True))
+    """Return the bytes of a card's float32 weights, from its sizes: 8 or 12 dim^2 per block, and the convolutions around."""
+    encoder = card.encoder
+    if isinstance(encoder, Vit):
+        channels, tokens = encoder.channels, (card.image_size // encoder.patch) ** 2
+        blocks = encoder.blocks * (12 * channels**2 + 13 * channels + 4 * math.isqrt(tokens) * channels // encoder.heads)
+        ends = channels * (3 * encoder.patch**2 + tokens + encoder.features) + 18 * encoder.features**2
+        return BYTES_PER_PARAMETER * (blocks + ends + encoder.features * (1 + card.nbits))
+    widths = list(encoder.dims)
+    blocks = sum(depth * (8 * dim * dim + 62 * dim) for depth, dim in zip(encoder.depths, widths, strict=True))
     halvings = sum(4 * a * b for a, b in itertools.pairwise(widths))
     decoder = 9 * widths[3] ** 2 + widths[3] * (1 + card.nbits)
     return BYTES_PER_PARAMETER * (blocks + halvings + decoder)

@@ -6,11 +6,11 @@ import pytest
 
 from shared.command.errors import ToolError
 from shared.networks.card import card_names, load_card
-from tests.conftest import write_card
+from tests.conftest import VIT_CARD, write_card
 
 
 def test_every_shipped_card_loads_and_has_gates_for_its_recipes() -> None:
-    assert card_names() == ["chunkyseal", "miniseal", "pixelseal", "videoseal"]
+    assert card_names() == ["chunkyseal", "miniseal", "pixelseal", "videoseal", "videoseal_0.0"]
     for name in card_names():
         assert {"int8", "fp16"} <= load_card(name).gates.keys()
 
@@ -46,6 +46,32 @@ def test_all_bad_fields_are_named_together(tmp_path: Path) -> None:
     card = write_card(tmp_path / "bad.toml", nbits=0, stem_stride=5)
     with pytest.raises(ToolError, match=r"nbits.*stem_stride"):
         load_card(str(card))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("[vit]", "stem_stride = 4\n[vit]"),
+        ("window = 4", "window = 3"),
+        ("heads = 3", "heads = 5"),
+        ("window = 4", "window = 0"),
+        ("window = 4\n", ""),
+    ],
+)
+def test_a_bad_table_of_a_transformer_is_an_error(tmp_path: Path, change: str, says: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(VIT_CARD)
+    load_card(str(path))
+    path.write_text(VIT_CARD.replace(change, says))
+    with pytest.raises(ToolError, match="bad model card"):
+        load_card(str(path))
+
+
+def test_a_card_without_any_encoder_is_an_error(tmp_path: Path) -> None:
+    start, _, rest = VIT_CARD.partition("[vit]")
+    (tmp_path / "bad.toml").write_text(start + "[checkpoint]" + rest.partition("[checkpoint]")[2])
+    with pytest.raises(ToolError, match=r"give depths, dims and stem_stride, or else a table \[vit\]"):
+        load_card(str(tmp_path / "bad.toml"))
 
 
 def test_a_missing_card_is_an_error(tmp_path: Path) -> None:
