@@ -192,6 +192,30 @@ def stretch_image(image: Image, size: int) -> Image:
     return np.stack([np.asarray(plane, dtype=np.float32) for plane in planes])[np.newaxis]
 
 
+def resize(image: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
+    """Return float32 (N, C, H, W) stretched to (N, C, height, width), bilinear with antialiasing, as torch does it to 1e-6."""
+    rows, columns = _resize_matrix(image.shape[2], height), _resize_matrix(image.shape[3], width)
+    across: NDArray[np.float32] = image if columns is None else image @ columns.T
+    resized: NDArray[np.float32] = across if rows is None else rows @ across
+    return resized
+
+
+def _resize_matrix(size: int, made: int) -> NDArray[np.float32] | None:
+    """Return float32 (made, size): weights of the pixels along an axis for each new one; None where the size stays."""
+    if size == made:
+        return None
+    scale = size / made
+    reach = max(scale, 1.0)
+    centres = (np.arange(made) + 0.5) * scale
+    firsts = np.maximum((centres - reach + 0.5).astype(int), 0)
+    ends = np.minimum((centres + reach + 0.5).astype(int), size)
+    places = np.arange(size)
+    weights = np.maximum(1 - np.abs(places - centres[:, None] + 0.5) / reach, 0)
+    weights *= (places >= firsts[:, None]) & (places < ends[:, None])
+    matrix: NDArray[np.float32] = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return matrix
+
+
 def image_layout(shape: tuple[int, ...]) -> tuple[str, int] | None:
     """Return layout ('nchw' or 'nhwc') and size of a square RGB image input, or None for a different shape; the batch may be -1."""
     match shape:

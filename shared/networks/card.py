@@ -22,6 +22,8 @@ Positive = Annotated[int, Field(ge=1, le=65536, strict=True)]
 Four = tuple[Positive, Positive, Positive, Positive]
 FileStem = Annotated[str, StringConstraints(pattern=re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$"))]
 Layout = Literal["nchw", "nhwc"]
+Norm = Literal["batch", "rms"]
+Activation = Literal["relu", "silu"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 AGAIN = "correct it; models/miniseal.toml shows the form"
 STRICT = ConfigDict(extra="forbid")  # a misspelt field is an error, never ignored
@@ -123,6 +125,48 @@ class Vit:
 
 
 @dataclass(frozen=True)
+class EmbedderSizes:
+    """Sizes of an embedder.
+
+    Args:
+        channels: Of the image it takes and the watermark it gives: 1 is luma, 3 RGB.
+        widths: Channels of the four levels.
+        hidden: Channels of the message.
+        norm: Batch norm, or root mean square over channels.
+        activation: Of all layers.
+        blocks: Residual blocks of the bottleneck.
+    """
+
+    __pydantic_config__ = STRICT
+    channels: Literal[1, 3]
+    widths: Four
+    hidden: Positive
+    norm: Norm
+    activation: Activation
+    blocks: Positive = 8
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What is done with an embedder's output.
+
+    Args:
+        attenuation: `jnd` multiplies it with the just-noticeable-difference map.
+        scaling: Factor before it is added to the image.
+        step_size: Frames of a video that share a watermark.
+        chunk_size: Key frames that the published code takes at once; a watermark never reaches beyond its chunk.
+        video_mode: What the frames between key frames get: the same watermark, none, or a mean of both sides.
+    """
+
+    __pydantic_config__ = STRICT
+    attenuation: Literal["jnd", "none"]
+    scaling: Annotated[float, Field(gt=0, le=10)]
+    step_size: Positive = 4
+    chunk_size: Positive = 32
+    video_mode: Literal["repeat", "alternate", "interpolate"] = "repeat"
+
+
+@dataclass(frozen=True)
 class Card:
     """A detector model: with the sizes of a ConvNeXt encoder, or with a table [vit]."""
 
@@ -138,12 +182,16 @@ class Card:
     dims: Four | None = None
     stem_stride: Literal[2, 4] | None = None
     vit: Vit | None = None
+    embedder: EmbedderSizes | None = None
+    pipeline: Pipeline | None = None
     gates: dict[str, Gates] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         given = [value is not None for value in (self.depths, self.dims, self.stem_stride)]
         if not (all(given) and self.vit is None) and not (self.vit is not None and not any(given)):
             raise ValueError("give depths, dims and stem_stride, or else a table [vit]")
+        if (self.embedder is None) != (self.pipeline is None):
+            raise ValueError("the tables [embedder] and [pipeline] go together")
         vit = self.vit
         if vit is not None and (self.image_size % (vit.patch * vit.window) or vit.channels % vit.heads):
             raise ValueError("windows of patches do not fill the image, or heads do not share the channels")

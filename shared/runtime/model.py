@@ -69,6 +69,23 @@ class DetectorCheckpoint:
         return 0.0, 1.0
 
 
+@dataclass(frozen=True)
+class EmbedderCheckpoint:
+    """The embedder of a checkpoint, to be run in torch.
+
+    Args:
+        path: A .pth or .safetensors file.
+        card: The card that describes the embedder.
+    """
+
+    path: Path
+    card: Card
+
+    def check(self) -> None:
+        """Raise ToolError unless the file is there."""
+        regular_size(self.path, "checkpoint")
+
+
 Source = ModelFile | DetectorCheckpoint
 
 
@@ -102,7 +119,7 @@ class Model:
 
 @contextlib.contextmanager
 def open_model(
-    source: Source, *, threads: int | None = None, kernels: Kernels | None = None, timeout_s: float = TIMEOUT_S
+    source: Source | EmbedderCheckpoint, *, threads: int | None = None, kernels: Kernels | None = None, timeout_s: float = TIMEOUT_S
 ) -> Iterator[Model]:
     """Load a model in a process of its own, and end that process afterwards.
 
@@ -120,11 +137,13 @@ def open_model(
         source.check()
     except DamagedError as error:
         raise ChildError(str(error)) from None  # as if it had crashed its process, which it is spared
-    kernels = kernels or choose_kernels(source)
+    kernels = kernels or ("torch" if isinstance(source, EmbedderCheckpoint) else choose_kernels(source))
     request: dict[str, Any] = {"path": str(source.path), "threads": threads or cpu_count(), "kernels": kernels}
     if isinstance(source, DetectorCheckpoint):
         form = source.form or InputForm(source.card.image_size)
         request |= {"card": asdict(source.card), "form": asdict(form)}
+    elif isinstance(source, EmbedderCheckpoint):
+        request |= {"card": asdict(source.card)}
     with Child(worker, timeout_s) as child:
         try:
             reply, _ = child.ask(request)

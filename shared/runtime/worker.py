@@ -24,7 +24,7 @@ ONNX_DTYPES = {
     f"tensor({name})": dtype
     for name, dtype in (("float", "float32"), ("double", "float64"), ("float16", "float16"), ("bool", "bool"))
 } | {f"tensor({dtype})": dtype for dtype in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")}
-TORCH_INPUT, TORCH_OUTPUT = "image", "output_0"  # as litert-torch names them after conversion
+TORCH_INPUT, TORCH_MESSAGE, TORCH_OUTPUT = "image", "message", "output_0"  # as litert-torch names them after conversion
 
 
 def load_tflite(path: str, threads: int, kernels: str) -> tuple[Specs, Specs, Run, Outside]:
@@ -87,6 +87,30 @@ def load_torch(path: Path, threads: int, card: Card, form: InputForm) -> tuple[S
     return [(TORCH_INPUT, shape, "float32", "")], [(TORCH_OUTPUT, [1, 1 + card.nbits], "float32", "")], run
 
 
+def load_embedder(path: Path, threads: int, card: Card) -> tuple[Specs, Specs, Run]:
+    """Return inputs, outputs and a run function of the embedder in a checkpoint, its weights memory-mapped."""
+    import torch
+
+    from shared.networks.checkpoint import as_float32, open_checkpoint, require_match
+    from shared.networks.embedder import build_embedder_on_meta, select_embedder
+
+    torch.set_num_threads(threads)
+    network = build_embedder_on_meta(card)
+    state = select_embedder(open_checkpoint(path, card.checkpoint.container).state, path)
+    require_match(state, {key: value.shape for key, value in network.state_dict().items()}, path)
+    network.load_state_dict({key: as_float32(v) if v.is_floating_point() else v for key, v in state.items()}, assign=True)
+    assert card.embedder is not None
+    shape = [1, card.embedder.channels, card.image_size, card.image_size]
+
+    def run(inputs: Arrays) -> dict[str, NDArray[Any]]:
+        with torch.inference_mode():
+            image, message = (torch.from_numpy(inputs[name].copy()) for name in (TORCH_INPUT, TORCH_MESSAGE))
+            return {TORCH_OUTPUT: network(image, message).numpy()}
+
+    inputs = [(TORCH_INPUT, shape, "float32", ""), (TORCH_MESSAGE, [1, card.nbits], "float32", "")]
+    return inputs, [(TORCH_OUTPUT, shape, "float32", "")], run
+
+
 class Worker:
     """Holds the loaded model between messages."""
 
@@ -102,7 +126,10 @@ class Worker:
         if self.run is not None:
             results = self.run(arrays)
             return {"run_ms": (time.perf_counter() - start) * 1e3}, results
-        if "card" in message:
+        if "card" in message and "form" not in message:
+            card = TypeAdapter(Card).validate_python(message["card"])
+            inputs, outputs, self.run = load_embedder(Path(message["path"]), message["threads"], card)
+        elif "card" in message:
             card = TypeAdapter(Card).validate_python(message["card"])
             form = InputForm(**message["form"])
             inputs, outputs, self.run = load_torch(Path(message["path"]), message["threads"], card, form)

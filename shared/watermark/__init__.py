@@ -1,7 +1,10 @@
-"""A detector for scripts: load any product, and read the message of an image or a video.
+"""Both ends of the watermark for scripts: mark images with an embedder, and read the message of an image or a video.
 
 Example:
-    from shared.watermark import WatermarkDetector
+    from shared.watermark import WatermarkDetector, WatermarkEmbedder
+
+    with WatermarkEmbedder("y_256b_img.pth", card="videoseal") as embedder:
+        marked = embedder.embed("photo.png", message)  # uint8 (H, W, 3), at the photo's own size
 
     with WatermarkDetector("models/miniseal_detector_miniseal_256_int8.tflite") as detector:
         found = detector.detect("photo.png", expected="1f3a09bc")
@@ -15,7 +18,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +30,11 @@ from shared.media.images import as_image, read_pixels, stretch_image, to_image, 
 from shared.media.video import read_frames
 from shared.networks.card import load_card
 from shared.runtime.model import DetectorCheckpoint, Source, open_model
+from shared.watermark.embedding import ImageSource, Message, WatermarkEmbedder
 from shared.watermark.message import Bits, chance_of_agreement, parse_message, to_bit_string, to_hex, to_int
 
-ImageSource = Path | str | NDArray[Any]
-Message = str | int | Bits
+__all__ = ["Agreement", "Detection", "ImageSource", "Message", "WatermarkDetector", "WatermarkEmbedder"]
+
 FRAMES = 16  # of a video, by default
 
 
