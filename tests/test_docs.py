@@ -394,7 +394,7 @@ def test_the_readmes_python_runs(readme_run: ReadmeRun) -> None:
 def test_the_snippet_that_reads_watermarks_runs(
     readme_run: ReadmeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    snippet = snippet_of(MODELS_README, "from shared.watermark")
+    snippet = snippet_of(MODELS_README, "import WatermarkDetector")
     monkeypatch.chdir(readme_run.folder)
     exec(snippet.replace("models/out/demo/", "models/out/"), {})  # noqa: S102 - our own text
     marked, unmarked = capsys.readouterr().out.splitlines()
