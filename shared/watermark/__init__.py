@@ -10,7 +10,7 @@ Example:
         found = detector.detect("photo.png", expected="1f3a09bc")
         print(found.confidence, found.hex, found.agreement.bit_accuracy, found.agreement.p_value)
 
-Letters in shapes: H height, W width, K message bits.
+Letters in shapes: F frames, H height, W width, K message bits.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +33,9 @@ from shared.runtime.model import DetectorCheckpoint, Source, open_model
 from shared.watermark.embedding import ImageSource, Message, WatermarkEmbedder
 from shared.watermark.message import Bits, chance_of_agreement, parse_message, to_bit_string, to_hex, to_int
 
-__all__ = ["Agreement", "Detection", "ImageSource", "Message", "WatermarkDetector", "WatermarkEmbedder"]
+__all__ = ["Aggregation", "Agreement", "Detection", "ImageSource", "Message", "WatermarkDetector", "WatermarkEmbedder", "aggregate"]
 
+Aggregation = Literal["avg", "squared_avg", "l1norm_avg", "l2norm_avg"]
 FRAMES = 16  # of a video, by default
 
 
@@ -172,16 +173,20 @@ class WatermarkDetector:
             raise ToolError("a batch is a list of images", got=type(images).__name__, remedy="use detect for one image")
         return [self.detect(image, expected=expected) for image in images]
 
-    def detect_video(self, path: Path | str, *, frames: int = FRAMES, expected: Message | None = None) -> Detection:
-        """Read frames spread evenly over a video; confidence and logits are the means over them.
+    def detect_video(
+        self, path: Path | str, *, frames: int = FRAMES, expected: Message | None = None, aggregation: Aggregation = "avg"
+    ) -> Detection:
+        """Read frames spread evenly over a video; the confidence is the mean over them, the logits are as `aggregate` has it.
 
         Raises:
             ToolError: The file is missing or no video, or the expected message has the wrong length.
         """
         wanted = None if expected is None else parse_message(expected, self.nbits)
         outputs = [self._run(to_image(frame)) for frame in read_frames(Path(path), frames)]
-        mean: NDArray[np.float32] = np.mean(outputs, axis=0, dtype=np.float32)
-        return _detection(mean, wanted, tuple(_detection(output, wanted) for output in outputs))
+        confidence = np.mean([output[0] for output in outputs], dtype=np.float32)
+        logits = aggregate(np.stack([output[1:] for output in outputs]), aggregation)
+        whole = np.concatenate(([confidence], logits)).astype(np.float32)
+        return _detection(whole, wanted, tuple(_detection(output, wanted) for output in outputs))
 
     def _run(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the output float32 (1 + K,) for one image float32 (1, 3, H, W)."""
@@ -190,6 +195,26 @@ class WatermarkDetector:
         if not np.isfinite(output).all():
             raise ToolError("the model's output has NaN or infinite values", remedy="run verify on the model")
         return output
+
+
+def aggregate(logits: NDArray[np.float32], how: Aggregation) -> NDArray[np.float32]:
+    """Return the logits of a video, float32 (K,), from those of its frames, float32 (F, K).
+
+    Args:
+        logits: Of the frames.
+        how: `avg` is the mean; the others give frames more weight in which the message is clear: `squared_avg` weighs each logit by
+            its own magnitude, `l1norm_avg` and `l2norm_avg` by the norm of all logits of the frame.
+
+    Source: `extract_message` of https://github.com/facebookresearch/videoseal
+    """
+    if how == "avg":
+        weights = np.ones_like(logits)
+    elif how == "squared_avg":
+        weights = np.abs(logits)
+    else:
+        weights = np.linalg.norm(logits, ord=1 if how == "l1norm_avg" else 2, axis=1, keepdims=True)
+    mean: NDArray[np.float32] = (logits * weights).mean(axis=0, dtype=np.float32)
+    return mean
 
 
 def _detection(output: NDArray[np.float32], expected: Bits | None, frames: tuple[Detection, ...] = ()) -> Detection:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -14,6 +15,7 @@ from shared.networks import vit
 from shared.networks.card import load_card
 from shared.networks.detector import build_on_meta
 from shared.networks.vit import Attention, VitDetector
+from shared.watermark import Aggregation, aggregate
 from tests.conftest import DATA, Small
 
 TOLERANCE = 1e-6
@@ -106,3 +108,17 @@ def test_another_gelu_and_another_mapping_of_the_image_are_seen(loaded: tuple[Vi
         assert (network(image) - published).abs().max() > 10 * TOLERANCE
     for wrong in (image * 2 - 1, (image + 1) / 2):
         assert (network(wrong) - published).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("how", ["avg", "squared_avg", "l1norm_avg", "l2norm_avg"])
+def test_messages_of_videos_are_those_of_the_published_code(
+    loaded: tuple[VitDetector, dict[str, torch.Tensor]], how: Aggregation
+) -> None:
+    """The published function shrinks frames without antialiasing, other than its detection of images."""
+    network, tensors = loaded
+    frames = F.interpolate(tensors["_parity.video"], size=(64, 64), mode="bilinear", align_corners=False)
+    found = aggregate(network(frames)[:, 1:].numpy(), how)
+    published = tensors[f"_parity.video_message_{how}"].numpy()
+    np.testing.assert_array_equal(found > 0, published[0] > 0)
+    if not set(np.unique(published)) <= {0, 1}:
+        np.testing.assert_allclose(found, published[0], atol=1e-5)
