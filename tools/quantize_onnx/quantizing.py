@@ -18,7 +18,7 @@ from shared.formats.onnx_file import MAX_PROTOBUF_BYTES, Model, external_files, 
 from tools.quantize_onnx.bias import correct
 from tools.quantize_onnx.graph import mends
 from tools.quantize_onnx.graph.repair import NARROW, write
-from tools.quantize_onnx.graph.rewrite import AS_FLOAT, matrix_products, shield_cubic_resizes, shield_floats
+from tools.quantize_onnx.graph.rewrite import AS_FLOAT, matrix_products, read_unrounded, shield_cubic_resizes, shield_floats
 from tools.quantize_onnx.graph.rounding import before_rounding
 from tools.quantize_onnx.graph.weights_only import quantize_weights_only, weights_only
 from tools.quantize_onnx.options import LAYERS, OnnxRequest
@@ -82,6 +82,7 @@ def quantize(task: QuantizeTask, target: Path) -> int:
     if wanted.needs_ranges:
         shield_cubic_resizes(product)
     if wanted.needs_ranges and wanted.settings.format == "qdq":
+        read_unrounded(product)
         shield_floats(product)
     del product.metadata_props[:]
     product.metadata_props.extend(read_model(task.source).metadata_props)

@@ -14,6 +14,36 @@ from shared.formats.onnx_file import Model, read_model
 from shared.formats.onnx_graph import readers_of
 
 AS_FLOAT = ("Gemm", "MatMul")  # op types whose outputs stay float
+# Ops that ONNX Runtime computes in integers, or moves values through, between DequantizeLinear and QuantizeLinear.
+FUSED = {
+    "Conv",
+    "ConvTranspose",
+    "Gemm",
+    "MatMul",
+    "Add",
+    "Mul",
+    "Concat",
+    "Where",
+    "Softmax",
+    "Sigmoid",
+    "LeakyRelu",
+    "Relu",
+    "Clip",
+}
+FUSED |= {
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+    "ReduceMean",
+    "Resize",
+    "Split",
+    "Slice",
+    "Gather",
+    "Pad",
+    "Reshape",
+    "Flatten",
+}
+FUSED |= {"Transpose", "Squeeze", "Unsqueeze", "Identity", "QuantizeLinear", "DepthToSpace", "SpaceToDepth"}
 SHIELDED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
@@ -146,6 +176,32 @@ def shield_floats(product: Model) -> int:
             node.output[0] = plain
         count += bool(relus) or node.output[0].endswith("_plain")
     _replace(graph, nodes)
+    return count
+
+
+def read_unrounded(product: Model) -> int:
+    """Let ops that compute in float read float values that are there, not the same rounded for a layer, in place; return how many.
+
+    The library puts a pair of QuantizeLinear and DequantizeLinear at a tensor for its quantized readers, and all others read it
+    too: a norm then amplifies rounding that nothing asked for. Values between integer kernels are not there in float.
+    """
+    makers = {name: node for node in product.graph.node for name in node.output}
+    given = {value.name for value in product.graph.input}
+    sources: dict[str, str] = {}  # rounded -> the same in float
+    for node in product.graph.node:
+        quantized = makers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if quantized is None or quantized.op_type != "QuantizeLinear":
+            continue
+        source = quantized.input[0]
+        reads = [makers[name].op_type for name in makers[source].input if name in makers] if source in makers else []
+        if source in given or (source in makers and "DequantizeLinear" not in reads):
+            sources[node.output[0]] = source
+    count = 0
+    for node in product.graph.node:
+        for place, name in enumerate(node.input if node.op_type not in FUSED else ()):
+            if name in sources:
+                node.input[place] = sources[name]
+                count += 1
     return count
 
 

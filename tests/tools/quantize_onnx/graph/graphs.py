@@ -311,3 +311,17 @@ GRAPHS: dict[str, Save] = {
     "float16": halves,
     "a cubic Resize": cubic,
 }
+
+
+def amplified(path: Path) -> Path:
+    """A batch norm's result is read by a convolution, and by a norm of each picture that amplifies small differences."""
+    names = ["s", "b", "m", "v"]
+    nodes = [
+        helper.make_node("BatchNormalization", ["image", *names], ["n"], name="batch"),
+        conv("n", "w0", "b0", "y"),
+        helper.make_node("InstanceNormalization", ["n", "one", "zero"], ["z"], name="instance"),
+    ]
+    held = weights(w0=(8, 3, 3, 3), b0=(8,))
+    held |= {"s": np.array([1, 100, 0.01], np.float32), "b": np.zeros(3, np.float32), "m": np.zeros(3, np.float32)}
+    held |= {"v": np.ones(3, np.float32), "one": np.ones(3, np.float32), "zero": np.zeros(3, np.float32)}
+    return save(path, nodes, PICTURE, {"y": (1, 8, 16, 16), "z": (1, 3, 16, 16)}, held)

@@ -10,6 +10,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from tests.support.small_onnx import Array
 from tests.tools.quantize_onnx.graph.graphs import (
     Save,
+    amplified,
     batched_matrix,
     clipped_branch,
     dead_channels,
@@ -53,6 +54,7 @@ def plain(source: Path, target: Path, **settings: Any) -> Path:
         (dead_channels, "static, uint8 weights", {"weight_type": QuantType.QUInt8}),
         (dead_channels, "static, QOperator", {"quant_format": QuantFormat.QOperator}),
         (batched_matrix, "static", {}),
+        (amplified, "static", {}),
         (rounded, "static", {}),
         (rounded, "static, QOperator", {"quant_format": QuantFormat.QOperator}),
     ],
