@@ -1,6 +1,7 @@
 """The embedder and its pipeline give the published images and videos, and each plausible mistake is seen."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,25 @@ def test_videos_are_those_of_the_published_pipeline(published: Published, video_
     with published.open(video_mode) as embedder:
         found = embedder.embed_frames_float(np.split(frames, len(frames)), published.made["video_message"][0])
         assert difference(np.concatenate(list(found)), expected) < IMAGES
+
+
+@pytest.mark.parametrize("kind", ["tflite", "onnx"])
+def test_converted_networks_give_the_same_images(kind: str, tmp_path: Path) -> None:
+    """Converted by the libraries alone, with a message other than those that it marks with."""
+    import litert_torch
+
+    published = Published("videoseal", tmp_path)
+    network, made, message = network_of(published)
+    example = (made["network_input"][:1], torch.zeros_like(message[:1]))
+    path = tmp_path / f"embedder.{kind}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch of itself
+        if kind == "tflite":
+            litert_torch.convert(network, example).export(str(path))
+        else:
+            torch.onnx.export(network, example, str(path), dynamo=True, external_data=False, verbose=False)
+    with WatermarkEmbedder(path, card=published.card(), threads=1) as embedder:
+        assert difference(marked(embedder, published.made["image"], published.made["message"]), published.made["output"]) < IMAGES
 
 
 def test_frames_of_a_chunk_are_read_as_they_are_needed(tmp_path: Path) -> None:
