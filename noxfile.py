@@ -40,6 +40,8 @@ TOOLS = {
     "quantize_tflite": "Quantize a TFLite model or a MediaPipe bundle, and say what became of every layer.",
     "quantize_onnx": "Quantize an ONNX model, and say what became of every layer, its speed and its outputs.",
     "prepare_calibration": "Choose calibration samples from images, videos, a CSV or made-up pictures.",
+    "mark": "Mark photos with a message, each at its own size.",
+    "read": "Read the message of images and videos with a detector.",
     "verify": "Check that a TFLite or ONNX model loads, runs, repeats itself and stays in range.",
     "compare": "Compare quantized models with their reference: size, speed, outputs.",
 }
@@ -53,12 +55,7 @@ CHORES = {  # session -> packages, module, arguments, what it does
     ),
     "fuzz": ("fuzz", "tests.support.fuzz", (), "Try the readers of files of unknown origin on files changed at random."),
     "train_miniseal": ("train", "models.miniseal.retrain", (), "Train miniseal from scratch, half an hour, and check the result."),
-    "train_minisr": (
-        "train",
-        "models.minisr.retrain",
-        (),
-        "Train minisr from scratch, a quarter of an hour, and check the result.",
-    ),
+    "train_minisr": ("train", "models.minisr.retrain", (), "Train minisr from scratch in a quarter of an hour, and check it."),
     "bench": (
         "tests",
         "tests.bench",

@@ -1,4 +1,4 @@
-"""Seven tools; each file is one command and one function of the same name."""
+"""Nine tools; each file is one command and one function of the same name."""
 
 import sys
 

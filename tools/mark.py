@@ -1,0 +1,219 @@
+"""Mark photos with a message, each at its own size, so that a detector can read it back.
+
+Example:
+    python -m tools.mark photo.jpg -o marked.png --embedder y_256b_img.pth --card videoseal --message random
+
+The result is a PNG file: 8 bits for each value, rounded, nothing lost. Of a folder every image is marked, and a messages.json in
+the folder of the results lists what is in each; `compare --messages` takes it.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Group as Lines
+from rich.console import RenderableType
+from rich.table import Table
+
+from shared.command.cli import run, step_progress
+from shared.command.errors import ToolError
+from shared.command.options import Overwrite, Refresh, Threads
+from shared.files import artifacts
+from shared.files.atomic import new_folder, write_whole
+from shared.files.plan import Plan, Product
+from shared.media.images import image_files, read_pixels
+from shared.metrics.metrics import psnr_db
+from shared.networks.card import load_card
+from shared.runtime.processes import ChildError
+from shared.watermark import WatermarkEmbedder
+from shared.watermark.message import FILE_NAME, Bits, parse_message, to_hex
+
+PACKAGES = ("numpy", "pillow", "torch")
+RANDOM = "random"
+SUFFIX = ".png"
+SHOWN = 12  # rows of the table; the JSON has all
+
+Embedder = Annotated[
+    Path, typer.Option(help="A checkpoint with the embedder (.pth, .safetensors), or a .tflite or .onnx model of it.")
+]
+CardName = Annotated[str, typer.Option(help="Model card of the embedder: videoseal, pixelseal, chunkyseal, or a path to a .toml.")]
+Text = Annotated[
+    str, typer.Option("--message", help="Hexadecimal or binary digits; random: another one for each image, by --seed.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of random messages.")]
+OutputPath = Annotated[Path, typer.Option("--output", "-o", help="A .png file; of a folder, a folder.")]
+
+
+@dataclass(frozen=True)
+class MarkedImage:
+    """One result: its file, relative to the folder of all, its message in hexadecimal digits, and its PSNR to the original."""
+
+    file: str
+    message: str
+    original: str
+    psnr_db: float
+
+
+@dataclass(frozen=True)
+class MarkedSet:
+    """All results."""
+
+    images: list[MarkedImage]
+
+
+@dataclass(frozen=True)
+class Marking:
+    """Result of mark."""
+
+    output: Path
+    product: Product
+    images: list[MarkedImage]
+    message: str
+
+    def __rich__(self) -> RenderableType:
+        table = Table("image", "message", "PSNR to the original")
+        for image in self.images[:SHOWN]:
+            table.add_row(image.original, image.message, f"{image.psnr_db:.1f} dB")
+        rest = len(self.images) - SHOWN
+        return Lines(table, *([f"and {rest} more; --json has all"] if rest > 0 else []), self.message)
+
+
+def _messages(text: str, nbits: int, seed: int, count: int) -> list[Bits]:
+    """Return a message for each image."""
+    if text == RANDOM:
+        rng = np.random.default_rng(seed)
+        return [rng.random(nbits) < 0.5 for _ in range(count)]
+    return [parse_message(text, nbits)] * count
+
+
+def _names(files: list[Path], folder: Path, messages: list[Bits]) -> list[str]:
+    """Return the name of each result: the original's, and 8 digits of its message's SHA-256.
+
+    A run that is stopped while it replaces other results so never leaves an image with another message than messages.json lists.
+    """
+    names: dict[str, None] = {}
+    for file, bits in zip(files, messages, strict=True):
+        stem = file.relative_to(folder).with_suffix("").as_posix().replace("/", "_")
+        digits = hashlib.sha256(to_hex(bits).encode()).hexdigest()[:8]
+        unused = (f"{stem}{number}-{digits}{SUFFIX}" for number in itertools.chain([""], map("~{}".format, itertools.count(2))))
+        names[next(name for name in unused if name not in names)] = None
+    return [*names]
+
+
+def _require_target(source: Path, output: Path, names: list[str]) -> None:
+    """Raise ToolError where results would lose bits, or lie among other files."""
+    if not source.is_dir():
+        if output.suffix != SUFFIX:
+            fault = "the output must be a PNG file, which loses nothing"
+            raise ToolError(fault, where=output, expected=f"a name ending in {SUFFIX}")
+        return
+    if output.resolve().is_relative_to(source.resolve()):
+        raise ToolError("the output lies in the folder of the originals", where=output, remedy="choose another folder with -o")
+    found = {path.name for path in output.iterdir() if not path.name.startswith(".")} if output.is_dir() else set()
+    if FILE_NAME not in found and not found <= set(names):  # those of a stopped run have these names
+        raise ToolError("the folder holds other files", where=output, remedy="choose another folder with -o")
+
+
+@contextmanager
+def _removed_on_failure(files: list[Path]) -> Iterator[None]:
+    """Remove those of the files that were not there before, if the work fails."""
+    new = [file for file in files if not file.exists()]
+    try:
+        yield
+    except BaseException:
+        for file in new:
+            file.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _opened(embedder: Path, card: str, threads: int | None) -> Iterator[WatermarkEmbedder]:
+    try:
+        with WatermarkEmbedder(embedder, card=card, threads=threads) as opened:
+            yield opened
+    except ChildError as error:
+        raise ToolError("the embedder does not run", where=embedder, got=error, remedy="choose another file or card") from None
+
+
+def _mark(embedder: WatermarkEmbedder, file: Path, bits: Bits, target: Path) -> float:
+    """Write a marked image; return its PSNR to the original."""
+    from PIL import Image  # here, so that --help shows without delay
+
+    pixels = read_pixels(file)
+    made, content = embedder.embed(pixels, bits), io.BytesIO()
+    Image.fromarray(made).save(content, "PNG")
+    write_whole(target, content.getvalue())
+    return min(psnr_db(pixels[np.newaxis].astype(np.float64), made[np.newaxis].astype(np.float64), 255.0), 200.0)
+
+
+def mark(
+    source: Annotated[Path, typer.Argument(help="An image, or a folder of images.")],
+    *,
+    output: OutputPath,
+    embedder: Embedder,
+    card: CardName,
+    message: Text = RANDOM,
+    seed: Seed = 0,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    refresh: Refresh = False,
+) -> Marking:
+    """Mark photos with a message, each at its own size.
+
+    Raises:
+        ToolError: No image, no embedder of this card, a message of another length, or a place that can't be written.
+    """
+    described, is_folder = load_card(card), source.is_dir()
+    files = image_files(source) if is_folder else [source]
+    bits = _messages(message, described.nbits, seed, len(files))
+    names = _names(files, source, bits) if is_folder else [output.name]
+    _require_target(source, output, names)
+
+    def make(draft: Path) -> MarkedSet:
+        done: list[MarkedImage] = []
+        targets = [output / name for name in names] if is_folder else [draft]
+        with (
+            _removed_on_failure(targets),
+            _opened(embedder, card, threads) as opened,
+            step_progress(f"mark {source.name}", len(files)) as advance,
+        ):
+            for file, one, target, name in zip(files, bits, targets, names, strict=True):
+                original = str(file.relative_to(source)) if is_folder else file.name
+                done.append(MarkedImage(name, to_hex(one), original, _mark(opened, file, one, target)))
+                advance("")
+        if is_folder:
+            entries = [{"file": image.file, "message": image.message} for image in done]
+            draft.write_text(json.dumps({"nbits": described.nbits, "images": entries}, indent=1) + "\n", encoding="utf-8")
+        return MarkedSet(done)
+
+    tables = {name: asdict(table) for name in ("embedder", "pipeline") if (table := getattr(described, name)) is not None}
+    plan = Plan(
+        output / FILE_NAME if is_folder else output,
+        "mark",
+        {**tables, "message": message, "seed": seed, "names": hashlib.sha256("/".join(names).encode()).hexdigest()},
+        [*files, embedder],
+        PACKAGES,
+        overwrite=overwrite,
+        refresh=refresh,
+        reopen=lambda _: [output / name for name in names] if is_folder else [],
+        makes_folder=is_folder,
+    )
+    with new_folder(output) if is_folder else nullcontext():
+        product, found = artifacts.build(plan, MarkedSet, make)
+    state = "up to date" if product.up_to_date else "written"
+    count = "1 image" if len(found.images) == 1 else f"{len(found.images)} images"
+    least = min(image.psnr_db for image in found.images)
+    text = f"{output}: {count} {state}, values rounded to 8 bits, PSNR at least {least:.1f} dB"
+    return Marking(output, product, found.images, text)
+
+
+if __name__ == "__main__":
+    run(mark)
