@@ -8,7 +8,6 @@ the folder of the results lists what is in each; `compare --messages` takes it.
 """
 
 import hashlib
-import io
 import itertools
 import json
 from collections.abc import Iterator
@@ -29,8 +28,9 @@ from shared.command.options import Overwrite, Refresh, Threads
 from shared.files import artifacts
 from shared.files.atomic import new_folder, write_whole
 from shared.files.plan import Plan, Product
-from shared.media.images import image_files, read_pixels
+from shared.media.images import image_files, read_pixels, to_png
 from shared.metrics.metrics import psnr_db
+from shared.metrics.output_error import MOST_DB
 from shared.networks.card import load_card
 from shared.runtime.processes import ChildError
 from shared.watermark import WatermarkEmbedder
@@ -145,13 +145,10 @@ def _opened(embedder: Path, card: str, threads: int | None) -> Iterator[Watermar
 
 def _mark(embedder: WatermarkEmbedder, file: Path, bits: Bits, target: Path) -> float:
     """Write a marked image; return its PSNR to the original."""
-    from PIL import Image  # here, so that --help shows without delay
-
     pixels = read_pixels(file)
-    made, content = embedder.embed(pixels, bits), io.BytesIO()
-    Image.fromarray(made).save(content, "PNG")
-    write_whole(target, content.getvalue())
-    return min(psnr_db(pixels[np.newaxis].astype(np.float64), made[np.newaxis].astype(np.float64), 255.0), 200.0)
+    made = embedder.embed(pixels, bits)
+    write_whole(target, to_png(made))
+    return min(psnr_db(pixels.astype(np.float64), made.astype(np.float64), 255.0), MOST_DB)
 
 
 def mark(

@@ -19,10 +19,10 @@ from shared.command.cli import run, step_progress
 from shared.command.errors import ToolError
 from shared.command.options import Threads
 from shared.media.images import SUFFIXES, image_files
+from shared.media.video import VIDEO_SUFFIXES
 from shared.runtime.processes import ChildError
 from shared.watermark import Aggregation, Detection, WatermarkDetector
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 LARGEST_CHANCE = 1e-6  # that a random message agrees as well: above it nothing was read
 SHOWN = 20  # rows of the table; the JSON has all
 

@@ -1,6 +1,7 @@
 """Image files -> pixels -> arrays as models take them."""
 
 import functools
+import io
 import os
 import struct
 import warnings
@@ -157,20 +158,30 @@ def to_image(pixels: Pixels) -> Image:
     return image
 
 
-def as_image(array: object) -> Image:
-    """Return a caller's array as float32 (1, 3, H, W), RGB in [0, 1].
+def to_png(pixels: Pixels) -> bytes:
+    """Return the content of a PNG file of an image, uint8 (H, W, 3) RGB."""
+    from PIL import Image
+
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    return content.getvalue()
+
+
+def as_image(source: object) -> Image:
+    """Return a caller's image as float32 (1, 3, H, W), RGB in [0, 1].
 
     Args:
-        array: (H, W, 3), uint8 or floating point in [0, 1]; or floating point (3, H, W).
+        source: (H, W, 3), uint8 or floating point in [0, 1]; or floating point (3, H, W); or the path of an image file.
 
     Raises:
-        ToolError: Wrong shape or dtype, values outside the range, or NaN.
+        ToolError: Wrong shape or dtype, values outside the range, or NaN; the file is no image.
     """
-    if not isinstance(array, np.ndarray):
-        raise ToolError("no RGB image", got=type(array).__name__, expected="a file or a numpy array")
-    expected = "uint8 (H, W, 3), or floating point in [0, 1] of shape (H, W, 3) or (3, H, W)"
-    got = f"{array.dtype} {array.shape}"
-    is_float = array.dtype.kind == "f"
+    if isinstance(source, Path | str):
+        return to_image(read_pixels(Path(source)))
+    if not isinstance(source, np.ndarray):
+        raise ToolError("no RGB image", got=type(source).__name__, expected="a file or a numpy array")
+    array, expected = source, "uint8 (H, W, 3), or floating point in [0, 1] of shape (H, W, 3) or (3, H, W)"
+    got, is_float = f"{array.dtype} {array.shape}", array.dtype.kind == "f"
     if array.ndim == 3 and array.shape[2] == CHANNELS and array.size and (is_float or array.dtype == np.uint8):
         image = to_image(np.asarray(array, np.uint8)) if not is_float else array.transpose(2, 0, 1)[np.newaxis].astype(np.float32)
     elif array.ndim == 3 and array.shape[0] == CHANNELS and array.size and is_float:
@@ -204,8 +215,7 @@ def _resize_matrix(size: int, made: int) -> NDArray[np.float32] | None:
     """Return float32 (made, size): weights of the pixels along an axis for each new one; None where the size stays."""
     if size == made:
         return None
-    scale = size / made
-    reach = max(scale, 1.0)
+    scale, reach = size / made, max(size / made, 1.0)
     centres = (np.arange(made) + 0.5) * scale
     firsts = np.maximum((centres - reach + 0.5).astype(int), 0)
     ends = np.minimum((centres + reach + 0.5).astype(int), size)

@@ -25,6 +25,7 @@ CONTAINERS = (  # offset and bytes: MP4 and MOV, Matroska and WebM, AVI
 )
 MISCOUNTED = 0.05  # share of its frames by which a sound container may be wrong about their number
 FEW_FRAMES = 2
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 THUMBNAIL = 16  # pixels a side, to compare scenes
 APART = 8  # frames between two scene changes, at least
 

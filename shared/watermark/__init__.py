@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from shared.command.errors import ToolError
 from shared.formats.model_file import ModelFile
 from shared.formats.tensors import TensorSpec, describe, image_spec
-from shared.media.images import as_image, read_pixels, stretch_image, to_image, to_layout
+from shared.media.images import as_image, stretch_image, to_image, to_layout
 from shared.media.video import read_frames
 from shared.networks.card import load_card
 from shared.runtime.model import DetectorCheckpoint, Source, open_model
@@ -163,9 +163,7 @@ class WatermarkDetector:
             ToolError: The file or the array is no image, or the expected message has the wrong length.
         """
         wanted = None if expected is None else parse_message(expected, self.nbits)
-        pixels = to_image(read_pixels(Path(image))) if isinstance(image, Path | str) else as_image(image)
-        output = self._run(pixels)
-        return _detection(output, wanted)
+        return _detection(self._run(as_image(image)), wanted)
 
     def detect_batch(self, images: Iterable[ImageSource], *, expected: Message | None = None) -> list[Detection]:
         """Read several images in turn; arguments and errors as in `detect`."""

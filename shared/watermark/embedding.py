@@ -18,7 +18,7 @@ from shared.command.errors import ToolError
 from shared.formats.model_file import ModelFile
 from shared.formats.tensors import describe
 from shared.media.attenuation import heat_map, to_luma
-from shared.media.images import Image, Pixels, as_image, read_pixels, resize, to_image
+from shared.media.images import Image, Pixels, as_image, resize, to_image
 from shared.networks.card import load_card
 from shared.runtime.model import EmbedderCheckpoint, open_model
 from shared.watermark.message import Bits, parse_message
@@ -87,8 +87,7 @@ class WatermarkEmbedder:
         Raises:
             ToolError: The file or the array is no image, or the message has the wrong length.
         """
-        pixels = to_image(read_pixels(Path(image))) if isinstance(image, Path | str) else as_image(image)
-        return to_pixels(self.embed_float(pixels, message))
+        return to_pixels(self.embed_float(as_image(image), message))
 
     def embed_batch(self, images: Iterable[ImageSource], message: Message) -> list[Pixels]:
         """Mark several images with one message, each by itself; arguments and errors as in `embed`."""

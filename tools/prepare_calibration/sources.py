@@ -13,9 +13,8 @@ import numpy as np
 from shared.command.errors import ToolError, first_line
 from shared.files.file_type import read_head, regular_size
 from shared.media.images import CHANNELS, SUFFIXES, Image, Pixels, image_files, read_pixels, visible_files
-from shared.media.video import frame_times, frames_at, scene_changes
+from shared.media.video import VIDEO_SUFFIXES, frame_times, frames_at, scene_changes
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 FILE_COLUMNS = ("file", "path", "filename", "file_name", "filepath", "image", "video", "image_path", "video_path")
 FRAME_COLUMNS = ("frame", "frame_number", "frame_index", "frame_id")
 TIME_COLUMNS = ("time", "time_s", "seconds", "timestamp", "timestamp_s", "sec")

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import io
 import json
 import re
 import zipfile
@@ -17,7 +16,7 @@ from shared.calibration.dataset import RANGES
 from shared.command.errors import ToolError
 from shared.files.atomic import abandoned_marks, begun, draft_beside, identity, is_abandoned, kept_aside, new_folder
 from shared.files.provenance import provenance_path, read_provenance, record
-from shared.media.images import ImageForm, Pixels, read_pixels, to_form
+from shared.media.images import ImageForm, Pixels, read_pixels, to_form, to_png
 from tools.prepare_calibration.contact_sheet import write_contact_sheet
 from tools.prepare_calibration.request import ArrayForm
 
@@ -27,14 +26,11 @@ UNDATED = (1980, 1, 1, 0, 0, 0)
 
 def write_sample(folder: Path, stem: str, pixels: Pixels) -> tuple[str, str]:
     """Write pixels, uint8 (H, W, 3) RGB, as PNG; return the file's name, which holds the start of its sha256, and the hash."""
-    from PIL import Image
-
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "PNG")
-    digest = hashlib.sha256(content.getvalue()).hexdigest()
+    content = to_png(pixels)
+    digest = hashlib.sha256(content).hexdigest()
     file = folder / f"{stem}_{digest[:8]}.png"
     with draft_beside(file) as draft:
-        draft.write_bytes(content.getvalue())
+        draft.write_bytes(content)
         draft.replace(file)
     return file.name, digest
 

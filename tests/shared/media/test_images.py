@@ -23,6 +23,7 @@ from shared.media.images import (
     to_form,
     to_image,
     to_layout,
+    to_png,
     to_values,
 )
 from tests.conftest import REALDATA
@@ -150,8 +151,11 @@ def test_stretching_is_torchs_antialiased_bilinear_resize() -> None:
     np.testing.assert_allclose(stretch_image(image, 32), expected.numpy(), atol=1e-5)
 
 
-def test_arrays_of_callers_become_images() -> None:
+def test_images_of_callers_become_arrays(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 10, 3), np.uint8)
+    (tmp_path / "a.png").write_bytes(to_png(pixels))
+    for path in (tmp_path / "a.png", str(tmp_path / "a.png")):
+        np.testing.assert_array_equal(as_image(path), to_image(pixels))
     floats = pixels / 255
     for array in (pixels, floats, floats.astype(np.float16), floats.transpose(2, 0, 1)):
         image = as_image(array)
