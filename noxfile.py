@@ -37,6 +37,7 @@ WORKERS = ("--numprocesses", "logical", "--maxprocesses", "4", "--dist", "workst
 TOOLS = {
     "extract_weights": "Take one component's weights out of a full training checkpoint.",
     "convert_detector": "Convert a watermark detector to TFLite or ONNX, checked against torch.",
+    "convert_embedder": "Convert a watermark embedder to TFLite or ONNX, checked against torch.",
     "quantize_tflite": "Quantize a TFLite model or a MediaPipe bundle, and say what became of every layer.",
     "quantize_onnx": "Quantize an ONNX model, and say what became of every layer, its speed and its outputs.",
     "prepare_calibration": "Choose calibration samples from images, videos, a CSV or made-up pictures.",

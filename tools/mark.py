@@ -1,16 +1,16 @@
-"""Mark photos with a message, each at its own size, so that a detector can read it back.
+"""Mark photos and videos with a message, at their own size, so that a detector can read it back.
 
 Example:
     python -m tools.mark photo.jpg -o marked.png --embedder y_256b_img.pth --card videoseal --message random
 
 The result is a PNG file: 8 bits for each value, rounded, nothing lost. Of a folder every image is marked, and a messages.json in
-the folder of the results lists what is in each; `compare --messages` takes it.
+the folder of the results lists what is in each; `compare --messages` takes it. A video becomes H.264, its sound stays as it is.
 """
 
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,14 +29,16 @@ from shared.files import artifacts
 from shared.files.atomic import new_folder, write_whole
 from shared.files.plan import Plan, Product
 from shared.media.images import image_files, read_pixels, to_png
+from shared.media.transcode import frame_count, require_kind
+from shared.media.video import is_video
 from shared.metrics.metrics import psnr_db
 from shared.metrics.output_error import MOST_DB
-from shared.networks.card import load_card
 from shared.runtime.processes import ChildError
 from shared.watermark import WatermarkEmbedder
+from shared.watermark.embedding import CRF, describe_embedder
 from shared.watermark.message import FILE_NAME, Bits, parse_message, to_hex
 
-PACKAGES = ("numpy", "pillow", "torch")
+PACKAGES = ("av", "numpy", "pillow", "torch")
 RANDOM = "random"
 SUFFIX = ".png"
 SHOWN = 12  # rows of the table; the JSON has all
@@ -44,22 +46,31 @@ SHOWN = 12  # rows of the table; the JSON has all
 Embedder = Annotated[
     Path, typer.Option(help="A checkpoint with the embedder (.pth, .safetensors), or a .tflite or .onnx model of it.")
 ]
-CardName = Annotated[str, typer.Option(help="Model card of the embedder: videoseal, pixelseal, chunkyseal, or a path to a .toml.")]
+CardName = Annotated[
+    str | None, typer.Option(help="Model card of a checkpoint's embedder: videoseal, pixelseal, chunkyseal, or a path to a .toml.")
+]
+Crf = Annotated[int, typer.Option(min=0, max=51, help="Of videos: 0 loses nothing; higher makes smaller files and costs bits.")]
 Text = Annotated[
-    str, typer.Option("--message", help="Hexadecimal or binary digits; random: another one for each image, by --seed.")
+    str, typer.Option("--message", help="Hexadecimal or binary digits, or text; random: another one for each image, by --seed.")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of random messages.")]
-OutputPath = Annotated[Path, typer.Option("--output", "-o", help="A .png file; of a folder, a folder.")]
+OutputPath = Annotated[
+    Path, typer.Option("--output", "-o", help="A .png file; of a folder, a folder; of a video, .mp4, .mov or .mkv.")
+]
 
 
 @dataclass(frozen=True)
 class MarkedImage:
-    """One result: its file, relative to the folder of all, its message in hexadecimal digits, and its PSNR to the original."""
+    """One result: its file, relative to the folder of all, its message in hexadecimal digits, its PSNR to the original.
+
+    Of a video the number of its frames, in place of the PSNR.
+    """
 
     file: str
     message: str
     original: str
-    psnr_db: float
+    psnr_db: float | None
+    frames: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,9 +90,11 @@ class Marking:
     message: str
 
     def __rich__(self) -> RenderableType:
-        table = Table("image", "message", "PSNR to the original")
+        table = Table("original", "message", "PSNR to the original")
         for image in self.images[:SHOWN]:
-            table.add_row(image.original, image.message, f"{image.psnr_db:.1f} dB")
+            table.add_row(
+                image.original, image.message, f"{image.frames} frames" if image.psnr_db is None else f"{image.psnr_db:.1f} dB"
+            )
         rest = len(self.images) - SHOWN
         return Lines(table, *([f"and {rest} more; --json has all"] if rest > 0 else []), self.message)
 
@@ -111,7 +124,9 @@ def _names(files: list[Path], folder: Path, messages: list[Bits]) -> list[str]:
 def _require_target(source: Path, output: Path, names: list[str]) -> None:
     """Raise ToolError where results would lose bits, or lie among other files."""
     if not source.is_dir():
-        if output.suffix != SUFFIX:
+        if is_video(source):
+            require_kind(output.suffix)
+        elif output.suffix != SUFFIX:
             fault = "the output must be a PNG file, which loses nothing"
             raise ToolError(fault, where=output, expected=f"a name ending in {SUFFIX}")
         return
@@ -135,7 +150,7 @@ def _removed_on_failure(files: list[Path]) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(embedder: Path, card: str, threads: int | None) -> Iterator[WatermarkEmbedder]:
+def _opened(embedder: Path, card: str | None, threads: int | None) -> Iterator[WatermarkEmbedder]:
     try:
         with WatermarkEmbedder(embedder, card=card, threads=threads) as opened:
             yield opened
@@ -151,51 +166,73 @@ def _mark(embedder: WatermarkEmbedder, file: Path, bits: Bits, target: Path) -> 
     return min(psnr_db(pixels.astype(np.float64), made.astype(np.float64), 255.0), MOST_DB)
 
 
+def _mark_video(embedder: WatermarkEmbedder, file: Path, bits: Bits, draft: Path, output: Path, crf: int) -> MarkedImage:  # noqa: PLR0917
+    """Write a marked video to a draft of the output."""
+    with step_progress(f"mark {file.name}", frame_count(file)) as advance:
+        count = embedder.embed_video(file, draft, bits, kind=output.suffix, crf=crf, on_frame=advance)
+    return MarkedImage(output.name, to_hex(bits), file.name, None, count)
+
+
+def _mark_images(embedder: WatermarkEmbedder, source: Path, marks: Sequence[tuple[Path, Bits, Path, str]]) -> list[MarkedImage]:
+    """Write marked images; each mark is the image, its message, the file to write, and the name that the file will have."""
+    done = []
+    with _removed_on_failure([target for _, _, target, _ in marks]), step_progress(f"mark {source.name}", len(marks)) as advance:
+        for file, bits, target, name in marks:
+            original = str(file.relative_to(source)) if source.is_dir() else file.name
+            done.append(MarkedImage(name, to_hex(bits), original, _mark(embedder, file, bits, target)))
+            advance("")
+    return done
+
+
+def _summary(output: Path, images: list[MarkedImage], state: str, crf: int) -> str:
+    """Return the closing line."""
+    if images[0].psnr_db is None:
+        return f"{output}: {images[0].frames} frames {state}, H.264 at a rate factor of {crf}"
+    count = "1 image" if len(images) == 1 else f"{len(images)} images"
+    least = min(image.psnr_db for image in images if image.psnr_db is not None)
+    return f"{output}: {count} {state}, values rounded to 8 bits, PSNR at least {least:.1f} dB"
+
+
 def mark(
-    source: Annotated[Path, typer.Argument(help="An image, or a folder of images.")],
+    source: Annotated[Path, typer.Argument(help="An image, a video, or a folder of images.")],
     *,
     output: OutputPath,
     embedder: Embedder,
-    card: CardName,
+    card: CardName = None,
     message: Text = RANDOM,
     seed: Seed = 0,
+    crf: Crf = CRF,
     threads: Threads = None,
     overwrite: Overwrite = False,
     refresh: Refresh = False,
 ) -> Marking:
-    """Mark photos with a message, each at its own size.
+    """Mark photos and videos with a message, at their own size.
 
     Raises:
-        ToolError: No image, no embedder of this card, a message of another length, or a place that can't be written.
+        ToolError: No image or video, no embedder, a message of another length, or a place that can't be written.
     """
-    described, is_folder = load_card(card), source.is_dir()
+    described, is_folder = describe_embedder(embedder, card), source.is_dir()
     files = image_files(source) if is_folder else [source]
     bits = _messages(message, described.nbits, seed, len(files))
     names = _names(files, source, bits) if is_folder else [output.name]
     _require_target(source, output, names)
 
     def make(draft: Path) -> MarkedSet:
-        done: list[MarkedImage] = []
-        targets = [output / name for name in names] if is_folder else [draft]
-        with (
-            _removed_on_failure(targets),
-            _opened(embedder, card, threads) as opened,
-            step_progress(f"mark {source.name}", len(files)) as advance,
-        ):
-            for file, one, target, name in zip(files, bits, targets, names, strict=True):
-                original = str(file.relative_to(source)) if is_folder else file.name
-                done.append(MarkedImage(name, to_hex(one), original, _mark(opened, file, one, target)))
-                advance("")
+        with _opened(embedder, card, threads) as opened:
+            if is_video(source):
+                return MarkedSet([_mark_video(opened, source, bits[0], draft, output, crf)])
+            targets = [output / name for name in names] if is_folder else [draft]
+            done = _mark_images(opened, source, list(zip(files, bits, targets, names, strict=True)))
         if is_folder:
             entries = [{"file": image.file, "message": image.message} for image in done]
             draft.write_text(json.dumps({"nbits": described.nbits, "images": entries}, indent=1) + "\n", encoding="utf-8")
         return MarkedSet(done)
 
-    tables = {name: asdict(table) for name in ("embedder", "pipeline") if (table := getattr(described, name)) is not None}
+    digest = hashlib.sha256("/".join(names).encode()).hexdigest()
     plan = Plan(
         output / FILE_NAME if is_folder else output,
         "mark",
-        {**tables, "message": message, "seed": seed, "names": hashlib.sha256("/".join(names).encode()).hexdigest()},
+        {**asdict(described), "message": message, "seed": seed, "crf": crf, "names": digest},
         [*files, embedder],
         PACKAGES,
         overwrite=overwrite,
@@ -206,10 +243,7 @@ def mark(
     with new_folder(output) if is_folder else nullcontext():
         product, found = artifacts.build(plan, MarkedSet, make)
     state = "up to date" if product.up_to_date else "written"
-    count = "1 image" if len(found.images) == 1 else f"{len(found.images)} images"
-    least = min(image.psnr_db for image in found.images)
-    text = f"{output}: {count} {state}, values rounded to 8 bits, PSNR at least {least:.1f} dB"
-    return Marking(output, product, found.images, text)
+    return Marking(output, product, found.images, _summary(output, found.images, state, crf))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from shared.command.cli import run, step_progress
 from shared.command.errors import ToolError
 from shared.command.options import Threads
 from shared.media.images import SUFFIXES, image_files
-from shared.media.video import VIDEO_SUFFIXES
+from shared.media.video import VIDEO_SUFFIXES, is_video
 from shared.runtime.processes import ChildError
 from shared.watermark import Aggregation, Detection, WatermarkDetector
 
@@ -122,9 +122,8 @@ def read(
     Raises:
         ToolError: No image or video, no detector, or an expected message of another length.
     """
-    is_video = source.suffix.lower() in VIDEO_SUFFIXES
     files = image_files(source) if source.is_dir() else [source]
-    if not source.is_dir() and not is_video and source.suffix.lower() not in SUFFIXES:
+    if not source.is_dir() and not is_video(source) and source.suffix.lower() not in SUFFIXES:
         endings = ", ".join((*SUFFIXES, *VIDEO_SUFFIXES))
         raise ToolError("no image or video by its name", where=source, expected=f"a name ending in one of {endings}")
     readings = []
@@ -132,7 +131,7 @@ def read(
         nbits = opened.nbits
         for file in files:
             name = str(file.relative_to(source)) if source.is_dir() else file.name
-            if is_video:
+            if is_video(source):
                 found = opened.detect_video(file, frames=frames, expected=expected, aggregation=aggregation)
             else:
                 found = opened.detect(file, expected=expected)

@@ -34,6 +34,7 @@ from shared.metrics.metrics import message_bits
 from shared.runtime.model import Model, open_model
 from shared.runtime.processes import ChildError
 from shared.runtime.samples import GUESSES, Guess, MadeUpInputsError, complete_inputs, guess_inputs, sample_inputs
+from shared.runtime.worker import MESSAGE_INPUT
 
 PACKAGES = ("ai-edge-litert", "onnxruntime", "numpy")
 REPEATS = 3
@@ -119,6 +120,16 @@ def _run(model: Model, inputs: _Inputs, number: int = 0) -> tuple[Outputs, float
     return [outputs[spec.name] for spec in model.outputs], run_ms
 
 
+def _check_message(model: Model, sample: dict[str, NDArray[Any]], first: Outputs) -> Iterator[Check]:
+    """Yield the check of an embedder's message, if there is one: all bits turned over, the output must change."""
+    names = [spec.name for spec in model.inputs if spec.own_name == MESSAGE_INPUT and spec.dtype == "float32"]
+    if names:
+        outputs, _ = model.run({**sample, **{name: 1 - sample[name] for name in names}})
+        reaction = _largest_difference(first, [outputs[spec.name] for spec in model.outputs])
+        value = f"the opposite message changes the output by {reaction:.4g}"
+        yield Check("reacts to its message", value, "more than 0", reaction > 0)
+
+
 def _largest(outputs: Outputs) -> float:
     """Return the largest magnitude in all outputs; NaN if there is one."""
     return float(np.max([np.abs(output.astype(np.float64)).max(initial=0) for output in outputs], initial=0))
@@ -178,9 +189,10 @@ def _verify(source: ModelFile, threads: int, inputs: _Inputs, nbits: int | None)
             first, _ = _run(model, inputs)
             timed = [_run(model, inputs) for _ in range(REPEATS - 1)]
             other, _ = _run(model, inputs, 1)
+            on_message = list(_check_message(model, inputs.make(model.inputs, 0), first))
             run_ms, peak = min(ms for _, ms in timed), model.peak_rss_bytes
             checks.append(Check("runs", f"{run_ms:.1f} ms", "", ok=True))
-        checks += _check_outputs(first, other, [outputs for outputs, _ in timed])
+        checks += [*_check_outputs(first, other, [outputs for outputs, _ in timed]), *on_message]
         stage = "threads"
         if threads > 1:
             with step("run with 1 thread"), open_model(source, threads=1) as model:

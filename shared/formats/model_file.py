@@ -97,7 +97,8 @@ class ModelFile:
     def nbits(self) -> int | None:
         """Message length of one of our detectors, or None."""
         nbits = self.metadata.get("nbits")
-        return nbits if isinstance(nbits, int) and nbits > 0 else None
+        is_detector = self.metadata.get("component", "detector") == "detector"
+        return nbits if is_detector and isinstance(nbits, int) and nbits > 0 else None
 
     def why_slow(self) -> str:
         """Return what in the model makes it slow on a CPU, and what to take instead; empty where nothing known does."""

@@ -30,6 +30,18 @@ THUMBNAIL = 16  # pixels a side, to compare scenes
 APART = 8  # frames between two scene changes, at least
 
 
+def is_video(path: Path) -> bool:
+    """Return whether a file's name is that of a video."""
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def require_container(path: Path) -> None:
+    """Raise ToolError unless a file is a video by its first bytes."""
+    head = read_head(path, "video", limit="video-gb", again=AGAIN)
+    if not any(head[place : place + len(magic)] == magic for place, magic in CONTAINERS):
+        raise no_video(path, name_kind(head))
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Callable[[], bool]]]:
     """Yield a video, and a function that advances to its next frame and returns False after the last.
@@ -39,9 +51,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Callable[[], bool]]]:
     """
     import cv2
 
-    head = read_head(path, "video", limit="video-gb", again=AGAIN)
-    if not any(head[place : place + len(magic)] == magic for place, magic in CONTAINERS):
-        raise _no_video(path, name_kind(head))
+    require_container(path)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # a damaged file is reported in one line
     with reading(path) as goes_on:
         capture = cv2.VideoCapture(str(path.absolute()), cv2.CAP_FFMPEG)
@@ -60,7 +70,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Callable[[], bool]]]:
             capture.release()
 
 
-def _no_video(path: Path, got: str = "no frame") -> ToolError:
+def no_video(path: Path, got: str = "no frame") -> ToolError:
+    """Return the error for a file that can't be decoded."""
     expected = "a file with at least one frame"
     return ToolError("not a video that can be decoded", where=path, got=got, expected=expected, remedy=AGAIN)
 
@@ -85,11 +96,17 @@ def frame_times(path: Path, *, of_whole: bool = True) -> list[float]:
             times.append(float(capture.get(cv2.CAP_PROP_POS_MSEC)) / 1000)
     total = len(times)
     if not total:
-        raise _no_video(path)
-    if of_whole and total < (1 - MISCOUNTED) * announced - FEW_FRAMES:  # containers announce slightly wrong counts, or none
-        raise ToolError("the video is cut off or damaged", where=path, got=f"{total} of {announced:.0f} frames", remedy=AGAIN)
+        raise no_video(path)
+    if of_whole:
+        require_whole(path, total, announced)
     has_times = all(one < other for one, other in itertools.pairwise(times))
     return times if has_times else [number / rate if rate else 0.0 for number in range(total)]
+
+
+def require_whole(path: Path, total: int, announced: float) -> None:
+    """Raise ToolError where far fewer frames were decoded than announced; containers announce slightly wrong counts, or none."""
+    if total < (1 - MISCOUNTED) * announced - FEW_FRAMES:
+        raise ToolError("the video is cut off or damaged", where=path, got=f"{total} of {announced:.0f} frames", remedy=AGAIN)
 
 
 def frames_at(path: Path, wanted: set[int]) -> Iterator[tuple[int, Pixels]]:
@@ -111,7 +128,7 @@ def frames_at(path: Path, wanted: set[int]) -> Iterator[tuple[int, Pixels]]:
                     yielded += 1
                     yield number, np.asarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), np.uint8)  # OpenCV decodes to BGR
     if not yielded:
-        raise _no_video(path)
+        raise no_video(path)
 
 
 def scene_changes(path: Path, count: int) -> list[int]:
@@ -130,7 +147,7 @@ def scene_changes(path: Path, count: int) -> list[int]:
             jumps.append(float("inf") if before is None or small is None else float(np.abs(small - before).mean()))
             before = small
     if not jumps:
-        raise _no_video(path)
+        raise no_video(path)
     chosen: list[int] = []
     for number in sorted(range(len(jumps)), key=lambda number: (-jumps[number], number)):
         if len(chosen) < count and all(abs(number - near) >= APART for near in chosen):

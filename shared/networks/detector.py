@@ -125,7 +125,7 @@ class Deployed(nn.Module):
         self.detector = detector
         self.is_nhwc = form.layout == "nhwc"
         self.resize: Tensor | None
-        matrix = _resize_matrix(form.size, network_size) if form.resize and form.size != network_size else None
+        matrix = resize_matrix(form.size, network_size) if form.resize and form.size != network_size else None
         self.register_buffer("resize", matrix, persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class Deployed(nn.Module):
         return y
 
 
-def _resize_matrix(size: int, network_size: int) -> Tensor:
+def resize_matrix(size: int, network_size: int) -> Tensor:
     """Return float32 (network_size, size): the matrix of antialiased bilinear resizing along an axis."""
     columns = torch.eye(size).reshape(1, 1, size, size)
     resized = F.interpolate(columns, size=(network_size, size), mode="bilinear", align_corners=False, antialias=True)

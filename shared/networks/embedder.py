@@ -31,7 +31,7 @@ class ChannelRmsNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = F.normalize(x, dim=1) * self.gamma * self.gamma.shape[0] ** 0.5
+        y: Tensor = F.normalize(x, dim=1) * (self.gamma * self.gamma.shape[0] ** 0.5)
         return y
 
 
@@ -123,7 +123,7 @@ class UNet(nn.Module):
         super().__init__()
         z = sizes.widths
         inner = z[3] + sizes.hidden
-        self.msg_processor = MessageTable(nbits, sizes.hidden)
+        self.msg_processor: nn.Module = MessageTable(nbits, sizes.hidden)
         self.inc = ResidualBlock(sizes.channels, z[0], sizes)
         self.downs = nn.ModuleList(Down(z[i], z[i + 1], sizes) for i in range(3))
         self.bottleneck = Bottleneck(inner, sizes)
@@ -169,6 +169,11 @@ def build_embedder_on_meta(card: Card) -> Embedder:
         raise ToolError("this model's card has no embedder", where=card.name, remedy="add a table [embedder] to the card")
     with torch.device("meta"):
         return Embedder(card.embedder, card.nbits).eval().requires_grad_(requires_grad=False)
+
+
+def embedder_shapes(card: Card) -> dict[str, tuple[int, ...]]:
+    """Return the embedder's keys, without the leading `embedder.`, and their shapes."""
+    return {key: tuple(value.shape) for key, value in build_embedder_on_meta(card).state_dict().items()}
 
 
 def select_embedder(state: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from shared.media.images import (
 )
 from shared.runtime.model import Source, open_model
 from shared.runtime.processes import ChildError
+from shared.runtime.worker import MESSAGE_INPUT
 
 PHOTOS = Path(__file__).resolve().parents[2] / "models" / "miniseal" / "samples" / "unmarked"  # the photos of the demo
 
@@ -69,8 +70,9 @@ GUESSES = (Guess(), Guess(16), Guess(64, 64), Guess(224, 224), Guess(1, 256, 1),
 def sample_inputs(specs: list[TensorSpec], seed: int, guess: Guess = GUESSES[0]) -> dict[str, NDArray[Any]]:
     """Return one made-up sample for each input: a photo for images, the next one for the next seed, else uniform noise.
 
-    Pictures are as `guess` says, of 8 bits the pixels themselves, int8 less 128; other floats lie in [0, 1], integers between 0 and
-    the largest that is known for the input, else in the dtype's range (32 bits and wider: up to `guess.most`); booleans are true.
+    Pictures are as `guess` says, of 8 bits the pixels themselves, int8 less 128; a float called `message` holds bits, 0 or 1; other
+    floats lie in [0, 1], integers between 0 and the largest that is known for the input, else in the dtype's range (32 bits and
+    wider: up to `guess.most`); booleans are true.
     """
     rng, largest = np.random.default_rng(seed), dict(guess.largest)
     samples: dict[str, NDArray[Any]] = {}
@@ -82,7 +84,8 @@ def sample_inputs(specs: list[TensorSpec], seed: int, guess: Guess = GUESSES[0])
             pictures = [_picture(form, seed + number, guess.side) for number in range(form.batch)]
             samples[spec.name] = to_values(np.concatenate(pictures), spec.dtype, guess.pixel_range)
         elif dtype.kind == "f":
-            samples[spec.name] = rng.random(shape).astype(dtype)
+            values = rng.random(shape)
+            samples[spec.name] = (values < 0.5 if spec.own_name == MESSAGE_INPUT else values).astype(dtype)
         elif dtype.kind in "iu":
             low, high = (np.iinfo(dtype).min, np.iinfo(dtype).max) if dtype.itemsize <= 2 else (0, guess.most)
             low, high = (0, min(largest[spec.name], np.iinfo(dtype).max)) if spec.name in largest else (low, high)

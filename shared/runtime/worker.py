@@ -24,7 +24,7 @@ ONNX_DTYPES = {
     f"tensor({name})": dtype
     for name, dtype in (("float", "float32"), ("double", "float64"), ("float16", "float16"), ("bool", "bool"))
 } | {f"tensor({dtype})": dtype for dtype in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")}
-TORCH_INPUT, TORCH_MESSAGE, TORCH_OUTPUT = "image", "message", "output_0"  # as litert-torch names them after conversion
+IMAGE_INPUT, MESSAGE_INPUT, ONLY_OUTPUT = "image", "message", "output_0"  # as our converters name them
 
 
 def load_tflite(path: str, threads: int, kernels: str) -> tuple[Specs, Specs, Run, Outside]:
@@ -81,10 +81,10 @@ def load_torch(path: Path, threads: int, card: Card, form: InputForm) -> tuple[S
 
     def run(inputs: Arrays) -> dict[str, NDArray[Any]]:
         with torch.inference_mode():
-            return {TORCH_OUTPUT: deployed(torch.from_numpy(inputs[TORCH_INPUT].copy())).numpy()}
+            return {ONLY_OUTPUT: deployed(torch.from_numpy(inputs[IMAGE_INPUT].copy())).numpy()}
 
     shape = [1, 3, form.size, form.size] if form.layout == "nchw" else [1, form.size, form.size, 3]
-    return [(TORCH_INPUT, shape, "float32", "")], [(TORCH_OUTPUT, [1, 1 + card.nbits], "float32", "")], run
+    return [(IMAGE_INPUT, shape, "float32", "")], [(ONLY_OUTPUT, [1, 1 + card.nbits], "float32", "")], run
 
 
 def load_embedder(path: Path, threads: int, card: Card) -> tuple[Specs, Specs, Run]:
@@ -104,11 +104,11 @@ def load_embedder(path: Path, threads: int, card: Card) -> tuple[Specs, Specs, R
 
     def run(inputs: Arrays) -> dict[str, NDArray[Any]]:
         with torch.inference_mode():
-            image, message = (torch.from_numpy(inputs[name].copy()) for name in (TORCH_INPUT, TORCH_MESSAGE))
-            return {TORCH_OUTPUT: network(image, message).numpy()}
+            image, message = (torch.from_numpy(inputs[name].copy()) for name in (IMAGE_INPUT, MESSAGE_INPUT))
+            return {ONLY_OUTPUT: network(image, message).numpy()}
 
-    inputs = [(TORCH_INPUT, shape, "float32", ""), (TORCH_MESSAGE, [1, card.nbits], "float32", "")]
-    return inputs, [(TORCH_OUTPUT, shape, "float32", "")], run
+    inputs = [(IMAGE_INPUT, shape, "float32", ""), (MESSAGE_INPUT, [1, card.nbits], "float32", "")]
+    return inputs, [(ONLY_OUTPUT, shape, "float32", "")], run
 
 
 class Worker:

@@ -1,4 +1,4 @@
-"""Messages of watermarks: as bits, hex or integers; the chance of agreement; and the messages of a set of images.
+"""Messages of watermarks: as bits, hex, integers or text; the chance of agreement; and the messages of a set of images.
 
 The first bit is the leftmost digit of a bit string and the highest of an integer.
 """
@@ -18,6 +18,7 @@ from shared.files.file_type import is_regular, read_head
 
 Bits = NDArray[np.bool_]  # (K,)
 FILE_NAME = "messages.json"
+HEX_DIGITS = set("0123456789abcdef")
 AGAIN = "correct it; models/miniseal/samples/messages.json shows the form"
 
 
@@ -40,7 +41,8 @@ def parse_message(message: "str | int | Bits", nbits: int) -> Bits:
     """Return a message as bool (nbits,).
 
     Args:
-        message: An integer, a string of `nbits` digits 0 and 1, hexadecimal digits with or without `0x`, or the bits in a row.
+        message: An integer, a string of `nbits` digits 0 and 1, hexadecimal digits with or without `0x`, text of `nbits` / 8
+            bytes in UTF-8, or the bits in a row.
         nbits: Length of the message.
 
     Raises:
@@ -48,6 +50,7 @@ def parse_message(message: "str | int | Bits", nbits: int) -> Bits:
     """
     digits = -(-nbits // 4)
     expected = f"an integer below 2**{nbits}, {nbits} binary digits or {digits} hexadecimal digits"
+    expected += f", or text of {nbits // 8} bytes" if nbits % 8 == 0 else ""
     if isinstance(message, np.integer):
         message = int(message)
     elif isinstance(message, list | tuple):
@@ -59,13 +62,27 @@ def parse_message(message: "str | int | Bits", nbits: int) -> Bits:
         case int() if 0 <= message < 2**nbits and not isinstance(message, bool):
             return _from_int(message, nbits)
         case str():
-            text = message.lower().removeprefix("0x")
-            if len(message) == nbits and set(message) <= {"0", "1"}:
-                return _from_int(int(message, 2), nbits)
-            if len(text) == digits and set(text) <= set("0123456789abcdef") and int(text, 16) < 2**nbits:
-                return _from_int(int(text, 16), nbits)
+            number = _number_of(message, nbits)
+            if number is not None:
+                return _from_int(number, nbits)
     got = f"an array of shape {message.shape}" if isinstance(message, np.ndarray) else repr(message)
     raise ToolError(f"not a message of {nbits} bits", got=got, expected=expected, remedy="correct it")
+
+
+def _number_of(message: str, nbits: int) -> int | None:
+    """Return the integer that a string means; None where it has another length."""
+    digits, text = -(-nbits // 4), message.lower().removeprefix("0x")
+    if len(message) == nbits and set(message) <= {"0", "1"}:
+        return int(message, 2)
+    if len(text) == digits and set(text) <= HEX_DIGITS:
+        return int(text, 16) if int(text, 16) < 2**nbits else None
+    code = message.encode(errors="replace")
+    if len(code) * 8 != nbits:
+        return None
+    if set(text) <= HEX_DIGITS:  # more likely digits, and too few
+        remedy = f"if it is text, give its {digits} hexadecimal digits: {code.hex()}"
+        raise ToolError(f"not a message of {nbits} bits", got=repr(message), expected=f"{digits} hexadecimal digits", remedy=remedy)
+    return int.from_bytes(code)
 
 
 def _from_int(number: int, nbits: int) -> Bits:

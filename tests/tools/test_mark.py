@@ -11,9 +11,11 @@ from PIL import Image
 
 from shared.command.errors import ToolError
 from shared.media.images import read_pixels
+from shared.watermark import WatermarkEmbedder
 from shared.watermark.embedding import to_pixels
 from shared.watermark.message import read_messages, to_hex
 from tests.conftest import Run
+from tests.shared.media.test_transcode import FRAMES, pictures, read_film, write_film
 from tests.shared.watermark.test_embedding import Published
 from tools import mark as module
 from tools.mark import mark
@@ -141,3 +143,32 @@ def test_the_command_says_what_it_wrote(published: Published, photos: Path, tmp_
     images = json.loads(found.stdout)["images"]
     assert [image["original"] for image in images] == ["a.bmp", "a.png", "deeper/b.png"]
     assert all(30 < image["psnr_db"] < 100 for image in images)
+
+
+def test_a_video_is_marked_frame_by_frame_and_keeps_its_sound(published: Published, tmp_path: Path) -> None:
+    film, output = write_film(tmp_path / "film.mp4", pictures()), tmp_path / "marked.mp4"
+    options = {"output": output, "embedder": published.checkpoint, "card": published.card(), "message": "text", "crf": 1}
+    made = mark(film, **options)  # type: ignore[arg-type]
+    assert (made.images[0].message, made.images[0].frames) == (b"text".hex(), FRAMES)
+    before, after = read_film(film), read_film(output)
+    assert before[1:] == after[1:]
+    with WatermarkEmbedder(published.checkpoint, card=published.card()) as embedder:
+        expected = [*embedder.embed_frames(before[0], "text")]
+    changes = [np.subtract(frames, before[0], dtype=float).ravel() for frames in (expected, after[0])]
+    assert np.corrcoef(*changes)[0, 1] > 0.4  # most changes are of one level, as are the encoder's own
+    assert mark(film, **options).product.up_to_date  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fault", ["no_frames", "ending", "message"])
+def test_a_video_that_cannot_be_marked_is_one_line_and_nothing_is_written(
+    fault: str, published: Published, tmp_path: Path, run_tool: Run
+) -> None:
+    film, output = write_film(tmp_path / "film.mp4", pictures()[:2]), tmp_path / "out" / ("m.gif" if fault == "ending" else "m.mp4")
+    output.parent.mkdir()
+    if fault == "no_frames":
+        film.write_bytes(film.read_bytes()[:200])
+    message = "abc" if fault == "message" else "random"
+    arguments = ("--embedder", published.checkpoint, "--card", published.card(), "--message", message)
+    done = run_tool("mark", film, "-o", output, *arguments)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert not list(output.parent.iterdir())

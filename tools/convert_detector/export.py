@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 OPSET = 20  # has Gelu as one op; written out it takes five, slower than the layers around it
 ONNX_EMBEDDED_BYTES = 1_900_000_000  # of weights; a protobuf of 2 GiB can't be written, and the graph takes some too
 # Converters begin the names of tensors with a class's module. Rules and ledgers match these names: they are part of a product.
-NAMES = "shared.detector"
+NAMES = "shared.detector"  # of detectors
 SMALL = 0.02  # standard deviation of seeded biases and of the deviations from 1 in seeded norms
 
 
@@ -46,10 +46,10 @@ def seeded_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> "Iterato
     generator = torch.Generator().manual_seed(seed)
     for key, shape in shapes.items():
         values = torch.randn(shape, generator=generator)
-        is_norm = len(shape) == 1 and key.endswith("weight")
+        is_scale = (len(shape) == 1 and key.endswith(("weight", "running_var"))) or (len(shape) == 3 and key.endswith("gamma"))
         is_layer = len(shape) > 1 and key.endswith("weight")
         values *= math.prod(shape[1:]) ** -0.5 if is_layer else SMALL
-        yield key, values + 1 if is_norm else values
+        yield key, values + 1 if is_scale else values
 
 
 def convert(message: Message) -> Message:
@@ -93,24 +93,43 @@ def convert(message: Message) -> Message:
             if isinstance(module, GlobalResponseNorm):
                 module.energy = sum_of_squares_as_product
                 module.beta = torch.nn.Parameter(torch.zeros(()), requires_grad=False)  # folded; one zero drops out, many stay
-    deployed = _with_fixed_names(Deployed(network, form, card.image_size).eval())
+    deployed = Deployed(network, form, card.image_size).eval()
     if message["format"] == "onnx":
-        _export_onnx(deployed, image, draft, message["metadata"], has_free_batch=message["dynamic_batch"])
+        if message["dynamic_batch"]:
+            image = image.expand(2, -1, -1, -1).clone()  # torch takes a batch of 1 for a constant
+        export_onnx(deployed, {"image": image}, draft, message["metadata"], has_free_batch=message["dynamic_batch"])
     else:
-        _export(deployed, image, draft)
+        export_tflite(deployed, {"image": image}, draft)
     return reply
 
 
-def _with_fixed_names(network: Any) -> Any:
-    """Return a network whose own classes tell converters NAMES as their module, wherever they lie."""
+def _with_fixed_names(network: Any, names: str) -> Any:
+    """Return a network whose own classes give converters `names` as their module, wherever they lie."""
     for module in network.modules():
         if not type(module).__module__.startswith("torch."):
-            type(module).__module__ = NAMES
+            type(module).__module__ = names
     return network
 
 
-def _export_onnx(module: Any, image: "Tensor", draft: Path, metadata: dict[str, object], *, has_free_batch: bool) -> None:
-    """Run torch's exporter; the input is named `image`, the output `output_0`. Weights above a size go to `<draft>.data`."""
+def export_onnx(
+    module: Any,
+    inputs: "dict[str, Tensor]",
+    draft: Path,
+    metadata: dict[str, object],
+    *,
+    names: str = NAMES,
+    has_free_batch: bool = False,
+) -> None:
+    """Run torch's exporter; inputs keep their names, the output is `output_0`. Weights above a size go to `<draft>.data`.
+
+    Args:
+        module: The network.
+        inputs: Name -> a value; names as in the module's `forward`. With a free batch, of a batch that is not 1.
+        draft: File to write.
+        metadata: Of the model.
+        names: Module of the network's classes in the names of tensors.
+        has_free_batch: Whether the model takes any number of images.
+    """
     import torch
 
     from shared.formats.onnx_file import read_model
@@ -118,18 +137,16 @@ def _export_onnx(module: Any, image: "Tensor", draft: Path, metadata: dict[str, 
 
     size = sum(value.numel() * value.element_size() for value in module.state_dict().values())
     batch = torch.export.Dim("batch")
-    if has_free_batch:
-        image = image.expand(2, -1, -1, -1).clone()  # torch takes a batch of 1 for a constant
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about its own use of torch's trees
         program = torch.onnx.export(
-            module,
-            (image,),
+            _with_fixed_names(module, names),
+            tuple(inputs.values()),
             dynamo=True,
-            input_names=["image"],
+            input_names=list(inputs),
             output_names=["output_0"],
             opset_version=OPSET,
-            dynamic_shapes=({0: batch},) if has_free_batch else None,
+            dynamic_shapes=tuple({0: batch} for _ in inputs) if has_free_batch else None,
             verbose=False,
         )
     assert program is not None
@@ -142,15 +159,15 @@ def _export_onnx(module: Any, image: "Tensor", draft: Path, metadata: dict[str, 
     draft.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def _export(module: Any, image: "Tensor", draft: Path) -> None:
-    """Run litert-torch; the input is named `image`, the output `output_0`."""
+def export_tflite(module: Any, inputs: "dict[str, Tensor]", draft: Path, names: str = NAMES) -> None:
+    """Run litert-torch; inputs keep their names, the output is `output_0`; arguments as of `export_onnx`."""
     os.environ["LITERT_TORCH_SHOW_PROGRESS"] = "n"
     import litert_torch
 
     from shared.runtime.workarounds import weights_left_mapped
 
     with weights_left_mapped():
-        converted = litert_torch.convert(module, sample_kwargs={"image": image}, lightweight_conversion=True)
+        converted = litert_torch.convert(_with_fixed_names(module, names), sample_kwargs=inputs, lightweight_conversion=True)
         converted.export(str(draft))
 
 

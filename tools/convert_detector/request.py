@@ -1,8 +1,7 @@
-"""What is asked of convert_detector: which network, from which weights, in which form; and the guides' names of products."""
+"""What convert_detector's options mean: form and format of the product, and the guides' names of products."""
 
 import itertools
 import math
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
@@ -48,45 +47,17 @@ class InputLayout(StrEnum):
     NHWC = "nhwc"
 
 
-@dataclass(frozen=True)
-class ConvertRequest:
-    """What is converted, and into what.
-
-    Args:
-        weights: The checkpoint.
-        card: Its model card.
-        form: How the product takes its image.
-        rehearsal: Whether the weights are seeded.
-        model_format: Of the product.
-        dynamic_batch: Whether an ONNX product takes any number of images at once.
-    """
-
-    weights: Path
-    card: Card
-    form: InputForm
-    rehearsal: bool
-    model_format: ModelFormat
-    dynamic_batch: bool
-
-    def metadata(self) -> dict[str, object]:
-        """Return the metadata of the product."""
-        metadata = {"model": self.card.name, "nbits": self.card.nbits, "image_size": self.form.size}
-        return {**metadata, "input_layout": self.form.layout, "resize": self.form.resize, "rehearsal": self.rehearsal}
-
-
 def file_name(
     card: Card, form: InputForm, precision: Precision, *, rehearsal: bool, model_format: ModelFormat = ModelFormat.TFLITE
 ) -> str:
-    """Return the guides' name of a product, such as chunkyseal_detector_chunkyseal_256_int8.tflite."""
-    parts = [
-        card.output_prefix,
-        "rehearsal" if rehearsal else "",
-        str(form.size),
-        form.layout if form.layout == "nhwc" else "",
-        "resize" if form.resize else "",
-        "" if precision is Precision.NONE else precision.value,
-    ]
-    return "_".join(part for part in parts if part) + f".{model_format.value}"
+    """Return the guides' name of a detector, such as chunkyseal_detector_chunkyseal_256_int8.tflite."""
+    marks = ("rehearsal" * rehearsal, str(form.size), "nhwc" * (form.layout == "nhwc"), "resize" * form.resize)
+    return joined(card.output_prefix, *marks, "" if precision is Precision.NONE else precision.value, suffix=model_format)
+
+
+def joined(*parts: str, suffix: ModelFormat) -> str:
+    """Return a file name of all parts that are not empty."""
+    return "_".join(part for part in parts if part) + f".{suffix.value}"
 
 
 def choose_format(asked: ModelFormat | None, output: Path | None, quantize: Precision, *, dynamic_batch: bool) -> ModelFormat:

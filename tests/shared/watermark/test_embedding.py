@@ -23,6 +23,7 @@ from shared.networks import blocks
 from shared.networks.card import load_card
 from shared.networks.embedder import Embedder, build_embedder_on_meta, select_embedder
 from shared.watermark.embedding import WatermarkEmbedder, to_pixels
+from shared.watermark.message import parse_message, to_hex
 from tests.conftest import DATA
 
 Arrays = dict[str, NDArray[Any]]
@@ -42,7 +43,7 @@ class Published:
         with safe_open(self.checkpoint, framework="np") as file:
             self.made = {key.removeprefix("_parity."): file.get_tensor(key) for key in file.keys() if "_parity" in key}  # noqa: SIM118
             self._about = file.metadata()
-        self._folder = folder
+        self.folder = folder
 
     def card(self, video_mode: str = "repeat", **changes: object) -> str:
         """Write a card, some fields of it changed; return its path."""
@@ -65,7 +66,7 @@ class Published:
         start = f'title = "Small"\nnbits = {about["nbits"]}\nimage_size = {about["image_size"]}\noutput_prefix = "small"\n'
         encoder = "depths = [1, 1, 1, 1]\ndims = [8, 8, 8, 8]\nstem_stride = 4\n"
         end = '[checkpoint]\nurl = "https://example.org/small.pth"\n'
-        path = self._folder / f"{video_mode}.toml"
+        path = self.folder / f"{video_mode}.toml"
         tables = "[embedder]\n" + "\n".join(lines[:6]) + "\n[pipeline]\n" + "\n".join(lines[6:]) + "\n"
         path.write_text(start + encoder + tables + end)
         return str(path)
@@ -141,7 +142,7 @@ def test_frames_of_a_chunk_are_read_as_they_are_needed(tmp_path: Path) -> None:
 
     with published.open() as embedder:
         made = embedder.embed_frames(frames(), published.made["video_message"][0])
-        assert (next(made).shape, read) == ((32, 48, 3), 4)  # two key frames of two frames each
+        assert (next(made).shape, read) == ((32, 48, 3), 4)  # a key frame, the next one, and a frame after each
         assert len([*made]) == len(published.made["video"]) - 1
 
 
@@ -245,6 +246,13 @@ def test_files_arrays_and_messages_in_every_form(tmp_path: Path) -> None:
         (again,) = embedder.embed_batch([pixels], "0123cdef")
         np.testing.assert_array_equal(again, whole)
         assert np.abs(embedder.embed(pixels, "0123cdee").astype(int) - whole).max() > 0
+
+
+def test_text_is_a_message_of_its_bytes_unless_it_looks_like_digits() -> None:
+    assert to_hex(parse_message("Käse!", 48)) == "4bc3a4736521"
+    assert to_hex(parse_message("0xyz", 32)) == b"0xyz".hex()
+    with pytest.raises(ToolError, match="expected 8 hexadecimal digits; if it is text, give its 8 hexadecimal digits: 63616665"):
+        parse_message("cafe", 32)
 
 
 @pytest.mark.parametrize("message", ["0123", "012g4567", 2**32, [0.5] * 32, [1] * 31])

@@ -5,7 +5,9 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from shared.runtime.model import DetectorCheckpoint, open_model
 from tests.conftest import ROOT, Run, Small
 from tests.support.small_onnx import with_external_weights
 from tools.convert_detector import conversion as module
-from tools.convert_detector import convert_detector
+from tools.convert_detector import convert_detector, run_in_torch
 from tools.convert_detector.request import InputLayout, ModelFormat, Precision, file_name, weights_bytes
 from tools.quantize_tflite import quantize_tflite
 from tools.verify import verify
@@ -142,8 +144,9 @@ def test_a_model_that_disagrees_with_torch_never_gets_its_name(
     state["detector.pixel_decoder.linear.bias"] += 0.01
     save_file(state, other)
     check = module._check
+    torch_model = DetectorCheckpoint(other, load_card(str(videoseal_small.card)))
     monkeypatch.setattr(
-        module, "_check", lambda torch_model, model: check(DetectorCheckpoint(other, torch_model.card, torch_model.form), model)
+        module, "_check", lambda network, model: check(replace(network, reference=lambda: run_in_torch(torch_model)), model)
     )
     with pytest.raises(ToolError, match="disagrees with torch; nothing was kept; got relative error"):
         convert_detector(model=str(videoseal_small.card), checkpoint=videoseal_small.checkpoint, output=tmp_path / "m.tflite")
@@ -368,8 +371,8 @@ def writes_weights_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the exporter put weights beside its draft, as it does with those of large networks."""
     real = module._in_child
 
-    def in_child(message: dict[str, Any], where: Path) -> dict[str, Any]:
-        reply = real(message, where)
+    def in_child(exporter: ModuleType, message: dict[str, Any], where: Path) -> dict[str, Any]:
+        reply = real(exporter, message, where)
         if message["task"] == "convert":
             draft = Path(message["draft"])
             with_external_weights(draft, f"{draft.name}.data", least=256)
@@ -412,8 +415,8 @@ def test_an_onnx_model_that_disagrees_with_torch_never_gets_its_name(
 ) -> None:
     real = module._in_child
 
-    def in_child(message: dict[str, Any], where: Path) -> dict[str, Any]:
-        reply = real(message, where)
+    def in_child(exporter: ModuleType, message: dict[str, Any], where: Path) -> dict[str, Any]:
+        reply = real(exporter, message, where)
         model = onnx.load(message["draft"])
         for node in model.graph.node:
             node.op_type = "Tanh" if node.op_type == "Gelu" else node.op_type
