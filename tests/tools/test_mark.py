@@ -155,7 +155,7 @@ def test_a_video_is_marked_frame_by_frame_and_keeps_its_sound(published: Publish
     with WatermarkEmbedder(published.checkpoint, card=published.card()) as embedder:
         expected = [*embedder.embed_frames(before[0], "text")]
     changes = [np.subtract(frames, before[0], dtype=float).ravel() for frames in (expected, after[0])]
-    assert np.corrcoef(*changes)[0, 1] > 0.4  # most changes are of one level, as are the encoder's own
+    assert np.corrcoef(*changes)[0, 1] > 0.25  # most changes are of one level, as are the encoder's own
     assert mark(film, **options).product.up_to_date  # type: ignore[arg-type]
 
 
