@@ -29,10 +29,9 @@ nox.options.default_venv_backend = "none"  # `environment` makes them: one for e
 
 MODELS, OUT = Path("models"), Path("models/out")
 MINISR, MINISEAL = MODELS / "minisr", MODELS / "miniseal"
-MINISR_GATES = (
-    "--gate=min_psnr_gain=0.5",
-    "--gate=max_psnr_drop=0.3",
-)  # dB: above bicubic enlargement, and below the float32 model
+MINISR_GATES = ("--gate=min_psnr_gain=0.5", "--gate=max_psnr_drop=0.3")  # dB: above bicubic, and below the float32 model
+PHOTOS, MOST_LOST = MINISEAL / "samples" / "unmarked", 0.005  # share of the bits that INT8 may lose under any attack
+FEW = {"chunkyseal": ("--samples", 4, "--attacks", "jpeg-80,jpeg-50,resize-0.75,crop-0.9")}  # seconds for each image
 WORKERS = ("--numprocesses", "logical", "--maxprocesses", "4", "--dist", "worksteal")  # a worker may hold gigabytes
 TOOLS = {
     "extract_weights": "Take one component's weights out of a full training checkpoint.",
@@ -46,23 +45,14 @@ TOOLS = {
     "verify": "Check that a TFLite or ONNX model loads, runs, repeats itself and stays in range.",
     "compare": "Compare quantized models with their reference: size, speed, outputs.",
 }
+FAULTS = (*WORKERS, "tests/faults", "--rounds", "50", "-rP")
 CHORES = {  # session -> packages, module, arguments, what it does
     "typecheck": ("typecheck", "mypy", (), "Check types."),
-    "faults": (
-        "tests",
-        "pytest",
-        (*WORKERS, "tests/faults", "--rounds", "50", "-rP"),
-        "All kinds of faults at full length, two hours.",
-    ),
+    "faults": ("tests", "pytest", FAULTS, "All kinds of faults at full length, two hours."),
     "fuzz": ("fuzz", "tests.support.fuzz", (), "Try the readers of files of unknown origin on files changed at random."),
     "train_miniseal": ("train", "models.miniseal.retrain", (), "Train miniseal from scratch, half an hour, and check the result."),
     "train_minisr": ("train", "models.minisr.retrain", (), "Train minisr from scratch in a quarter of an hour, and check it."),
-    "bench": (
-        "tests",
-        "tests.bench",
-        (),
-        "Measure what models/BENCHMARKS.md shows: `-- guide`, demo, face_landmarker, onnx_recipes.",
-    ),
+    "bench": ("tests", "tests.bench", (), "Measure models/BENCHMARKS.md: `-- guide`, demo, face_landmarker, onnx_recipes."),
 }
 Run = Callable[..., bool | None]
 
@@ -81,62 +71,96 @@ def environment(session: nox.Session, packages: str) -> Run:
     return lambda module, *arguments: session.run(str(python), "-m", module, *map(str, arguments))
 
 
-def detector_options(session: nox.Session) -> argparse.ArgumentParser:
-    """Return the options that all recipes of detectors have."""
+def watermark_options(session: nox.Session) -> argparse.Namespace:
+    """Return the options that all recipes of detectors and embedders have."""
     parser = argparse.ArgumentParser(prog=f"nox -s {session.name} --")
-    parser.add_argument("--checkpoint", type=Path, help="full or detector-only checkpoint, .pth or .safetensors")
+    parser.add_argument("--checkpoint", type=Path, help="full, detector-only or embedder-only checkpoint, .pth or .safetensors")
     parser.add_argument("--download", action="store_true", help="fetch the published checkpoint if none is found")
-    return parser
+    parser.add_argument("--images", type=Path, help="photos like those to be marked and read")
+    return parser.parse_args(session.posargs)
 
 
-def float_detector(session: nox.Session, run: Run, model: str, options: argparse.Namespace, suffix: str) -> Path:
-    """Extract weights and convert them, checked against torch; without a checkpoint, a rehearsal with seeded weights."""
-    folder, card = OUT / session.name, nox.project.load_toml(MODELS / f"{model}.toml")
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / f"{model}_detector.safetensors"
-    given = [options.checkpoint.absolute()] if options.checkpoint else []
-    missing = "--download" if options.download else "--allow-missing"
-    run("tools.extract_weights", *given, "--model", model, "-o", weights, missing, "--refresh")
-    is_rehearsal = not weights.exists()
-    if is_rehearsal:
+def weights_of(
+    session: nox.Session, run: Run, model: str, component: str, options: argparse.Namespace, *needed: bool
+) -> Path | None:
+    """Extract a component's weights; None where there is no checkpoint, or none with this component unless it is needed."""
+    (folder := OUT / session.name).mkdir(parents=True, exist_ok=True)
+    weights, missing = folder / f"{model}_{component}.safetensors", [] if options.checkpoint and needed else ["--allow-missing"]
+    given = [*([options.checkpoint.absolute()] if options.checkpoint else []), *(["--download"] if options.download else missing)]
+    run("tools.extract_weights", *given, "--model", model, f"--component={component}", "-o", weights, "--refresh")
+    return weights if weights.exists() else None
+
+
+def floats(session: nox.Session, model: str, component: str, weights: Path | None, suffix: str) -> tuple[Path, list[object]]:
+    """Return the float32 model's path and a converter's options; without weights for a rehearsal, with seeded ones."""
+    card = nox.project.load_toml(MODELS / f"{model}.toml")
+    if weights is None:
         session.warn("REHEARSAL: seeded, untrained weights. Give a checkpoint for a model that reads messages.")
-    float_model = folder / f"{card['output_prefix']}{'_rehearsal' * is_rehearsal}_{card['image_size']}.{suffix}"
-    source = ["--rehearsal"] if is_rehearsal else ["--checkpoint", weights]
-    run("tools.convert_detector", "--model", model, *source, "-o", float_model, "--refresh")
-    return float_model
+    prefix = card["output_prefix"].replace("_detector_", f"_{component}_")
+    path = OUT / session.name / f"{prefix}{'_rehearsal' * (weights is None)}_{card['image_size']}.{suffix}"
+    return path, ["--model", model, *(["--checkpoint", weights] if weights else ["--rehearsal"]), "--refresh"]
 
 
-def detector_tflite(
-    session: nox.Session, model: str, precision: str, others: Sequence[str] = (), messages: Sequence[str] = ()
+def marked_photos(session: nox.Session, run: Run, model: str, options: argparse.Namespace) -> Sequence[object]:
+    """Mark photos with the checkpoint's embedder; return compare's options for true bit accuracy, none without an embedder."""
+    embedder, marked = weights_of(session, run, model, "embedder", options), OUT / session.name / "marked"
+    if embedder is None:
+        session.warn("no embedder: bits alike on unmarked photos stand for bit accuracy, which needs a full checkpoint")
+        return ()
+    few = FEW.get(model, ())
+    run("tools.mark", options.images or PHOTOS, "-o", marked, "--embedder", embedder, "--card", model, *few[:2], "--refresh")
+    return "--messages", marked / "messages.json", *few, f"--gate=max_accuracy_drop={MOST_LOST}"
+
+
+def reports(session: nox.Session, name: str = "compare", page: str = "report") -> Sequence[object]:
+    """Return compare's options for its JSON file and its page."""
+    return "-o", OUT / session.name / f"{name}.json", "--html", OUT / session.name / f"{page}.html", "--refresh"
+
+
+def detector(  # noqa: PLR0917 - by name
+    session: nox.Session,
+    model: str,
+    precision: str,
+    others: Sequence[str] = (),
+    messages: Sequence[object] = (),
+    calibrated_on: int = 0,
 ) -> None:
-    """Extract, convert, quantize, verify and compare one detector; `others` are recipes of alternatives to its `precision`."""
-    options = detector_options(session).parse_args(session.posargs)
-    run = environment(session, "recipe")
-    float_model = float_detector(session, run, model, options, "tflite")
-    folder = float_model.parent
-    product, *alternatives = (folder / f"{float_model.stem}_{recipe}.tflite" for recipe in (precision, *others))
-    for recipe, path in zip((precision, *others), (product, *alternatives), strict=True):
-        run("tools.quantize_tflite", float_model, "-o", path, "--recipe", recipe, "--refresh")
+    """Extract, convert, quantize, verify and compare one detector; calibrated on at most so many samples for ONNX Runtime."""
+    options, folder, suffix = watermark_options(session), OUT / session.name, "onnx" if calibrated_on else "tflite"
+    run = environment(session, "recipe-onnx" if calibrated_on else "recipe")
+    weights = weights_of(session, run, model, "detector", options, True)
+    source, arguments = floats(session, model, "detector", weights, suffix)
+    run("tools.convert_detector", *arguments, "-o", source)
+    recipes: dict[str, Sequence[object]] = dict.fromkeys((precision, *others), ())
+    if calibrated_on:
+        calibration, images = folder / "calibration", options.images or MINISEAL / "samples"
+        limits = ("--max-samples", calibrated_on, "--min-samples", min(calibrated_on, 8), "--holdout", 2)
+        run("tools.prepare_calibration", images, "-o", calibration, "--model", source, *limits, "--refresh")
+        recipes[precision] = ("--calibration", calibration)
+    products = [folder / f"{source.stem}_{recipe}.{suffix}" for recipe in recipes]
+    for (recipe, samples), path in zip(recipes.items(), products, strict=True):
+        name = "int8-static" if samples else recipe
+        run(f"tools.quantize_{suffix}", source, "-o", path, "--recipe", name, *samples, "--refresh")
         run("tools.verify", path, "-o", folder / f"verify_{recipe}.json", "--refresh")
-    reports = ("-o", folder / "compare.json", "--html", folder / "report.html", f"--gates={model}:{precision}", "--refresh")
-    run("tools.compare", float_model, product, *(f"--alternative={path}" for path in alternatives), *messages, *reports)
+    product, *alternatives = products
+    messages = messages or (marked_photos(session, run, model, options) if weights else ())
+    gates = f"--gates={model}:{'onnx_' * bool(calibrated_on)}{precision}"
+    run("tools.compare", source, product, *(f"--alternative={path}" for path in alternatives), *messages, gates, *reports(session))
 
 
-def detector_onnx(session: nox.Session, model: str, samples: int) -> None:
-    """Extract, convert, calibrate, quantize, verify and compare one detector for ONNX Runtime, with `samples` images at most."""
-    parser = detector_options(session)
-    parser.add_argument("--images", type=Path, default=MINISEAL / "samples", help="images like those the detector will see")
-    options = parser.parse_args(session.posargs)
-    run = environment(session, "recipe-onnx")
-    float_model = float_detector(session, run, model, options, "onnx")
-    folder = float_model.parent
-    product, calibration = folder / f"{float_model.stem}_int8.onnx", folder / "calibration"
-    limits = ("--max-samples", samples, "--min-samples", min(samples, 8), "--holdout", 2)
-    run("tools.prepare_calibration", options.images, "-o", calibration, "--model", float_model, *limits, "--refresh")
-    run("tools.quantize_onnx", float_model, "-o", product, "--recipe", "int8-static", "--calibration", calibration, "--refresh")
-    run("tools.verify", product, "-o", folder / "verify_int8.json", "--refresh")
-    reports = ("-o", folder / "compare.json", "--html", folder / "report.html", f"--gates={model}:onnx_int8", "--refresh")
-    run("tools.compare", float_model, product, *reports)
+def embedder(session: nox.Session, model: str) -> None:
+    """Extract, convert, quantize, verify and compare one embedder; with a full checkpoint its detector reads what it marks."""
+    options, run = watermark_options(session), environment(session, "recipe")
+    weights = weights_of(session, run, model, "embedder", options, True)
+    source, arguments = floats(session, model, "embedder", weights, "tflite")
+    product, images = source.with_name(f"{source.stem}_int8.tflite"), ("--images", options.images or PHOTOS)
+    run("tools.convert_embedder", *arguments, "--quantize", "int8", "-o", product)
+    run("tools.verify", product, "-o", product.with_name("verify_int8.json"), "--refresh")
+    run("tools.compare", source, product, *images, f"--gates={model}:embedder_int8", *reports(session))
+    reader = weights_of(session, run, model, "detector", options) if weights else None
+    if reader is not None:
+        ends = (f"--embedder={source}", f"--embedder={product}", f"--gate=max_marking_drop={MOST_LOST}")
+        run("tools.compare", reader, "--model", model, *ends, *images, *FEW.get(model, ()), *reports(session, "ends", "ends"))
 
 
 def superres(session: nox.Session, recipe: str, precision: str, min_psnr: float) -> None:
@@ -163,8 +187,7 @@ def superres(session: nox.Session, recipe: str, precision: str, min_psnr: float)
     run("tools.verify", product, "-o", folder / f"verify_{precision}.json", "--refresh")
     images = ("--images", samples / "small", "--ground-truth", samples / "large") if is_default else ("--images", calibration)
     gates = [f"--gate=min_psnr={options.min_psnr}", *(MINISR_GATES if is_default else ())]
-    reports = ("-o", folder / "compare.json", "--html", folder / "report.html", "--refresh")
-    run("tools.compare", model, product, *images, *pixels, *gates, *reports)
+    run("tools.compare", model, product, *images, *pixels, *gates, *reports(session))
 
 
 def face_landmarker(session: nox.Session) -> None:
@@ -193,26 +216,28 @@ def one_module(session: nox.Session, packages: str, module: str, arguments: Sequ
 
 OTHERS = ("fp16", "int8-weight-only", "int4")
 MESSAGES = ("--messages", str(MINISEAL / "samples" / "messages.json"))
-TFLITE = {  # session -> card, recipe, product
-    "chunkyseal_int8": ("chunkyseal", "int8", "ChunkySeal's detector as verified INT8 TFLite: the main job."),
-    "chunkyseal_fp16": ("chunkyseal", "fp16", "ChunkySeal's detector as verified TFLite with float16 weights."),
-    "videoseal_int8": ("videoseal", "int8", "VideoSeal 1.0's detector as verified INT8 TFLite."),
-    "videoseal_fp16": ("videoseal", "fp16", "VideoSeal 1.0's detector as verified TFLite with float16 weights."),
-    "videoseal_0_int8": ("videoseal_0.0", "int8", "VideoSeal 0.0's detector as verified INT8 TFLite."),
-    "pixelseal_int8": ("pixelseal", "int8", "PixelSeal's detector as verified INT8 TFLite."),
-}
-ONNX = {  # session -> card, images to calibrate with, product
-    "videoseal_onnx_int8": ("videoseal", 24, "VideoSeal 1.0's detector as verified INT8 ONNX."),
-    "chunkyseal_onnx_int8": ("chunkyseal", 4, "ChunkySeal's detector as verified INT8 ONNX."),
+WATERMARK = {  # session -> card, recipe, samples to calibrate with for ONNX Runtime, product
+    "chunkyseal_int8": ("chunkyseal", "int8", 0, "ChunkySeal's detector as verified INT8 TFLite: the main job."),
+    "chunkyseal_fp16": ("chunkyseal", "fp16", 0, "ChunkySeal's detector as verified TFLite with float16 weights."),
+    "videoseal_int8": ("videoseal", "int8", 0, "VideoSeal 1.0's detector as verified INT8 TFLite."),
+    "videoseal_fp16": ("videoseal", "fp16", 0, "VideoSeal 1.0's detector as verified TFLite with float16 weights."),
+    "videoseal_0_int8": ("videoseal_0.0", "int8", 0, "VideoSeal 0.0's detector as verified INT8 TFLite."),
+    "pixelseal_int8": ("pixelseal", "int8", 0, "PixelSeal's detector as verified INT8 TFLite."),
+    "videoseal_onnx_int8": ("videoseal", "int8", 24, "VideoSeal 1.0's detector as verified INT8 ONNX."),
+    "chunkyseal_onnx_int8": ("chunkyseal", "int8", 4, "ChunkySeal's detector as verified INT8 ONNX."),
 }
 SUPERRES = {  # session -> recipe, precision in names, least PSNR to the float32 model's images in dB, product
     "superres_int8": (
         "int8-static",
         "int8",
         40,
-        "A super-resolution network as verified INT8 ONNX, some layers in float if need be.",
+        "A super-resolution network as verified INT8 ONNX, where need be partly in float.",
     ),
     "superres_fp16": ("fp16", "fp16", 60, "A super-resolution network as verified float16 ONNX, float32 in and out."),
+}
+EMBEDDERS = {  # session -> card, product
+    "videoseal_embedder_int8": ("videoseal", "VideoSeal 1.0's embedder as verified INT8 TFLite."),
+    "chunkyseal_embedder_int8": ("chunkyseal", "ChunkySeal's embedder as verified INT8 TFLite."),
 }
 DEMO = "A small trained detector as verified INT8 TFLite: every step in two minutes, with true bit accuracy and pictures."
 FACE = "MediaPipe's face landmarker with INT8 weights, each layer as far as a search finds it harmless, checked in MediaPipe."
@@ -228,11 +253,11 @@ def define(name: str, summary: str, tag: str, chain: Callable[[nox.Session], Non
     globals()[name] = nox.session(name=name, default=False, tags=[tag])(session_function)
 
 
-define("demo", DEMO, "recipe", partial(detector_tflite, model="miniseal", precision="int8", others=OTHERS, messages=MESSAGES))
-for _name, (_card, _recipe, _product) in TFLITE.items():
-    define(_name, _product, "recipe", partial(detector_tflite, model=_card, precision=_recipe))
-for _name, (_card, _samples, _product) in ONNX.items():
-    define(_name, _product, "recipe", partial(detector_onnx, model=_card, samples=_samples))
+define("demo", DEMO, "recipe", partial(detector, model="miniseal", precision="int8", others=OTHERS, messages=MESSAGES))
+for _name, (_card, _recipe, _samples, _product) in WATERMARK.items():
+    define(_name, _product, "recipe", partial(detector, model=_card, precision=_recipe, calibrated_on=_samples))
+for _name, (_card, _product) in EMBEDDERS.items():
+    define(_name, _product, "recipe", partial(embedder, model=_card))
 for _name, (_recipe, _precision, _least, _product) in SUPERRES.items():
     define(_name, _product, "recipe", partial(superres, recipe=_recipe, precision=_precision, min_psnr=_least))
 define("face_landmarker_int8", FACE, "recipe", face_landmarker)

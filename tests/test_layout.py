@@ -21,7 +21,7 @@ FLOORS = (
     {"quantize"},
 )
 FOR_SCRIPTS = "shared.watermark"  # public for people's own scripts, with what it needs
-MOST_MODULES, MOST_LINES, MOST_FUNCTION_LINES, MOST_SHARED_LINES, MOST_NOXFILE_LINES = 9, 300, 60, 10700, 260
+MOST_MODULES, MOST_LINES, MOST_FUNCTION_LINES, MOST_SHARED_LINES, MOST_NOXFILE_LINES = 9, 300, 60, 10700, 285
 TOP = {"noxfile.py", "tools", "shared", "tests", "models", "pyproject.toml"}
 
 FILES = {

@@ -28,7 +28,9 @@ RECIPES = [name for name, session in SESSIONS.items() if "recipe" in session.tag
 SUPERRES = ["superres_int8", "superres_fp16"]
 CARDS = {"videoseal_0": "videoseal_0.0"}  # name of a recipe -> card, where they differ
 ONNX = [name for name in RECIPES if "_onnx_" in name]
-TFLITE = [name for name in RECIPES if name not in {"demo", "face_landmarker_int8", *SUPERRES, *ONNX}]  # a checkpoint to TFLite
+EMBEDDERS = ["videoseal_embedder_int8", "chunkyseal_embedder_int8"]
+OTHERS = {"demo", "face_landmarker_int8", *SUPERRES, *ONNX, *EMBEDDERS}
+TFLITE = [name for name in RECIPES if name not in OTHERS]  # a checkpoint's detector to TFLite
 FACE = ("--bundle", "face_landmarker.task", "--photos", "photos")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -107,7 +109,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_promised_sessions_are_there() -> None:
     detectors = {"demo", "chunkyseal_int8", "chunkyseal_fp16", "videoseal_int8", "videoseal_fp16", "pixelseal_int8"}
     detectors |= {"videoseal_0_int8"}
-    assert set(RECIPES) == {*detectors, "face_landmarker_int8", *SUPERRES, "videoseal_onnx_int8", "chunkyseal_onnx_int8"}
+    detectors |= {"videoseal_onnx_int8", "chunkyseal_onnx_int8"}
+    assert set(RECIPES) == {*detectors, "face_landmarker_int8", *SUPERRES, *EMBEDDERS}
     chores = {"tests", "lint", "typecheck", "bench", "faults", "fuzz", "train_miniseal", "train_minisr"}
     assert SESSIONS.keys() == {*RECIPES, *noxfile.TOOLS, *chores}
 
@@ -269,7 +272,55 @@ def test_with_extracted_weights_it_is_the_real_thing(project: Path) -> None:
     assert extract["output"] == convert["checkpoint"] == folder / "chunkyseal_detector.safetensors"
     assert not convert["rehearsal"]
     assert quantize["output"] == folder / "chunkyseal_detector_chunkyseal_256_int8.tflite"
+    assert session.lines()[-1].values["messages"] is None
+    assert [warning.partition(":")[0] for warning in session.warnings] == ["no embedder"]
+
+
+@pytest.mark.parametrize("name", ["chunkyseal_int8", "videoseal_onnx_int8"])
+def test_with_a_full_checkpoint_photos_are_marked_and_the_bits_read_right_are_compared(name: str, project: Path) -> None:
+    folder, model = Path("models/out") / name, name.partition("_")[0]
+    folder.mkdir(parents=True)
+    for component in ("detector", "embedder"):
+        (folder / f"{model}_{component}.safetensors").touch()
+    session = run_session(name, "--checkpoint", "full.pth", "--images", "photos")
+    steps = {line.step: line.values for line in session.lines()}
+    *_, extract, mark, compare = (line.values for line in session.lines())
+    assert (extract["component"].value, extract["allow_missing"]) == ("embedder", True)
+    assert mark["source"] == Path("photos")
+    assert mark["embedder"] == extract["output"] == folder / f"{model}_embedder.safetensors"
+    assert mark["card"] == model
+    assert compare["messages"] == mark["output"] / "messages.json"
+    assert read_gates(compare["gates"], compare["gate"])["max_accuracy_drop"] == 0.005
+    assert (mark["samples"], compare["samples"]) == ((4, 4) if model == "chunkyseal" else (None, None))
+    assert "prepare_calibration" not in steps or steps["prepare_calibration"]["sources"] == [Path("photos")]
     assert not session.warnings
+
+
+@pytest.mark.parametrize("name", EMBEDDERS)
+def test_an_embedders_recipe_is_a_rehearsal_or_ends_in_both_ends(name: str, project: Path) -> None:
+    model, folder = name.partition("_")[0], Path("models/out") / name
+    session = run_session(name)
+    extract, convert, verify, compare = (line.values for line in session.lines())
+    assert extract["component"].value == "embedder"
+    assert convert["rehearsal"]
+    assert convert["quantize"].value == "int8"
+    assert convert["output"] == verify["model"] == compare["candidates"][0]
+    assert compare["reference"] == folder / f"{model}_embedder_{model}_rehearsal_256.tflite"
+    gates = load_card(model).gates["embedder_int8"]
+    assert read_gates(compare["gates"], compare["gate"])["max_size_mb"] == gates.max_size_mb
+    assert session.warnings[0].startswith("REHEARSAL")
+    for component in ("detector", "embedder"):
+        (folder / f"{model}_{component}.safetensors").touch()
+    *_, ends = (line.values for line in run_session(name, "--checkpoint", "full.pth").lines())
+    assert (ends["reference"], ends["model"]) == (folder / f"{model}_detector.safetensors", model)
+    assert ends["embedder"] == [folder / f"{model}_embedder_{model}_256{end}.tflite" for end in ("", "_int8")]
+    assert read_gates(ends["gates"], ends["gate"]) == {"max_marking_drop": 0.005}
+
+
+def test_a_named_checkpoint_without_the_component_is_an_error_and_no_rehearsal(project: Path) -> None:
+    for name, component in (("videoseal_int8", "detector"), ("videoseal_embedder_int8", "embedder")):
+        extract = run_session(name, "--checkpoint", "mine.pth").lines()[0].values
+        assert (extract["component"].value, extract["allow_missing"]) == (component, False)
 
 
 def test_the_demo_makes_all_precisions_and_compares_them_on_true_messages(project: Path) -> None:

@@ -53,6 +53,7 @@ Crf = Annotated[int, typer.Option(min=0, max=51, help="Of videos: 0 loses nothin
 Text = Annotated[
     str, typer.Option("--message", help="Hexadecimal or binary digits, or text; random: another one for each image, by --seed.")
 ]
+Samples = Annotated[int | None, typer.Option(min=1, help="Images of a folder; default: all.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of random messages.")]
 OutputPath = Annotated[
     Path, typer.Option("--output", "-o", help="A .png file; of a folder, a folder; of a video, .mp4, .mov or .mkv.")
@@ -200,6 +201,7 @@ def mark(
     embedder: Embedder,
     card: CardName = None,
     message: Text = RANDOM,
+    samples: Samples = None,
     seed: Seed = 0,
     crf: Crf = CRF,
     threads: Threads = None,
@@ -212,7 +214,7 @@ def mark(
         ToolError: No image or video, no embedder, a message of another length, or a place that can't be written.
     """
     described, is_folder = describe_embedder(embedder, card), source.is_dir()
-    files = image_files(source) if is_folder else [source]
+    files = image_files(source)[:samples] if is_folder else [source]
     bits = _messages(message, described.nbits, seed, len(files))
     names = _names(files, source, bits) if is_folder else [output.name]
     _require_target(source, output, names)

@@ -1,6 +1,7 @@
 """Samples for any model: made-up inputs, and images as the model takes them."""
 
 import functools
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,16 +159,23 @@ def guess_inputs(source: Source, specs: Sequence[TensorSpec], threads: int, hint
 def image_sample(specs: list[TensorSpec], pixels: Pixels, guess: Guess = GUESSES[0]) -> dict[str, NDArray[Any]]:
     """Return pixels as the one image input of a model, in the range of `guess`, stretched where it takes one size only.
 
-    Of several signatures each that takes one image gets it; inputs of the others are made up.
+    Of several signatures each that takes one image gets it; inputs of the others are made up, and so is an embedder's message: each
+    image has its own.
 
     Raises:
         ChildError: The model takes something else.
     """
-    given = [sample for group in by_signature(specs) if (sample := _as_image(group, pixels, guess.pixel_range))]
+    given = [sample for group in by_signature(specs) if (sample := _as_image(_but_message(group), pixels, guess.pixel_range))]
     if not given:
         raise ChildError(f"it takes {describe(specs)}, not one image; compare it on made-up samples, or give an .npz")
     merged = {name: values for sample in given for name, values in sample.items()}
-    return complete_inputs(merged, specs, 0, guess)
+    seed = zlib.crc32(pixels.tobytes()) if any(spec.own_name == MESSAGE_INPUT for spec in specs) else 0
+    return complete_inputs(merged, specs, seed, guess)
+
+
+def _but_message(specs: list[TensorSpec]) -> list[TensorSpec]:
+    """Return the inputs of a signature without an embedder's message."""
+    return [spec for spec in specs if spec.own_name != MESSAGE_INPUT]
 
 
 def _as_image(specs: list[TensorSpec], pixels: Pixels, pixel_range: tuple[float, float]) -> dict[str, NDArray[Any]] | None:

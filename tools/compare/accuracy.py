@@ -19,7 +19,7 @@ from shared.media.images import Pixels, read_pixels
 from shared.metrics import metrics
 from shared.runtime.benchmark import Inputs
 from shared.runtime.samples import image_sample
-from shared.watermark.message import Labelled, chance_of_agreement
+from shared.watermark.message import Labelled, chance_of_agreement, read_messages
 
 CLEAN = "none"  # the name of no attack
 CHANCE = 0.001  # p-value above which a detector's bits are taken for coin tosses
@@ -122,13 +122,30 @@ def largest_drop(reference: Accuracy, candidate: Accuracy) -> float | None:
     return max((drop for drop, is_chance in drops if not is_chance or drop > luck), default=None)
 
 
-def labelled_inputs(labelled: Sequence[Labelled], attacks: Sequence[Attack | None]) -> list[Inputs]:
-    """Return how to make each sample, attack by attack, image by image; random parts of an attack differ from image to image."""
+def choose_labelled(messages: Path | None, samples: int | None) -> list[Labelled]:
+    """Return the labelled images, the first `samples` of the marked and of the unmarked where there is a limit."""
+    if messages is None:
+        return []
+    images = read_messages(messages.absolute())
+    marked = [image for image in images if image.message is not None][:samples]
+    if not marked:
+        raise ToolError("no image carries a message", where=messages)
+    return marked + [image for image in images if image.message is None][:samples]
+
+
+def labelled_inputs(labelled: Sequence[Labelled], attacks: Sequence[Attack | None], photos: int | None = None) -> list[Inputs]:
+    """Return how to make each sample, attack by attack, image by image; random parts of an attack differ from image to image.
+
+    Args:
+        labelled: The images.
+        attacks: What they meet.
+        photos: After so many images the same photos come again, marked by another embedder; they meet the very same attacks.
+    """
 
     @lru_cache(maxsize=1)  # models in turns ask for the same sample one after the other
     def attacked(number: int, attack: Attack | None) -> Pixels:
         pixels = read_pixels(labelled[number].file)
-        return pixels if attack is None else replace(attack, seed=number)(pixels)
+        return pixels if attack is None else replace(attack, seed=number % (photos or len(labelled)))(pixels)
 
     def sample(number: int, attack: Attack | None) -> Inputs:
         return lambda specs: image_sample(specs, attacked(number, attack))

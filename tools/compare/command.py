@@ -4,12 +4,14 @@ Example:
     python -m tools.compare model.tflite model_int8.tflite --gate min_cosine=0.999 --gate min_speedup=1.5
 
 TFLite, ONNX and torch (a checkpoint, with --model) in any mix. With --messages a detector's outputs are compared with the true
-messages too; models that make images are compared image by image, with --ground-truth against what they should make.
+messages too, with --embedder on photos that each embedder marks; models that make images are compared image by image, with
+--ground-truth against what they should make.
 """
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,7 @@ from rich.console import RenderableType
 from shared.calibration.dataset import RANGES
 from shared.command.cli import to_json
 from shared.command.errors import DamagedError, ToolError
-from shared.command.options import InputRange, Overwrite, Refresh, Seed, Threads
+from shared.command.options import Overwrite, Refresh, Seed, Threads
 from shared.command.resources import cpu_count, cpu_name
 from shared.files import artifacts
 from shared.files.plan import Plan, Product, is_same, require_report_free
@@ -33,42 +35,35 @@ from shared.media.attacks import Attack
 from shared.networks.card import load_card
 from shared.runtime.benchmark import sample_count
 from shared.runtime.model import DetectorCheckpoint, Source
-from shared.runtime.samples import Guess
-from tools.compare.accuracy import parse_attacks
+from shared.runtime.samples import PHOTOS, Guess
+from tools.compare.accuracy import choose_labelled, parse_attacks
 from tools.compare.comparison import Findings
-from tools.compare.gates import GATES, read_gates, require_measurable
-from tools.compare.image_quality import find_truths
-from tools.compare.task import CompareTask, choose_guess, choose_labelled, choose_samples, message_length
+from tools.compare.gates import read_gates, require_measurable
+from tools.compare.image_quality import find_truths, images_at
+from tools.compare.matrix import mark_photos
+from tools.compare.options import (
+    Alternatives,
+    Attacks,
+    Bits,
+    CardGates,
+    CardName,
+    Embedders,
+    Gate,
+    GroundTruth,
+    Html,
+    Images,
+    Messages,
+    Output,
+    PixelRange,
+    Runs,
+    Samples,
+    require_sense,
+)
+from tools.compare.task import CompareTask, choose_guess, choose_samples, message_length
 
 PACKAGES = ("ai-edge-litert", "onnxruntime", "torch", "numpy", "pillow", "scikit-image")
+MOST_PHOTOS = 16  # to be marked
 ALL = 10**6  # samples; with a ground truth every image counts
-
-Alternatives = Annotated[
-    list[Path] | None, typer.Option("--alternative", help="A further candidate that may break gates; can be repeated.")
-]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the comparison as JSON.")]
-Html = Annotated[Path | None, typer.Option(help="Also write the comparison as one HTML page.")]
-CardName = Annotated[str | None, typer.Option(help="Model card of a reference that is a checkpoint.")]
-Images = Annotated[Path | None, typer.Option(help="Image, folder, pattern, calibration manifest or .npz; default: seeded samples.")]
-GroundTruth = Annotated[
-    Path | None, typer.Option(help="Folder or pattern of what --images should become, by name; for super-resolution.")
-]
-PixelRange = Annotated[
-    InputRange | None, typer.Option(help="Range of the models' images; default: as the reference's metadata says, else 0..1.")
-]
-Messages = Annotated[Path | None, typer.Option(help="JSON file of images and their messages; in place of --images.")]
-Attacks = Annotated[
-    str | None, typer.Option(help="What images of --messages meet: standard (default), none, or as jpeg-50,crop-0.9.")
-]
-Samples = Annotated[
-    int | None, typer.Option(min=1, help="Inputs; default: 16 images, 8 seeded samples, fewer for large models, all of --messages.")
-]
-Runs = Annotated[int | None, typer.Option(min=1, help="Timed runs per model; default: as many as fit in two seconds, at least 3.")]
-Bits = Annotated[int | None, typer.Option(min=1, help="Message bits of detectors without our metadata.")]
-CardGates = Annotated[str | None, typer.Option("--gates", metavar="CARD:RECIPE", help="Gates of a model card.")]
-Gate = Annotated[
-    list[str] | None, typer.Option("--gate", metavar="NAME=VALUE", help=f"A gate; repeatable. NAME is one of {', '.join(GATES)}.")
-]
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ class Comparison:
 
 def _sources(given: Mapping[str, Any]) -> list[Source]:
     """Return the reference and all candidates, each checked as far as that does not need to run it."""
-    paths = [*given["candidates"], *(given["alternatives"] or ())]
+    paths = [*(given["candidates"] or ()), *(given["alternatives"] or ())]
     if twice := next((path for number, path in enumerate(paths) if path in paths[:number]), None):
         raise ToolError("a candidate is named twice", where=twice)
     card = None if given["model"] is None else load_card(given["model"])
@@ -111,15 +106,29 @@ def _files(source: Source) -> list[Path]:
         return [source.path]
 
 
-def _task(given: Mapping[str, Any], attacks: Sequence[Attack]) -> CompareTask:
-    """Return what is compared, from the command's parameters."""
-    sources = _sources(given)
-    labelled = choose_labelled(given["messages"], given["samples"])
+@contextlib.contextmanager
+def _marked_folder(given: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield the folder for marked photos: next to the JSON file, else a temporary one."""
+    output = given["output"]
+    if given["embedder"] and output is not None:
+        yield output.with_name(f"{output.stem}_marked")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _task(given: Mapping[str, Any], attacks: Sequence[Attack], folder: Path) -> CompareTask:
+    """Return what is compared, from the command's parameters; photos are marked into `folder`."""
+    sources, threads = _sources(given), given["threads"] or cpu_count()
+    marked = None
+    if given["embedder"]:
+        photos = images_at(given["images"] or PHOTOS)[: given["samples"] or MOST_PHOTOS]
+        marked = mark_photos(given["embedder"], given["model"], photos, folder, threads)
+    labelled = marked.of(0) if marked else choose_labelled(given["messages"], given["samples"])
     images, truth = given["images"], given["ground_truth"]
     count = given["samples"] or (ALL if truth else sample_count(sources[0].size_bytes, is_seeded=images is None))
     known = RANGES[given["input_range"]] if given["input_range"] else _declared(sources[0])
     guess = _hinted(sources[0], known)
-    threads = given["threads"] or cpu_count()
     guess = choose_guess(sources[0], threads, guess, is_made_up=images is None and not labelled)
     inputs, files = choose_samples(images, labelled, seed=given["seed"], count=count, guess=guess)
     return CompareTask(
@@ -135,6 +144,7 @@ def _task(given: Mapping[str, Any], attacks: Sequence[Attack]) -> CompareTask:
         attacks=[None, *attacks],
         pixel_range=guess.pixel_range,
         is_range_known=known is not None,
+        marked=marked,
     )
 
 
@@ -157,7 +167,7 @@ def _hinted(source: Source, known: tuple[float, float] | None) -> Guess:
 
 def compare(
     reference: Annotated[Path, typer.Argument(help="A .tflite or .onnx model, or a checkpoint with --model.")],
-    candidates: Annotated[list[Path], typer.Argument(help="One or more .tflite or .onnx models.")],
+    candidates: Annotated[list[Path] | None, typer.Argument(help="One or more .tflite or .onnx models.")] = None,
     *,
     alternatives: Alternatives = None,
     output: Output = None,
@@ -167,6 +177,7 @@ def compare(
     ground_truth: GroundTruth = None,
     input_range: PixelRange = None,
     messages: Messages = None,
+    embedder: Embedders = None,
     attacks: Attacks = None,
     samples: Samples = None,
     runs: Runs = None,
@@ -187,12 +198,21 @@ def compare(
     """
     given = locals()
     limits = read_gates(gates, gate or ())
-    _require_sense(given)
-    met = parse_attacks("standard" if attacks is None else attacks) if messages else []
-    require_measurable(limits, met, has_messages=messages is not None, has_ground_truth=ground_truth is not None)
-    task = _task(given, met)
+    require_sense(given)
+    has_marks = messages is not None or embedder is not None
+    met = parse_attacks("standard" if attacks is None else attacks) if has_marks else []
+    require_measurable(limits, met, has_messages=has_marks, has_ground_truth=ground_truth is not None, has_embedders=bool(embedder))
+    with _marked_folder(given) as folder:
+        return _compare(given, _task(given, met, folder), limits)
+
+
+def _compare(given: Mapping[str, Any], task: CompareTask, limits: Mapping[str, float]) -> Comparison:
+    """Run the task and write what is asked for."""
+    messages, images, html, output = given["messages"], given["images"], given["html"], given["output"]
+    overwrite, refresh = given["overwrite"], given["refresh"]
     read = [*(file for source in task.sources for file in _files(source)), *([messages] if messages else []), *task.pictures()]
     read += [images] if images is not None and images.suffix == ".npz" else []
+    read += given["embedder"] or []
     if html is not None:
         _require_page_free(html, output, read, overwrite=overwrite, refresh=refresh)
     plan = None if output is None else _plan(given, task, limits, read)
@@ -216,6 +236,7 @@ def _plan(given: Mapping[str, Any], task: CompareTask, gates: Mapping[str, float
         "alternatives": task.alternatives,
         "pixel_range": list(task.pixel_range),
         "truths": len(task.truths),
+        "embedders": len(given["embedder"] or ()),
         "attacks": [attack.name for attack in task.attacks if attack],
         "files": [str(path.resolve()) for path in read],
     }
@@ -229,16 +250,6 @@ def _plan(given: Mapping[str, Any], task: CompareTask, gates: Mapping[str, float
         refresh=given["refresh"],
         is_report=True,
     )
-
-
-def _require_sense(given: Mapping[str, Any]) -> None:
-    """Raise ToolError for options that contradict each other."""
-    if given["images"] is not None and given["messages"] is not None:
-        raise ToolError("--images and --messages both say which images", remedy="leave out --images")
-    if given["ground_truth"] is not None and given["images"] is None:
-        raise ToolError("--ground-truth needs the images to make it from", remedy="give --images")
-    if given["attacks"] is not None and given["messages"] is None:
-        raise ToolError("--attacks needs images whose messages are known", remedy="give --messages FILE")
 
 
 def _require_page_free(html: Path, output: Path | None, read: Sequence[Path], *, overwrite: bool, refresh: bool) -> None:

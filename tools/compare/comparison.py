@@ -1,7 +1,7 @@
 """What a comparison found: the object that compare's table, JSON and HTML page are made from."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import RenderableType
@@ -12,51 +12,12 @@ from shared.metrics.gates import GateResult
 from shared.metrics.output_error import OutputError, size_of
 from shared.runtime.benchmark import Measurement
 from tools.compare.accuracy import Accuracy
-from tools.compare.image_quality import TruthScores
+from tools.compare.image_quality import ImageFindings, ImageTask, TruthScores
+from tools.compare.matrix import Matrix, matrix_tables
 
 UNDER = "bits read right under"
 SHOWN_OUTPUTS = 8  # rows of single outputs; the JSON has all
 CHANCE_NOTE = " (chance)"  # the reference reads no better than a coin
-
-
-@dataclass(frozen=True)
-class ImageFindings:
-    """How good the images are that a candidate makes.
-
-    Args:
-        psnr_db: Against the reference's, over all samples together.
-        worst_psnr_db: Of the worst sample.
-        ssim: Mean over the samples; None where one is too small.
-        truth: Against the truth, where that is known.
-        samples: PSNR against the reference's, of each sample.
-    """
-
-    psnr_db: float
-    worst_psnr_db: float
-    ssim: float | None
-    truth: TruthScores | None
-    samples: list[float]
-
-
-@dataclass(frozen=True)
-class ImageTask:
-    """The images that went in, where models make images.
-
-    Args:
-        files: One for each sample; empty for seeded samples.
-        truths: What each should become, where known.
-        reference: How near the reference's are to that.
-        bicubic: How near plain enlargement is.
-        pixel_range: What 0 and 255 become in the models' inputs.
-        output_range: What they are in the images that the models make.
-    """
-
-    files: list[Path]
-    truths: list[Path]
-    reference: TruthScores | None
-    bicubic: TruthScores | None
-    pixel_range: tuple[float, float] = (0.0, 1.0)
-    output_range: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -131,6 +92,7 @@ class Findings:
     smallest: Path | None = None
     fastest: Path | None = None
     images: ImageTask | None = None
+    matrix: Matrix | None = None
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -139,8 +101,8 @@ class Findings:
 
     @property
     def ok(self) -> bool:
-        """Whether every candidate that is no alternative ran and kept every gate."""
-        return all(candidate.is_inside or candidate.is_alternative for candidate in self.candidates)
+        """Whether every candidate that is no alternative ran and kept every gate, and the embedders theirs."""
+        return (self.matrix is None or self.matrix.ok) and all(one.is_inside or one.is_alternative for one in self.candidates)
 
     def tables(self) -> Iterator[RenderableType]:
         """Yield the tables and sentences for a terminal."""
@@ -156,6 +118,8 @@ class Findings:
                 title = condition.attack + CHANCE_NOTE * self.accuracy.is_chance(condition)
                 attacks.add_row(title, f"{condition.bit_accuracy:.2%}", *values)
             yield attacks
+        if self.matrix is not None:
+            yield from matrix_tables(self.matrix)
         gates = Table("candidate", "gate", "value", "limit", "")
         for name, candidate in zip(names[1:], self.candidates, strict=True):
             broken = "outside" if candidate.is_alternative else "FAILED"
@@ -186,10 +150,15 @@ class Findings:
             if not (candidate.is_inside or candidate.is_alternative)
         ]
         broken = [f"{label} {gate.name}" for label, candidate in failed for gate in candidate.gates if not gate.ok]
+        broken += [f"embedders {gate.name}" for gate in (self.matrix.gates if self.matrix else []) if not gate.ok]
         broken += [f"{label} {candidate.problem}" for label, candidate in failed if candidate.problem is not None]
         if broken:
             return f"FAILED: {'; '.join(broken)}"
-        return "every gate kept" if any(candidate.gates for candidate in self.candidates) else "no gates set"
+        return (
+            "every gate kept"
+            if any(one.gates for one in self.candidates) or (self.matrix and self.matrix.gates)
+            else "no gates set"
+        )
 
     def how(self) -> str:
         """Return in one line how it was measured."""
@@ -207,6 +176,14 @@ class Findings:
         if smallest == fastest:
             return [f"recommended: {smallest}, the smallest and the fastest inside the gates"]
         return [f"recommended: {smallest}, the smallest inside the gates; {fastest} is the fastest"]
+
+
+def recommend(findings: Findings) -> Findings:
+    """Name the best of several candidates inside all gates."""
+    inside = [(c.size_bytes, c.measurement.median_ms, c.path) for c in findings.candidates if c.is_inside and c.measurement]
+    if len(findings.candidates) < 2 or not inside:
+        return findings
+    return replace(findings, smallest=min(inside)[2], fastest=min(inside, key=lambda found: found[1])[2])
 
 
 def _accuracy_under(candidate: Candidate, attack: str) -> str:
@@ -288,13 +265,12 @@ def _image_rows(task: ImageTask) -> Iterator[tuple[str, str, Callable[[Candidate
         return "-" if scores is None else f"{scores.psnr_db:.2f} dB ({scores.psnr_db - plain.psnr_db:+.2f} to bicubic)"
 
     yield "luma PSNR to the truth", against(reference), of_images(lambda i: against(i.truth))
-    similar = "-" if reference.ssim is None else f"{reference.ssim:.4f}"
-    yield (
-        "luma SSIM to the truth",
-        similar,
-        of_images(lambda i: "-" if not i.truth or i.truth.ssim is None else f"{i.truth.ssim:.4f}"),
-    )
+    yield "luma SSIM to the truth", _similar(reference), of_images(lambda i: _similar(i.truth))
+
+
+def _similar(scores: TruthScores | None) -> str:
+    return "-" if scores is None or scores.ssim is None else f"{scores.ssim:.4f}"
 
 
 def _change(reduction: float) -> str:
-    return f"{reduction:.1%} smaller" if reduction >= 0 else f"{-reduction:.1%} larger"
+    return f"{abs(reduction):.1%} {'smaller' if reduction >= 0 else 'larger'}"

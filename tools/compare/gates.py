@@ -9,14 +9,17 @@ from shared.command.resources import MIB
 from shared.media.attacks import Attack
 from shared.metrics.gates import GateResult, check_gate, parse_gates
 from shared.networks.card import load_card
+from tools.compare import matrix
 from tools.compare.accuracy import Accuracy, largest_drop
-from tools.compare.comparison import Candidate, ImageTask
+from tools.compare.comparison import Candidate
+from tools.compare.image_quality import ImageTask
 
 UNDER = "min_accuracy_under"  # followed by a colon and the attack
 OF_OUTPUTS = ("min_cosine", "max_error")  # may be followed by a colon and the name of an output, then they are for it alone
 OF_MESSAGES = ("min_bit_accuracy", UNDER, "max_accuracy_drop", "min_auc")
 OF_GROUND_TRUTH = ("max_psnr_drop", "min_psnr_gain")
-SHARES = ("min_bit_agreement", "min_cosine", *OF_MESSAGES, "min_ssim")  # from 0 to 1
+OF_MARKING = matrix.GATES  # of --embedder
+SHARES = ("min_bit_agreement", "min_cosine", *OF_MESSAGES, "min_ssim", "max_marking_drop")  # from 0 to 1
 GATES = (
     "min_bit_agreement",
     "min_cosine",
@@ -28,6 +31,7 @@ GATES = (
     "min_psnr",
     "min_ssim",
     *OF_GROUND_TRUTH,
+    *OF_MARKING,
 )
 
 
@@ -60,14 +64,21 @@ def flat_gates(table: Mapping[str, Any]) -> dict[str, float]:
 
 
 def require_measurable(
-    gates: Mapping[str, float], attacks: Sequence[Attack], *, has_messages: bool, has_ground_truth: bool
+    gates: Mapping[str, float],
+    attacks: Sequence[Attack],
+    *,
+    has_messages: bool,
+    has_ground_truth: bool,
+    has_embedders: bool = False,
 ) -> None:
     """Raise ToolError for gates on values that are not measured, and for limits that no value can have."""
     names = [attack.name for attack in attacks]
     for name, limit in gates.items():
         kind, colon, attack = name.partition(":")
-        if kind in OF_MESSAGES and not has_messages:
+        if kind in OF_MESSAGES and not (has_messages or has_embedders):
             raise ToolError(f"--gate {kind} needs images whose messages are known", remedy="give --messages FILE")
+        if kind in OF_MARKING and not has_embedders:
+            raise ToolError(f"--gate {kind} needs embedders", remedy="give --embedder FILE")
         if kind in OF_GROUND_TRUTH and not has_ground_truth:
             raise ToolError(f"--gate {kind} needs the ground truth", remedy="give --images and --ground-truth")
         if kind == UNDER and attack not in names:
@@ -104,7 +115,7 @@ def check_gates(
             values[name] = accuracy.under(part).bit_accuracy if accuracy else None
         elif part:
             values[name] = _of_output(candidate, kind, part)
-    return [check_gate(name, values[name], limit) for name, limit in gates.items()]
+    return [check_gate(name, values[name], limit) for name, limit in gates.items() if name not in OF_MARKING]
 
 
 def _of_output(candidate: Candidate, kind: str, output: str) -> float | None:

@@ -53,6 +53,46 @@ class TruthScores:
     images: list[ImageScore]
 
 
+@dataclass(frozen=True)
+class ImageFindings:
+    """How good the images are that a candidate makes.
+
+    Args:
+        psnr_db: Against the reference's, over all samples together.
+        worst_psnr_db: Of the worst sample.
+        ssim: Mean over the samples; None where one is too small.
+        truth: Against the truth, where that is known.
+        samples: PSNR against the reference's, of each sample.
+    """
+
+    psnr_db: float
+    worst_psnr_db: float
+    ssim: float | None
+    truth: TruthScores | None
+    samples: list[float]
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """The images that went in, where models make images.
+
+    Args:
+        files: One for each sample; empty for seeded samples.
+        truths: What each should become, where known.
+        reference: How near the reference's are to that.
+        bicubic: How near plain enlargement is.
+        pixel_range: What 0 and 255 become in the models' inputs.
+        output_range: What they are in the images that the models make.
+    """
+
+    files: list[Path]
+    truths: list[Path]
+    reference: TruthScores | None
+    bicubic: TruthScores | None
+    pixel_range: tuple[float, float] = (0.0, 1.0)
+    output_range: tuple[float, float] = (0.0, 1.0)
+
+
 def find_truths(files: Sequence[Path], folder: Path) -> list[Path]:
     """Return for each image the one in a folder that it should become: of its name, or of the longest that its name begins with.
 

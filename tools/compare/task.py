@@ -25,11 +25,21 @@ from shared.runtime.model import Source, open_model
 from shared.runtime.processes import ChildError
 from shared.runtime.samples import Guess, complete_inputs, guess_inputs, image_sample, sample_inputs
 from shared.runtime.speed import describe_speed, speedup
-from shared.watermark.message import Labelled, read_messages
+from shared.watermark.message import Labelled
 from tools.compare.accuracy import Accuracy, labelled_inputs, read_accuracy
-from tools.compare.comparison import Candidate, Findings, ImageFindings, ImageTask
+from tools.compare.comparison import Candidate, Findings, recommend
 from tools.compare.gates import check_gates
-from tools.compare.image_quality import TruthScores, as_image, bicubic_scores, images_at, score, score_against_truth
+from tools.compare.image_quality import (
+    ImageFindings,
+    ImageTask,
+    TruthScores,
+    as_image,
+    bicubic_scores,
+    images_at,
+    score,
+    score_against_truth,
+)
+from tools.compare.matrix import MarkedPhotos
 
 Array = NDArray[Any]
 
@@ -50,6 +60,7 @@ class CompareTask:
         labelled: The images whose messages are known.
         attacks: None, then what these meet too.
         pixel_range: What 0 and 255 become in the models' inputs.
+        marked: The photos that embedders marked, where these are compared, too.
         is_range_known: Whether somebody said so; then it holds for the images they make, too.
     """
 
@@ -65,15 +76,18 @@ class CompareTask:
     attacks: list[Attack | None]
     pixel_range: tuple[float, float] = (0.0, 1.0)
     is_range_known: bool = True
+    marked: MarkedPhotos | None = None
 
     def pictures(self) -> list[Path]:
         """Return every image that is read or shown, once."""
         originals = [image.original for image in self.labelled if image.original is not None]
-        return list(dict.fromkeys([*self.files, *self.truths, *(image.file for image in self.labelled), *originals]))
+        known = [] if self.marked else [*self.files, *(image.file for image in self.labelled)]  # else made here
+        return list(dict.fromkeys([*known, *self.truths, *originals]))
 
     def find(self, gates: Mapping[str, float]) -> Findings:
         """Run all models and compare them."""
-        further = labelled_inputs(self.labelled, self.attacks) if self.labelled else []
+        labelled = self.marked.labelled if self.marked else self.labelled
+        further = labelled_inputs(labelled, self.attacks, len(self.labelled)) if labelled else []
         done = run_benchmark(self.sources, Protocol(self.samples, self.threads, self.runs, further))
         first, *others = done.runs
         reference = self.sources[0].path
@@ -85,13 +99,17 @@ class CompareTask:
             accuracy, images = self._accuracy(first), self._image_task(first)
         except ValueError as error:
             raise ToolError("the reference's answers can't be read", where=reference, got=error) from None
-        compared = [self._against(first, number, run) for number, run in enumerate(others, start=1)]
-        compared = [replace(one, gates=check_gates(gates, one, accuracy, images)) for one in compared]
+        found = (self._against(first, number, run) for number, run in enumerate(others, start=1))
+        compared = [replace(one, gates=check_gates(gates, one, accuracy, images)) for one in found]
         if self.truths and images is None:
             raise ToolError("--ground-truth is for models that make images", where=reference, remedy="leave it out")
-        count = len(self.samples)
-        found = Findings(first.measurement, accuracy, compared, count, self.threads, done.interleaved, cpu_name(), images=images)
-        return _recommend(found)
+        how = (len(self.samples), self.threads, done.interleaved, cpu_name())
+        findings = Findings(first.measurement, accuracy, compared, *how, images=images)
+        if self.marked is not None:
+            answers = [None if isinstance(run, ChildError) else self._accuracies(run) for run in done.runs]
+            matrix = self.marked.matrix([source.path for source in self.sources], answers)
+            findings = replace(findings, matrix=matrix.checked(gates))
+        return recommend(findings)
 
     def _against(self, reference: ModelRun, number: int, run: ModelRun | ChildError) -> Candidate:
         """Compare the candidate of that number, counted from 1, with the reference, without gates."""
@@ -137,9 +155,14 @@ class CompareTask:
 
     def _accuracy(self, run: ModelRun) -> Accuracy | None:
         """Return what a model read on the labelled images."""
-        if not self.labelled:
-            return None
-        return read_accuracy(self.labelled, self.attacks, [outputs[0] for outputs in run.further_outputs])
+        return next(iter(self._accuracies(run)), None)
+
+    def _accuracies(self, run: ModelRun) -> list[Accuracy]:
+        """Return what a model read on the images of each embedder; of labelled ones once, else never."""
+        answers = [outputs[0] for outputs in run.further_outputs]
+        if self.marked is None:
+            return [read_accuracy(self.labelled, self.attacks, answers)] if self.labelled else []
+        return self.marked.read(answers, self.attacks)
 
     def _images(self, reference: ModelRun, run: ModelRun, errors: Sequence[OutputError]) -> ImageFindings | None:
         """Return how good a model's images are, where it makes any and its reference does."""
@@ -186,14 +209,6 @@ def _bit_agreement(reference: list[list[Array]], candidate: list[list[Array]], n
     if one.shape[1:] != (1 + nbits,):
         raise ValueError(f"the output {one.shape[1:]} holds no message of {nbits} bits")
     return metrics.bit_agreement(one, other)
-
-
-def _recommend(findings: Findings) -> Findings:
-    """Name the best of several candidates inside all gates."""
-    inside = [(c.size_bytes, c.measurement.median_ms, c.path) for c in findings.candidates if c.is_inside and c.measurement]
-    if len(findings.candidates) < 2 or not inside:
-        return findings
-    return replace(findings, smallest=min(inside)[2], fastest=min(inside, key=lambda found: found[1])[2])
 
 
 def choose_samples(
@@ -262,17 +277,6 @@ def _from_arrays(specs: list[TensorSpec], file: Path, number: int, guess: Guess)
 @lru_cache(maxsize=4)
 def _arrays(specs: tuple[TensorSpec, ...], file: Path) -> list[dict[str, Array]]:
     return list(CalibrationSet(file).samples(list(specs)))
-
-
-def choose_labelled(messages: Path | None, samples: int | None) -> list[Labelled]:
-    """Return the labelled images, the first `samples` of the marked and of the unmarked where there is a limit."""
-    if messages is None:
-        return []
-    images = read_messages(messages.absolute())
-    marked = [image for image in images if image.message is not None][:samples]
-    if not marked:
-        raise ToolError("no image carries a message", where=messages)
-    return marked + [image for image in images if image.message is None][:samples]
 
 
 def message_length(bits: int | None, labelled: Sequence[Labelled], sources: Sequence[Source]) -> int | None:

@@ -10,7 +10,7 @@ from shared.networks.card import Card
 from shared.runtime.processes import Arrays, Message
 from shared.runtime.worker import IMAGE_INPUT, MESSAGE_INPUT
 from tools.convert_detector import export_onnx, export_tflite, seeded_weights
-from tools.convert_embedder.request import EmbedderForm
+from tools.convert_embedder.request import EmbedderForm, require_embedder
 
 NAMES = "shared.embedder"  # module of the network's classes in the names of tensors; rules and ledgers match these
 
@@ -57,11 +57,12 @@ def convert(message: Message) -> Message:
     require_match(state, shapes, weights)
     require_sound(state, weights, integers=True)
     casts = sorted({str(value.dtype) for value in state.values() if value.is_floating_point()} - {"torch.float32"})
-    network = build_folded_on_meta(card)
+    is_mapped = message["format"] == "tflite"
+    network = build_folded_on_meta(card, is_mapped=is_mapped)
     wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    write_safetensors(folded, wanted, fold(wanted, state.__getitem__))
+    write_safetensors(folded, wanted, fold(wanted, state.__getitem__, is_mapped=is_mapped))
     network.load_state_dict(open_checkpoint(folded).state, assign=True)
-    size, channels = message["image_size"], network.unet.outc.out_channels
+    size, channels = message["image_size"], require_embedder(card).channels
     if message["form"] == EmbedderForm.IMAGE:
         deployed: torch.nn.Module = Pipeline(network, card, size).eval()
         channels = 3

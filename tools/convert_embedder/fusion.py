@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from shared.networks.card import Card
 from shared.networks.embedder import TABLE, Embedder, ResidualBlock, Up, build_embedder_on_meta
@@ -18,6 +19,23 @@ Read = Callable[[str], Tensor]
 EPSILON = 1e-5  # of the batch norms
 CONVOLUTION = re.compile(r"(.*\.double_conv)\.([03])\.(weight|bias)")
 MESSAGE = "unet.msg_processor"
+
+
+class MappedConv2d(nn.Module):
+    """A convolution whose weight lies as LiteRT keeps it: (D, kH, kW, C), for C channels in and D out.
+
+    The converter turns weights of (D, C, kH, kW) around in memory, all of them at once: 4 GB for ChunkySeal's embedder. Here its
+    turning cancels against that of `forward`, and memory-mapped weights stay on disk.
+    """
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.stride, self.padding = layer.stride, layer.padding
+        self.weight = nn.Parameter(layer.weight.permute(0, 2, 3, 1).contiguous())
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.permute(0, 3, 1, 2), self.bias, self.stride, self.padding)
 
 
 class ReflectionPad(nn.Module):
@@ -31,8 +49,13 @@ class ReflectionPad(nn.Module):
         return torch.cat((x[:, :, :, 1:2], x, x[:, :, :, -2:-1]), dim=3)
 
 
-def build_folded_on_meta(card: Card) -> Embedder:
-    """Return a card's embedder without batch norms, its message table a linear layer; without memory for its weights."""
+def build_folded_on_meta(card: Card, *, is_mapped: bool = False) -> Embedder:
+    """Return a card's embedder without batch norms, its message table a linear layer; without memory for its weights.
+
+    Args:
+        card: The card, with a table [embedder].
+        is_mapped: Whether its convolutions are `MappedConv2d`.
+    """
     network = build_embedder_on_meta(card)
     sizes = card.embedder
     assert sizes is not None
@@ -48,15 +71,22 @@ def build_folded_on_meta(card: Card) -> Embedder:
         for up in network.unet.ups:
             assert isinstance(up, Up)
             up.up.upsample_block[1] = ReflectionPad()
+        if is_mapped:
+            parents = [(module, name) for module in network.modules() for name in dict(module.named_children())]
+            for parent, name in parents:
+                layer = getattr(parent, name)
+                if isinstance(layer, nn.Conv2d):
+                    setattr(parent, name, MappedConv2d(layer))
     return network.eval().requires_grad_(requires_grad=False)
 
 
-def fold(names: Iterable[str], read: Read) -> Iterator[tuple[str, Tensor]]:
+def fold(names: Iterable[str], read: Read, *, is_mapped: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of `build_folded_on_meta`'s network, float32, in the order of `names`.
 
     Args:
         names: Its keys.
         read: Returns the tensor of a key of the published embedder; called again for each use, so nothing is kept.
+        is_mapped: As of `build_folded_on_meta`.
     """
     keys = set(names := list(names))
     for name in names:
@@ -73,4 +103,6 @@ def fold(names: Iterable[str], read: Read) -> Iterator[tuple[str, Tensor]]:
                 folded = read(f"{norm}.bias").double() - scale * read(f"{norm}.running_mean").double()
         else:
             folded = read(name)
+        if is_mapped and folded.dim() == 4:
+            folded = folded.permute(0, 2, 3, 1)
         yield name, folded.to(torch.float32).contiguous()

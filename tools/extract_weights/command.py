@@ -30,10 +30,19 @@ from shared.files import artifacts
 from shared.files.atomic import new_folder
 from shared.files.file_type import regular_size
 from shared.files.plan import Plan, Product, require_place
+from shared.files.provenance import provenance_path
 from shared.networks.card import PRODUCTS, Card, load_card
 from shared.networks.checkpoint import Checkpoint, open_checkpoint, require_match, require_sound
 from tools.extract_weights.download import download as download_file
-from tools.extract_weights.weights import Contents, choose_weights, describe_contents, detector_shapes, size_bytes, write_weights
+from tools.extract_weights.weights import (
+    Contents,
+    MissingComponentError,
+    choose_weights,
+    describe_contents,
+    detector_shapes,
+    size_bytes,
+    write_weights,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +71,9 @@ ComponentOption = Annotated[Component, typer.Option("--component", help="Network
 Prefix = Annotated[str | None, typer.Option(help="Take out every key that starts with this, instead of a component.")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch the published checkpoint if it is not here.")]
 Sha256 = Annotated[str | None, typer.Option(help="Hash that the downloaded file must have; default: the hash in its card.")]
-AllowMissing = Annotated[bool, typer.Option("--allow-missing", help="Succeed, writing nothing, if there is no checkpoint.")]
+AllowMissing = Annotated[
+    bool, typer.Option("--allow-missing", help="Succeed, writing nothing, if the checkpoint or the component is missing.")
+]
 
 
 @dataclass(frozen=True)
@@ -178,8 +189,16 @@ def extract_weights(
     if dry_run:
         artifacts.end_dry_run(plan)
     require_place(plan)  # before its folder is made
-    with new_folder(target.parent):
-        product, contents = artifacts.build(plan, Contents, partial(_extract, request, target, open_once))
+    try:
+        with new_folder(target.parent):
+            product, contents = artifacts.build(plan, Contents, partial(_extract, request, target, open_once))
+    except MissingComponentError as error:
+        if not allow_missing:
+            raise
+        if target.exists():  # ours, and replaceable: that was checked before
+            target.unlink()
+            provenance_path(target).unlink(missing_ok=True)
+        return Extraction(source, None, None, f"{error}; nothing extracted")
     return Extraction(source, product, contents, _message(source, product, contents))
 
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     Weights = Mapping[str, Tensor]
 
 
+class MissingComponentError(ToolError):
+    """A checkpoint does not hold the component."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Tensors that share the first part of their keys."""
@@ -50,14 +54,16 @@ def choose_weights(checkpoint: Checkpoint, prefix: str, *, is_detector: bool) ->
         is_detector: Whether the component is the detector, which may also lie bare in the checkpoint, without a prefix.
 
     Raises:
-        ToolError: No key starts with the prefix.
+        MissingComponentError: No key starts with the prefix.
     """
     chosen = {key: tensor for key, tensor in checkpoint.state.items() if key.startswith(prefix)}
     if not chosen and is_detector:
         chosen = {prefix + key: tensor for key, tensor in select_detector(checkpoint, prefix).items()}
     if not chosen:
         groups = ", ".join(sorted({key.partition(".")[0] for key in checkpoint.state}))
-        raise ToolError(f"no key starts with '{prefix}'", where=checkpoint.path, got=f"groups {groups}", remedy="use --prefix")
+        raise MissingComponentError(
+            f"no key starts with '{prefix}'", where=checkpoint.path, got=f"groups {groups}", remedy="use --prefix"
+        )
     return chosen
 
 

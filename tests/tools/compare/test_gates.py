@@ -10,10 +10,10 @@ from shared.media.attacks import Attack
 from shared.metrics.output_error import OutputError
 from tests.conftest import write_card
 from tests.tools.compare.test_comparison import accuracy, candidate
-from tools.compare.comparison import ImageFindings, ImageTask
 from tools.compare.gates import (
     GATES,
     OF_GROUND_TRUTH,
+    OF_MARKING,
     OF_MESSAGES,
     SHARES,
     UNDER,
@@ -22,7 +22,7 @@ from tools.compare.gates import (
     read_gates,
     require_measurable,
 )
-from tools.compare.image_quality import TruthScores
+from tools.compare.image_quality import ImageFindings, ImageTask, TruthScores
 
 FOUND = candidate("a.tflite", 2**20, 4)  # 1 MiB, 4 ms, cosine 0.5, speed-up 2, 75 % of the bits right, 37.5 % under jpeg-50
 IMAGES = ImageFindings(psnr_db=40, worst_psnr_db=30, ssim=0.9, truth=TruthScores(33, 0.8, []), samples=[])
@@ -48,7 +48,7 @@ LIMITS = {
 
 
 def test_every_gate_is_in_the_table() -> None:
-    assert {name.partition(":")[0] for name in LIMITS} == set(GATES)
+    assert {name.partition(":")[0] for name in LIMITS} | set(OF_MARKING) == set(GATES)
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -141,14 +141,16 @@ def test_gates_that_are_none_are_errors_in_one_line(card: str | None, texts: lis
 
 def measurable(gates: dict[str, float], *, has_messages: bool = True, has_ground_truth: bool = True) -> None:
     attacks = [Attack("jpeg", 50), Attack("crop", 0.9)]
-    require_measurable(gates, attacks, has_messages=has_messages, has_ground_truth=has_ground_truth)
+    require_measurable(gates, attacks, has_messages=has_messages, has_ground_truth=has_ground_truth, has_embedders=has_messages)
 
 
 def test_gates_on_values_that_are_measured_pass() -> None:
     measurable({f"{UNDER}:jpeg-50": 0.97, f"{UNDER}:crop-0.9": 0, "max_psnr_drop": -1})
     measurable({name: 1 for name in GATES if name != UNDER})
     measurable(
-        {name: 1 for name in GATES if name not in (*OF_MESSAGES, *OF_GROUND_TRUTH)}, has_messages=False, has_ground_truth=False
+        {name: 1 for name in GATES if name not in (*OF_MESSAGES, *OF_GROUND_TRUTH, *OF_MARKING)},
+        has_messages=False,
+        has_ground_truth=False,
     )
 
 

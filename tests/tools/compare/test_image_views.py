@@ -16,10 +16,9 @@ from shared.media.images import Pixels, read_pixels
 from shared.runtime.model import Source
 from tests.tools.compare.test_comparison import FINDINGS, candidate, measured
 from tests.tools.compare.test_page import parse
-from tools.compare import image_views
+from tools.compare import page
 from tools.compare.comparison import Candidate, Findings, ImageFindings, ImageTask
-from tools.compare.image_views import AMPLIFICATIONS, BRIGHT, SIDE, worst_views
-from tools.compare.page import WORST, write_page
+from tools.compare.page import AMPLIFICATIONS, BRIGHT, SIDE, WORST, worst_views, write_page
 
 Maker = Callable[[np.ndarray], np.ndarray]  # type: ignore[type-arg]
 HEIGHT, WIDTH = 150, 200  # pixels of the images; models make them twice as large
@@ -53,7 +52,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             maker = makers[source.path.stem]
             yield SimpleNamespace(inputs=specs, outputs=specs, run=lambda inputs: ({"x": maker(inputs["x"])}, 1.0))
 
-        monkeypatch.setattr(image_views, "open_model", open_model)
+        monkeypatch.setattr(page, "open_model", open_model)
 
     return set_models
 

@@ -17,7 +17,7 @@ from shared.files.plan import Plan
 from tests.conftest import ROOT, Miniseal, Run, Small
 from tools.compare import compare
 from tools.compare import task as module
-from tools.compare.gates import GATES, flat_gates
+from tools.compare.gates import GATES, OF_MARKING, flat_gates
 from tools.compare.page import Page
 
 IMAGE_GATES = {"min_psnr", "min_ssim", "max_psnr_drop", "min_psnr_gain"}  # tripped in test_images
@@ -68,7 +68,7 @@ def test_every_gate_passes_a_sound_model_and_trips_on_a_damaged_one(miniseal: Mi
     sound = gates(miniseal.int8, OTHER_LIMITS | ACCURACY_LIMITS)
     assert set(sound.values()) == {True}
     assert gates(damaged, OTHER_LIMITS | ACCURACY_LIMITS | BEYOND) == dict.fromkeys(sound, False)
-    assert {name.partition(":")[0] for name in sound} | IMAGE_GATES == set(GATES)
+    assert {name.partition(":")[0] for name in sound} | IMAGE_GATES | set(OF_MARKING) == set(GATES)
 
 
 def test_the_cards_gates_exit_1_on_a_damaged_model_and_say_why(miniseal: Miniseal, damaged: Path, run_tool: Run) -> None:
