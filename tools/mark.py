@@ -53,7 +53,7 @@ Crf = Annotated[int, typer.Option(min=0, max=51, help="Of videos: 0 loses nothin
 Text = Annotated[
     str, typer.Option("--message", help="Hexadecimal or binary digits, or text; random: another one for each image, by --seed.")
 ]
-Samples = Annotated[int | None, typer.Option(min=1, help="Images of a folder; default: all.")]
+Samples = Annotated[int | None, typer.Option(min=1, help="Images of a folder, evenly spread over it; default: all.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of random messages.")]
 OutputPath = Annotated[
     Path, typer.Option("--output", "-o", help="A .png file; of a folder, a folder; of a video, .mp4, .mov or .mkv.")
@@ -98,6 +98,11 @@ class Marking:
             )
         rest = len(self.images) - SHOWN
         return Lines(table, *([f"and {rest} more; --json has all"] if rest > 0 else []), self.message)
+
+
+def _spread(files: list[Path], count: int | None) -> list[Path]:
+    """Return so many files, evenly spread over all of them."""
+    return files if count is None or count >= len(files) else [files[number * len(files) // count] for number in range(count)]
 
 
 def _messages(text: str, nbits: int, seed: int, count: int) -> list[Bits]:
@@ -214,7 +219,7 @@ def mark(
         ToolError: No image or video, no embedder, a message of another length, or a place that can't be written.
     """
     described, is_folder = describe_embedder(embedder, card), source.is_dir()
-    files = image_files(source)[:samples] if is_folder else [source]
+    files = _spread(image_files(source), samples) if is_folder else [source]
     bits = _messages(message, described.nbits, seed, len(files))
     names = _names(files, source, bits) if is_folder else [output.name]
     _require_target(source, output, names)

@@ -29,12 +29,11 @@ from shared.files import artifacts
 from shared.files.plan import Plan, Product
 from shared.files.provenance import require_checksums
 from shared.formats.model_file import ModelFile
-from shared.formats.tensors import TensorSpec, by_signature, describe
+from shared.formats.tensors import MESSAGE_INPUT, TensorSpec, by_signature, describe
 from shared.metrics.metrics import message_bits
 from shared.runtime.model import Model, open_model
 from shared.runtime.processes import ChildError
 from shared.runtime.samples import GUESSES, Guess, MadeUpInputsError, complete_inputs, guess_inputs, sample_inputs
-from shared.runtime.worker import MESSAGE_INPUT
 
 PACKAGES = ("ai-edge-litert", "onnxruntime", "numpy")
 REPEATS = 3

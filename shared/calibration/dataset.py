@@ -22,6 +22,7 @@ from shared.files.file_type import is_regular, read_head
 from shared.formats.tensors import TensorSpec, by_signature, describe, image_input
 from shared.media.images import ImageForm, Pixels, image_files, read_pixels, to_form, to_values
 from shared.metrics.output_error import USUAL_RANGES
+from shared.runtime.samples import complete_inputs, message_seed
 
 RANGES: dict[InputRange, tuple[float, float]] = dict(zip(("0..1", "-1..1", "0..255"), USUAL_RANGES, strict=True))
 TOLERANCE = 0.05  # of the range's width: interpolation overshoots, and normalisation constants are rounded
@@ -144,7 +145,7 @@ class CalibrationSet:
         """
         known = RANGES[self.input_range] if self.input_range else declared
         count, low, high = 0, np.inf, -np.inf
-        images = {group[0].name for group in by_signature(inputs) if image_input(group) is not None}
+        images = {found[0] for group in by_signature(inputs) if (found := image_input(group)) is not None}
         for sample in self.samples(inputs):
             count += 1
             for name, values in sample.items():
@@ -243,14 +244,16 @@ def _from_image(file: Path, inputs: list[TensorSpec], input_range: InputRange | 
     if found is None:
         remedy = "give an .npz with one array per input"
         raise ToolError("images don't fit this model's inputs", where=file.parent, got=describe(inputs), remedy=remedy)
-    if inputs[0].dtype == "uint8":
+    name, form = found
+    (dtype,) = (spec.dtype for spec in inputs if spec.name == name)
+    if dtype == "uint8":
         input_range = "0..255"
     if input_range is None:
         remedy = "say --input-range 0..1, -1..1 or 0..255"
         raise ToolError("the model does not tell the range of its input", where=file.parent, remedy=remedy)
-    name, form = found
     pixels = _tile(read_pixels(file), form, tile)
-    return {name: to_values(to_form(pixels, form), inputs[0].dtype, RANGES[input_range])}
+    image = {name: to_values(to_form(pixels, form), dtype, RANGES[input_range])}
+    return complete_inputs(image, inputs, message_seed(inputs, pixels))
 
 
 def _tile(pixels: Pixels, form: ImageForm, size: int) -> Pixels:

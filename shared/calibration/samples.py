@@ -14,7 +14,7 @@ from shared.command.errors import ToolError
 from shared.command.options import InputRange
 from shared.formats.input_hints import InputHints
 from shared.formats.model_file import ModelFile
-from shared.formats.tensors import TensorSpec, by_signature, image_input, makes_image
+from shared.formats.tensors import TensorSpec, but_message, by_signature, image_input, makes_image
 from shared.runtime.benchmark import Inputs, sample_count
 from shared.runtime.processes import ChildError
 from shared.runtime.samples import Guess, complete_inputs, guess_inputs, sample_inputs
@@ -89,7 +89,7 @@ class KnownRange:
             real: Real inputs, if there are any.
             where: The model, for messages.
         """
-        images = [group[0] for group in by_signature(inputs) if image_input(group) is not None]
+        images = [but_message(group)[0] for group in by_signature(inputs) if image_input(group) is not None]
         declared = RANGES["0..255"] if images and images[0].dtype == "uint8" else self.declared
         known = choose_range(self.given, declared, real.path if real else where)
         assumes = self.assumed is not None and known is None and bool(images) and real is not None and real.path.suffix != ".npz"

@@ -9,6 +9,9 @@ IMAGE_DTYPES = ("float32", "float16", "uint8")
 INFINITE_FROM = 1e30  # magnitude from which a value stands for infinity: masks hold the lowest float32 in place of -inf
 
 
+MESSAGE_INPUT = "message"  # an embedder's, as our converters name it
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One input or output of a model.
@@ -44,6 +47,11 @@ def by_signature(specs: Iterable[TensorSpec]) -> list[list[TensorSpec]]:
     return list(groups.values()) or [[]]
 
 
+def but_message(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """Return inputs without the message of an embedder: bits as floats, called `message`."""
+    return [spec for spec in specs if spec.own_name != MESSAGE_INPUT]
+
+
 def image_spec(specs: list[TensorSpec]) -> tuple[str, str, int] | None:
     """Return name, layout and size of a model's input, or None where it does not take just one square RGB float32 image."""
     if len(specs) != 1 or specs[0].dtype != "float32" or (layout := image_layout(specs[0].shape)) is None:
@@ -54,16 +62,21 @@ def image_spec(specs: list[TensorSpec]) -> tuple[str, str, int] | None:
 def image_input(specs: list[TensorSpec]) -> tuple[str, ImageForm] | None:
     """Return name and form of a model's input, or None where it does not take just one image, RGB or luma, of any size.
 
-    An image is of float32, of float16, or of uint8, whose range is 0 to 255.
+    An image is of float32, of float16, or of uint8, whose range is 0 to 255. An embedder's message may come with it.
     """
+    specs = but_message(specs)
     if len(specs) != 1 or specs[0].dtype not in IMAGE_DTYPES or (form := image_form(specs[0].shape)) is None:
         return None
     return specs[0].name, form
 
 
 def makes_image(inputs: list[TensorSpec], output: TensorSpec) -> bool:
-    """Return whether a model makes an image of its one image: of RGB, or of as many channels as that has; a mask is none."""
-    given = image_input([spec for spec in inputs if spec.signature == output.signature])
+    """Return whether a model makes an image of its one image: of RGB, or of as many channels as that has.
+
+    A mask is none, and what an embedder makes may be a watermark.
+    """
+    own = [spec for spec in inputs if spec.signature == output.signature]
+    given = image_input(own) if but_message(own) == own else None
     if given is None or len(output.shape) != 4:
         return False
     shape, place = list(output.shape), 1 if given[1].layout == "nchw" else 3

@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 
 from shared.command.errors import ToolError
 from shared.formats.input_hints import InputHints
-from shared.formats.tensors import IMAGE_DTYPES, TensorSpec, by_signature, describe, image_input, image_spec
+from shared.formats.tensors import (
+    IMAGE_DTYPES,
+    MESSAGE_INPUT,
+    TensorSpec,
+    but_message,
+    by_signature,
+    describe,
+    image_input,
+    image_spec,
+)
 from shared.media.images import (
     ImageForm,
     Pixels,
@@ -27,7 +36,6 @@ from shared.media.images import (
 )
 from shared.runtime.model import Source, open_model
 from shared.runtime.processes import ChildError
-from shared.runtime.worker import MESSAGE_INPUT
 
 PHOTOS = Path(__file__).resolve().parents[2] / "models" / "miniseal" / "samples" / "unmarked"  # the photos of the demo
 
@@ -165,17 +173,16 @@ def image_sample(specs: list[TensorSpec], pixels: Pixels, guess: Guess = GUESSES
     Raises:
         ChildError: The model takes something else.
     """
-    given = [sample for group in by_signature(specs) if (sample := _as_image(_but_message(group), pixels, guess.pixel_range))]
+    given = [sample for group in by_signature(specs) if (sample := _as_image(but_message(group), pixels, guess.pixel_range))]
     if not given:
         raise ChildError(f"it takes {describe(specs)}, not one image; compare it on made-up samples, or give an .npz")
     merged = {name: values for sample in given for name, values in sample.items()}
-    seed = zlib.crc32(pixels.tobytes()) if any(spec.own_name == MESSAGE_INPUT for spec in specs) else 0
-    return complete_inputs(merged, specs, seed, guess)
+    return complete_inputs(merged, specs, message_seed(specs, pixels), guess)
 
 
-def _but_message(specs: list[TensorSpec]) -> list[TensorSpec]:
-    """Return the inputs of a signature without an embedder's message."""
-    return [spec for spec in specs if spec.own_name != MESSAGE_INPUT]
+def message_seed(specs: list[TensorSpec], pixels: Pixels) -> int:
+    """Return the seed of the message that an embedder lays into an image: one for each image; 0 for other models."""
+    return 0 if but_message(specs) == specs else zlib.crc32(pixels.tobytes())
 
 
 def _as_image(specs: list[TensorSpec], pixels: Pixels, pixel_range: tuple[float, float]) -> dict[str, NDArray[Any]] | None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from shared.command.errors import ToolError
-from shared.formats.tensors import TensorSpec
+from shared.formats.tensors import MESSAGE_INPUT, TensorSpec
 from shared.networks.card import Card, InputForm
 from shared.runtime.processes import Arrays, Message
 from shared.runtime.tflite import TfliteModel
@@ -24,7 +24,7 @@ ONNX_DTYPES = {
     f"tensor({name})": dtype
     for name, dtype in (("float", "float32"), ("double", "float64"), ("float16", "float16"), ("bool", "bool"))
 } | {f"tensor({dtype})": dtype for dtype in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")}
-IMAGE_INPUT, MESSAGE_INPUT, ONLY_OUTPUT = "image", "message", "output_0"  # as our converters name them
+IMAGE_INPUT, ONLY_OUTPUT = "image", "output_0"  # as our converters name them
 
 
 def load_tflite(path: str, threads: int, kernels: str) -> tuple[Specs, Specs, Run, Outside]:

@@ -16,11 +16,11 @@ import typer
 
 from shared.command.errors import ToolError
 from shared.command.options import DryRunOption, ModelName, OutputDir, Overwrite, Refresh, Reproducible, Seed, collect, output_path
-from shared.formats.tensors import TensorSpec
+from shared.formats.tensors import MESSAGE_INPUT, TensorSpec
 from shared.networks.card import PRODUCTS, Card, load_card
 from shared.runtime.model import EmbedderCheckpoint
 from shared.runtime.samples import sample_inputs
-from shared.runtime.worker import IMAGE_INPUT, MESSAGE_INPUT
+from shared.runtime.worker import IMAGE_INPUT
 from shared.watermark import WatermarkEmbedder
 from tools.convert_detector import (
     CHECK_SEED,

@@ -6,9 +6,10 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from shared.command.errors import ToolError
+from shared.formats.tensors import MESSAGE_INPUT
 from shared.networks.card import Card
 from shared.runtime.processes import Arrays, Message
-from shared.runtime.worker import IMAGE_INPUT, MESSAGE_INPUT
+from shared.runtime.worker import IMAGE_INPUT
 from tools.convert_detector import export_onnx, export_tflite, seeded_weights
 from tools.convert_embedder.request import EmbedderForm, require_embedder
 
