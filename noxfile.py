@@ -109,7 +109,7 @@ def marked_photos(session: nox.Session, run: Run, model: str, options: argparse.
         return ()
     few = FEW.get(model, ())
     run("tools.mark", options.images or PHOTOS, "-o", marked, "--embedder", embedder, "--card", model, *few[:2], "--refresh")
-    return "--messages", marked / "messages.json", *few, f"--gate=max_accuracy_drop={MOST_LOST}"
+    return "--messages", marked / "messages.json", *few, f"--gate=max_loss_where_read={MOST_LOST}"
 
 
 def reports(session: nox.Session, name: str = "compare", page: str = "report") -> Sequence[object]:

@@ -290,7 +290,7 @@ def test_with_a_full_checkpoint_photos_are_marked_and_the_bits_read_right_are_co
     assert mark["embedder"] == extract["output"] == folder / f"{model}_embedder.safetensors"
     assert mark["card"] == model
     assert compare["messages"] == mark["output"] / "messages.json"
-    assert read_gates(compare["gates"], compare["gate"])["max_accuracy_drop"] == 0.005
+    assert read_gates(compare["gates"], compare["gate"])["max_loss_where_read"] == 0.005
     assert (mark["samples"], compare["samples"]) == ((4, 4) if model == "chunkyseal" else (None, None))
     assert "prepare_calibration" not in steps or steps["prepare_calibration"]["sources"] == [Path("photos")]
     assert not session.warnings

@@ -17,6 +17,7 @@ from tools.compare.matrix import Matrix, matrix_tables
 
 UNDER = "bits read right under"
 SHOWN_OUTPUTS = 8  # rows of single outputs; the JSON has all
+NOTHING_READ = "the reference reads no message better than chance: what quantization costs is not known"
 CHANCE_NOTE = " (chance)"  # the reference reads no better than a coin
 
 
@@ -104,6 +105,12 @@ class Findings:
         """Whether every candidate that is no alternative ran and kept every gate, and the embedders theirs."""
         return (self.matrix is None or self.matrix.ok) and all(one.is_inside or one.is_alternative for one in self.candidates)
 
+    @property
+    def reads_nothing(self) -> bool:
+        """Whether the reference reads no marked image better than chance: then nothing is known of what a candidate loses."""
+        accuracy = self.accuracy
+        return accuracy is not None and all(accuracy.is_chance(condition) for condition in accuracy.conditions)
+
     def tables(self) -> Iterator[RenderableType]:
         """Yield the tables and sentences for a terminal."""
         names = self.labels()
@@ -154,11 +161,9 @@ class Findings:
         broken += [f"{label} {candidate.problem}" for label, candidate in failed if candidate.problem is not None]
         if broken:
             return f"FAILED: {'; '.join(broken)}"
-        return (
-            "every gate kept"
-            if any(one.gates for one in self.candidates) or (self.matrix and self.matrix.gates)
-            else "no gates set"
-        )
+        has_gates = any(one.gates for one in self.candidates) or bool(self.matrix and self.matrix.gates)
+        kept = "every gate kept" if has_gates else "no gates set"
+        return f"{kept}, BUT {NOTHING_READ}" if self.reads_nothing else kept
 
     def how(self) -> str:
         """Return in one line how it was measured."""

@@ -16,7 +16,8 @@ from tools.compare.image_quality import ImageTask
 
 UNDER = "min_accuracy_under"  # followed by a colon and the attack
 OF_OUTPUTS = ("min_cosine", "max_error")  # may be followed by a colon and the name of an output, then they are for it alone
-OF_MESSAGES = ("min_bit_accuracy", UNDER, "max_accuracy_drop", "min_auc")
+READ_LOSS = "max_loss_where_read"  # as max_accuracy_drop, but kept where the reference reads nothing, which compare then says
+OF_MESSAGES = ("min_bit_accuracy", UNDER, "max_accuracy_drop", READ_LOSS, "min_auc")
 OF_GROUND_TRUTH = ("max_psnr_drop", "min_psnr_gain")
 OF_MARKING = matrix.GATES  # of --embedder
 SHARES = ("min_bit_agreement", "min_cosine", *OF_MESSAGES, "min_ssim", "max_marking_drop")  # from 0 to 1
@@ -106,6 +107,7 @@ def check_gates(
         "max_latency_ms": measurement.median_ms if measurement else None,
         "min_bit_accuracy": accuracy.clean.bit_accuracy if accuracy else None,
         "max_accuracy_drop": largest_drop(reference, accuracy) if accuracy and reference else None,
+        READ_LOSS: (largest_drop(reference, accuracy) or 0.0) if accuracy and reference else None,
         "min_auc": accuracy.clean.auc if accuracy else None,
         **_image_values(candidate, task),
     }

@@ -39,6 +39,7 @@ LIMITS = {
     "min_bit_accuracy": (0.75, 0.76),
     "min_accuracy_under:jpeg-50": (0.375, 0.38),
     "max_accuracy_drop": (0.25, 0.24),
+    "max_loss_where_read": (0.25, 0.24),
     "min_auc": (1, 1.1),
     "min_psnr": (40, 40.1),
     "min_ssim": (0.9, 0.91),

@@ -119,3 +119,13 @@ def test_what_makes_no_sense_is_refused(miniseal: Miniseal, embedders: tuple[Pat
     ):
         with pytest.raises(ToolError, match=says):
             compare(miniseal.float_model, **{"candidates": [], **given})  # type: ignore[arg-type]
+
+
+def test_a_reference_that_reads_nothing_is_named_and_its_losses_are_none(
+    miniseal: Miniseal, embedders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"images": PHOTOS, "samples": 2, "attacks": "none", "runs": 3, "embedder": [embedders[1]]}
+    result = compare(miniseal.float_model, [miniseal.int8], gate=["max_marking_drop=0", "max_loss_where_read=0"], **given)
+    assert result.ok
+    assert "BUT the reference reads no message better than chance" in result.message
+    assert not compare(miniseal.float_model, [miniseal.int8], gate=["max_accuracy_drop=0"], **given).ok

@@ -26,6 +26,7 @@ ACCURACY_LIMITS = {
     "min_bit_accuracy": 0.999,
     "min_auc": 0.995,
     "max_accuracy_drop": 0.005,
+    "max_loss_where_read": 0.005,
     "min_accuracy_under:jpeg-90": 0.9,
 }
 OTHER_LIMITS = {
