@@ -127,16 +127,17 @@ def read(
         endings = ", ".join((*SUFFIXES, *VIDEO_SUFFIXES))
         raise ToolError("no image or video by its name", where=source, expected=f"a name ending in one of {endings}")
     readings = []
-    with _opened(detector, card, threads) as opened, step_progress(f"read {source.name}", len(files)) as advance:
+    steps = frames if is_video(source) else len(files)
+    with _opened(detector, card, threads) as opened, step_progress(f"read {source.name}", steps) as advance:
         nbits = opened.nbits
         for file in files:
             name = str(file.relative_to(source)) if source.is_dir() else file.name
             if is_video(source):
-                found = opened.detect_video(file, frames=frames, expected=expected, aggregation=aggregation)
+                found = opened.detect_video(file, frames=frames, expected=expected, aggregation=aggregation, on_frame=advance)
             else:
                 found = opened.detect(file, expected=expected)
+                advance("")
             readings.append(_reading(name, found))
-            advance("")
     marked = sum(one.is_marked for one in readings)
     text = f"{marked} of {len(readings)} held for marked; {nbits} bits each"
     missed = [one.file for one in readings if one.p_value is not None and one.p_value > LARGEST_CHANCE]

@@ -15,7 +15,7 @@ Letters in shapes: F frames, H height, W width, K message bits.
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -172,15 +172,31 @@ class WatermarkDetector:
         return [self.detect(image, expected=expected) for image in images]
 
     def detect_video(
-        self, path: Path | str, *, frames: int = FRAMES, expected: Message | None = None, aggregation: Aggregation = "avg"
+        self,
+        path: Path | str,
+        *,
+        frames: int = FRAMES,
+        expected: Message | None = None,
+        aggregation: Aggregation = "avg",
+        on_frame: Callable[[str], object] = str,
     ) -> Detection:
         """Read frames spread evenly over a video; the confidence is the mean over them, the logits are as `aggregate` has it.
+
+        Args:
+            path: The video.
+            frames: How many are read; all of a shorter video.
+            expected: The message that should be in it.
+            aggregation: As of `aggregate`.
+            on_frame: Called after each frame.
 
         Raises:
             ToolError: The file is missing or no video, or the expected message has the wrong length.
         """
         wanted = None if expected is None else parse_message(expected, self.nbits)
-        outputs = [self._run(to_image(frame)) for frame in read_frames(Path(path), frames)]
+        outputs = []
+        for frame in read_frames(Path(path), frames):
+            outputs.append(self._run(to_image(frame)))
+            on_frame("")
         confidence = np.mean([output[0] for output in outputs], dtype=np.float32)
         logits = aggregate(np.stack([output[1:] for output in outputs]), aggregation)
         whole = np.concatenate(([confidence], logits)).astype(np.float32)

@@ -48,6 +48,17 @@ def test_a_folder_of_images_is_read_sorted_and_stretched_to_the_models_size(tmp_
     assert greys(CalibrationSet(tmp_path, "0..255")) == [0, 10, 20, 30, 40, 50]
 
 
+def test_an_embedders_images_come_with_a_message_each(tmp_path: Path) -> None:
+    inputs = [TensorSpec("message", (1, 64), "float32"), TensorSpec("image", (1, 1, 4, 4), "float32")]
+    samples = list(CalibrationSet(pictures(tmp_path), "0..1").samples(inputs))
+    assert [sample["image"].shape for sample in samples] == [(1, 1, 4, 4)] * 6
+    messages = np.concatenate([sample["message"] for sample in samples])
+    assert set(messages.ravel()) == {0, 1}
+    assert len(np.unique(messages, axis=0)) == 6
+    again = next(CalibrationSet(tmp_path, "0..1").samples(inputs))
+    np.testing.assert_array_equal(again["message"], samples[0]["message"])
+
+
 @pytest.mark.parametrize(("name", "expected"), [("0..1", [0, 0.2, 1]), ("-1..1", [-1, -0.6, 1]), ("0..255", [0, 51, 255])])
 @pytest.mark.parametrize(("inputs", "axis"), [(IMAGE, 3), (CHANNELS_FIRST, 1)])
 def test_pixels_become_the_inputs_range_in_its_layout(

@@ -65,7 +65,7 @@ def test_a_broken_gate_fails_a_candidate_but_not_an_alternative() -> None:
     assert "FAILED" in shown(failed)
     kept = replace(FINDINGS, candidates=[good, replace(bad, is_alternative=True)])
     assert kept.ok
-    assert kept.verdict() .startswith("every gate kept")
+    assert kept.verdict().startswith("every gate kept")
     assert "outside" in shown(kept)
     assert replace(FINDINGS, candidates=[replace(good, problem="crashed")]).verdict() == "FAILED: a crashed"
 

@@ -105,6 +105,24 @@ def _card(full: Path) -> Path:
     return write_card(full.with_name("small.toml"))
 
 
+def test_a_component_that_may_be_missing_leaves_nothing_of_another_checkpoint(full: Path) -> None:
+    """A recipe would else mark photos with the embedder of the checkpoint before."""
+    output = full.with_name("embedder.safetensors")
+    arguments: dict[str, Any] = {"component": Component.EMBEDDER, "output": output, "refresh": True}
+    found = extract_weights(full, allow_missing=True, **arguments)
+    assert found.product is not None
+    content = torch.load(full, weights_only=True)
+    content["model"] = {key: value for key, value in content["model"].items() if key.startswith("detector.")}
+    torch.save(content, full)
+    with pytest.raises(ToolError, match=r"no key starts with 'embedder\.'"):
+        extract_weights(full, **arguments)
+    assert output.exists()
+    missing = extract_weights(full, allow_missing=True, **arguments)
+    assert missing.product is None
+    assert "nothing extracted" in missing.message
+    assert {path.name for path in full.parent.iterdir()} == {"checkpoint.pth"}
+
+
 def test_nan_is_refused_and_nothing_written(full: Path) -> None:
     content = torch.load(full, weights_only=True)
     content["model"]["detector.pixel_decoder.linear.bias"][0] = float("nan")
