@@ -49,9 +49,9 @@ def test_a_folder_of_images_is_read_sorted_and_stretched_to_the_models_size(tmp_
 
 
 def test_an_embedders_images_come_with_a_message_each(tmp_path: Path) -> None:
-    inputs = [TensorSpec("message", (1, 64), "float32"), TensorSpec("image", (1, 1, 4, 4), "float32")]
+    inputs = [TensorSpec("message", (1, 64), "float32"), TensorSpec("image", (1, 1, 32, 32), "float32")]
     samples = list(CalibrationSet(pictures(tmp_path), "0..1").samples(inputs))
-    assert [sample["image"].shape for sample in samples] == [(1, 1, 4, 4)] * 6
+    assert [sample["image"].shape for sample in samples] == [(1, 1, 32, 32)] * 6
     messages = np.concatenate([sample["message"] for sample in samples])
     assert set(messages.ravel()) == {0, 1}
     assert len(np.unique(messages, axis=0)) == 6
