@@ -71,21 +71,20 @@ def environment(session: nox.Session, packages: str) -> Run:
     return lambda module, *arguments: session.run(str(python), "-m", module, *map(str, arguments))
 
 
-def watermark_options(session: nox.Session) -> argparse.Namespace:
-    """Return the options that all recipes of detectors and embedders have."""
+def watermark_options(session: nox.Session, component: str) -> argparse.Namespace:
+    """Return the options of a recipe of detectors or embedders, and which of the two it is about."""
     parser = argparse.ArgumentParser(prog=f"nox -s {session.name} --")
     parser.add_argument("--checkpoint", type=Path, help="full, detector-only or embedder-only checkpoint, .pth or .safetensors")
     parser.add_argument("--download", action="store_true", help="fetch the published checkpoint if none is found")
     parser.add_argument("--images", type=Path, help="photos like those to be marked and read")
-    return parser.parse_args(session.posargs)
+    return parser.parse_args(session.posargs, argparse.Namespace(component=component))
 
 
-def weights_of(
-    session: nox.Session, run: Run, model: str, component: str, options: argparse.Namespace, *needed: bool
-) -> Path | None:
-    """Extract a component's weights; None where there is no checkpoint, or none with this component unless it is needed."""
+def weights_of(session: nox.Session, run: Run, model: str, component: str, options: argparse.Namespace) -> Path | None:
+    """Extract a component's weights; None where there is no checkpoint, or it lacks a component that the recipe can do without."""
     (folder := OUT / session.name).mkdir(parents=True, exist_ok=True)
-    weights, missing = folder / f"{model}_{component}.safetensors", [] if options.checkpoint and needed else ["--allow-missing"]
+    is_needed = options.checkpoint is not None and component == options.component
+    weights, missing = folder / f"{model}_{component}.safetensors", [] if is_needed else ["--allow-missing"]
     given = [*([options.checkpoint.absolute()] if options.checkpoint else []), *(["--download"] if options.download else missing)]
     run("tools.extract_weights", *given, "--model", model, f"--component={component}", "-o", weights, "--refresh")
     return weights if weights.exists() else None
@@ -126,9 +125,9 @@ def detector(  # noqa: PLR0917 - by name
     calibrated_on: int = 0,
 ) -> None:
     """Extract, convert, quantize, verify and compare one detector; calibrated on at most so many samples for ONNX Runtime."""
-    options, folder, suffix = watermark_options(session), OUT / session.name, "onnx" if calibrated_on else "tflite"
+    options, folder, suffix = watermark_options(session, "detector"), OUT / session.name, "onnx" if calibrated_on else "tflite"
     run = environment(session, "recipe-onnx" if calibrated_on else "recipe")
-    weights = weights_of(session, run, model, "detector", options, True)
+    weights = weights_of(session, run, model, "detector", options)
     source, arguments = floats(session, model, "detector", weights, suffix)
     run("tools.convert_detector", *arguments, "-o", source)
     recipes: dict[str, Sequence[object]] = dict.fromkeys((precision, *others), ())
@@ -150,8 +149,8 @@ def detector(  # noqa: PLR0917 - by name
 
 def embedder(session: nox.Session, model: str) -> None:
     """Extract, convert, quantize, verify and compare one embedder; with a full checkpoint its detector reads what it marks."""
-    options, run = watermark_options(session), environment(session, "recipe")
-    weights = weights_of(session, run, model, "embedder", options, True)
+    options, run = watermark_options(session, "embedder"), environment(session, "recipe")
+    weights = weights_of(session, run, model, "embedder", options)
     source, arguments = floats(session, model, "embedder", weights, "tflite")
     product, images = source.with_name(f"{source.stem}_int8.tflite"), ("--images", options.images or PHOTOS)
     run("tools.convert_embedder", *arguments, "--quantize", "int8", "-o", product)
