@@ -52,7 +52,7 @@ CHORES = {  # session -> packages, module, arguments, what it does
     "fuzz": ("fuzz", "tests.support.fuzz", (), "Try the readers of files of unknown origin on files changed at random."),
     "train_miniseal": ("train", "models.miniseal.retrain", (), "Train miniseal from scratch, half an hour, and check the result."),
     "train_minisr": ("train", "models.minisr.retrain", (), "Train minisr from scratch in a quarter of an hour, and check it."),
-    "bench": ("tests", "tests.bench", (), "Measure models/BENCHMARKS.md: `-- guide`, demo, face_landmarker, onnx_recipes."),
+    "bench": ("tests", "tests.bench", (), "Measure a table of models/BENCHMARKS.md, which names the commands."),
 }
 Run = Callable[..., bool | None]
 

@@ -248,8 +248,6 @@ def test_every_recipe_has_a_row_with_its_products_figures() -> None:
         "pixelseal_int8",
         "videoseal_0_int8",
         "chunkyseal_onnx_int8",
-        "videoseal_embedder_int8",
-        "chunkyseal_embedder_int8",
     }
 
 

@@ -3,7 +3,7 @@
 import runpy
 import sys
 
-NAMES = ("guide", "demo", "face_landmarker", "onnx_recipes")
+NAMES = ("guide", "demo", "embedders", "face_landmarker", "onnx_recipes")
 
 if __name__ == "__main__":
     name, *rest = sys.argv[1:] or ["guide"]

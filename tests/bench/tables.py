@@ -116,6 +116,10 @@ def _headline(session: str) -> tuple[str, str]:
         if row["recipe"] == session:
             size = f"{row['float_mib']} MiB -> {row['product_mib']} MiB"
             return size, f"{speed_text(row['speedup'])}; {row['bit_agreement']:.1%} of the bits alike"
+    for row in read_results("embedders")["products"]:
+        if row["recipe"] == session:
+            size = f"{row['float_mib']} MiB -> {row['product_mib']} MiB"
+            return size, f"{speed_text(row['speedup'])}; {row['psnr_db']:.1f} dB to the photos that float32 marks"
     return NOT_MEASURED, NOT_MEASURED
 
 
@@ -154,6 +158,39 @@ def _products() -> str:
             f"{row['speedup']:.1f}",
             f"{row['cosine']:.5f}",
             f"{row['bit_agreement']:.3f}",
+        ]
+        for row in results["products"]
+    ]
+    return f"{table(headers, rows)}\n\n{_machine_text(results['machine'])}"
+
+
+def _embedders() -> str:
+    """Recipes of the published embedders."""
+    results = read_results("embedders")
+    headers = [
+        "recipe",
+        "float32",
+        "product",
+        "float32 run",
+        "product run",
+        "speed-up",
+        "cosine",
+        "photos alike",
+        "convert",
+        "peak",
+    ]
+    rows = [
+        [
+            f"`{row['recipe']}`",
+            f"{row['float_mib']} MiB",
+            f"{row['product_mib']} MiB",
+            f"{row['float_ms']:.0f} ms",
+            f"{row['product_ms']:.0f} ms",
+            f"{row['speedup']:.1f}",
+            f"{row['cosine']:.5f}",
+            f"{row['psnr_db']:.1f} dB",
+            f"{row['convert_seconds']:.0f} s",
+            f"{row['convert_gib']:.1f} GiB",
         ]
         for row in results["products"]
     ]
@@ -266,6 +303,7 @@ SECTIONS: dict[str, Callable[[], str]] = {  # name of the marker -> its Markdown
     "sessions": _sessions,
     "transcript": _transcript,
     "products": _products,
+    "embedders": _embedders,
     "guide": _guide,
     "demo": _demo,
     "face_landmarker": _face_landmarker,
