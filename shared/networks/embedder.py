@@ -134,7 +134,8 @@ class UNet(nn.Module):
         first = self.downs[0](self.inc(x))
         second = self.downs[1](first)
         x = self.downs[2](second)
-        spread = self.msg_processor(message)[:, :, None, None] + x.new_zeros(1, 1, *x.shape[2:])  # a sum: converters broadcast it
+        # A sum with features: XNNPACK broadcasts it. Of zeros the converter makes BROADCAST_TO, which a plain kernel does alone.
+        spread = self.msg_processor(message)[:, :, None, None] + 0 * x[:, :1]
         inner = torch.cat((x, spread), dim=1)
         y = self.bottleneck(inner)
         for up, skip in zip(self.ups, (inner, second, first), strict=True):
