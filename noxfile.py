@@ -40,7 +40,7 @@ TOOLS = {
     "quantize_tflite": "Quantize a TFLite model or a MediaPipe bundle, and say what became of every layer.",
     "quantize_onnx": "Quantize an ONNX model, and say what became of every layer, its speed and its outputs.",
     "prepare_calibration": "Choose calibration samples from images, videos, a CSV or made-up pictures.",
-    "mark": "Mark photos with a message, each at its own size.",
+    "mark": "Mark photos and videos with a message, at their own size.",
     "read": "Read the message of images and videos with a detector.",
     "verify": "Check that a TFLite or ONNX model loads, runs, repeats itself and stays in range.",
     "compare": "Compare quantized models with their reference: size, speed, outputs.",
@@ -85,7 +85,10 @@ def weights_of(session: nox.Session, run: Run, model: str, component: str, optio
     (folder := OUT / session.name).mkdir(parents=True, exist_ok=True)
     is_needed = options.checkpoint is not None and component == options.component
     weights, missing = folder / f"{model}_{component}.safetensors", [] if is_needed else ["--allow-missing"]
-    given = [*([options.checkpoint.absolute()] if options.checkpoint else []), *(["--download"] if options.download else missing)]
+    given = [
+        *([options.checkpoint.absolute()] if options.checkpoint else []),
+        *(["--download"] if options.download and not options.checkpoint else missing),
+    ]
     run("tools.extract_weights", *given, "--model", model, f"--component={component}", "-o", weights, "--refresh")
     return weights if weights.exists() else None
 

@@ -33,6 +33,7 @@ from shared.media.transcode import frame_count, require_kind
 from shared.media.video import is_video
 from shared.metrics.metrics import psnr_db
 from shared.metrics.output_error import MOST_DB
+from shared.networks.card import load_card
 from shared.runtime.processes import ChildError
 from shared.watermark import WatermarkEmbedder
 from shared.watermark.embedding import CRF, describe_embedder
@@ -239,7 +240,14 @@ def mark(
     plan = Plan(
         output / FILE_NAME if is_folder else output,
         "mark",
-        {**asdict(described), "message": message, "seed": seed, "crf": crf, "names": digest},
+        {
+            **asdict(described),
+            "card": card and asdict(load_card(card))["embedder"],
+            "message": message,
+            "seed": seed,
+            "crf": crf,
+            "names": digest,
+        },
         [*files, embedder],
         PACKAGES,
         overwrite=overwrite,

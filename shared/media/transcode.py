@@ -4,7 +4,7 @@ Source: FFmpeg by way of PyAV.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,7 +25,7 @@ Change = Callable[[Iterator[Pixels]], Iterator[Pixels]]
 ENCODER = "libx264"
 FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}  # ending of a name -> of FFmpeg's containers
 FINE = Fraction(1, 90_000)  # seconds; unit of the times of frames
-UNSPECIFIED, BT601, LIMITED = 2, 5, 1  # FFmpeg's numbers of colour spaces, and of the range 16 to 235
+RGB, UNSPECIFIED, BT601, LIMITED = 0, 2, 5, 1  # FFmpeg's numbers of colour spaces, and of the range 16 to 235
 EXACT = 0x40000 | 0x4000 | 0x2000 | 4  # of FFmpeg's scaler: rounds to nearest, full chroma, bicubic; else half a level too dark
 
 
@@ -50,8 +50,19 @@ def frame_count(path: Path) -> int:
 def _announced(read: "InputContainer") -> float:
     """Return how many frames a container announces, by its count or else its length."""
     video = read.streams.video[0]
-    seconds = read.duration / 1e6 if read.duration else 0.0
-    return float(video.frames or seconds * (video.average_rate or 0))
+    whole = read.duration / 1e6 if read.duration else 0.0  # that of the longest stream
+    own = float(video.duration * video.time_base) if video.duration and video.time_base else _tagged_seconds(video.metadata)
+    return float(video.frames or (own or (0.0 if read.streams.audio else whole)) * (video.average_rate or 0))
+
+
+def _tagged_seconds(tags: Mapping[str, str]) -> float:
+    """Return the length of a Matroska stream by its tag, 00:00:01.500000000; 0 where it has none."""
+    parts = tags.get("DURATION", "").split(":")
+    try:
+        hours, minutes, seconds = map(float, parts)
+    except ValueError:
+        return 0.0
+    return 3600 * hours + 60 * minutes + seconds
 
 
 def transcode(source: Path, target: Path, kind: str, change: Change, *, crf: int) -> int:
@@ -78,7 +89,7 @@ def transcode(source: Path, target: Path, kind: str, change: Change, *, crf: int
     try:
         with _opened(source) as read, av.open(str(target), "w", format=FORMATS[kind]) as written:
             count, announced = _copy(read, written, change, crf, source), _announced(read)
-    except (av.FFmpegError, ValueError) as error:
+    except av.FFmpegError as error:
         remedy = f"choose a name in .mkv, which takes any sound, or {AGAIN}"
         raise ToolError("the video can't be written again", where=source, got=first_line(error), remedy=remedy) from None
     if not count:
@@ -113,7 +124,7 @@ def _copy(read: "InputContainer", written: "OutputContainer", change: Change, cr
     video.thread_type = "AUTO"
     rate = video.average_rate or video.base_rate or Fraction(25)
     encoder: Any = written.add_stream(ENCODER, rate=rate, options={"crf": str(crf), "preset": "medium"})
-    sounds = {stream.index: written.add_stream_from_template(stream) for stream in read.streams.audio}
+    sounds = _sounds(read, written, source)
     waiting: list[Any] = []  # frames that were read and not yet written
     early: list[Any] = []  # sound before the first frame, whose size the container's header needs
 
@@ -133,8 +144,8 @@ def _copy(read: "InputContainer", written: "OutputContainer", change: Change, cr
 
     for pixels in change(frames()):
         if not count:
-            _describe(encoder, pixels, waiting[0])
-        written.mux(encoder.encode(_encodable(pixels, waiting.pop(0), encoder)))
+            _describe(encoder, pixels, waiting[0], video.sample_aspect_ratio)
+        written.mux(encoder.encode(_encodable(pixels, waiting.pop(0), encoder, count, rate)))
         count += 1
         while early:
             written.mux(early.pop(0))
@@ -143,18 +154,31 @@ def _copy(read: "InputContainer", written: "OutputContainer", change: Change, cr
     return count
 
 
-def _describe(encoder: Any, pixels: Pixels, read: Any) -> None:
-    """Set up an encoder for frames of that size, in the colours of a frame that was read."""
+def _sounds(read: "InputContainer", written: "OutputContainer", source: Path) -> dict[int, Any]:
+    """Return a stream of sound to write for each one that is read, by its index."""
+    try:
+        return {stream.index: written.add_stream_from_template(stream) for stream in read.streams.audio}
+    except ValueError as error:  # of PyAV, for sound that the container does not take
+        remedy = "choose a name in .mkv, which takes any sound"
+        raise ToolError("the sound can't be kept", where=source, got=first_line(error), remedy=remedy) from None
+
+
+def _describe(encoder: Any, pixels: Pixels, read: Any, aspect: Fraction | None) -> None:
+    """Set up an encoder for frames of that size, with colours and shape of pixels of a frame that was read."""
     encoder.height, encoder.width = pixels.shape[:2]
     encoder.pix_fmt = "yuv420p" if pixels.shape[0] % 2 == pixels.shape[1] % 2 == 0 else "yuv444p"
     encoder.codec_context.time_base = FINE
     context = encoder.codec_context
-    context.colorspace, context.color_range = read.colorspace, read.color_range or LIMITED
+    is_rgb = read.colorspace == RGB  # of a source without luma and chroma: the result has them
+    context.colorspace = UNSPECIFIED if is_rgb else read.colorspace
+    context.color_range = LIMITED if is_rgb else read.color_range or LIMITED
     context.color_primaries, context.color_trc = read.color_primaries, read.color_trc
+    if aspect:
+        context.sample_aspect_ratio = 1 / aspect if read.rotation % 180 else aspect
 
 
-def _encodable(pixels: Pixels, read: Any, encoder: Any) -> Any:
-    """Return pixels as a frame to encode, shown when the frame that was read is."""
+def _encodable(pixels: Pixels, read: Any, encoder: Any, number: int, rate: Fraction) -> Any:
+    """Return pixels as a frame to encode, shown when the frame that was read is; else by its number."""
     from av import VideoFrame
 
     context = encoder.codec_context
@@ -162,7 +186,6 @@ def _encodable(pixels: Pixels, read: Any, encoder: Any) -> Any:
     frame = VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
         format=encoder.pix_fmt, interpolation=EXACT, dst_colorspace=space, dst_color_range=context.color_range
     )
-    if read.pts is not None:
-        frame.pts = round(read.pts * read.time_base / FINE)
-        frame.time_base = FINE
+    seconds = number / rate if read.pts is None else read.pts * read.time_base  # AVI has no times of its own
+    frame.pts, frame.time_base = round(seconds / FINE), FINE
     return frame

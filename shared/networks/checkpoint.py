@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONTAINERS = ("model", "state_dict")  # keys under which most training code keeps the flat state dict
+BARE_DETECTOR = ("convnext.", "image_encoder.")  # beginnings of keys of a detector alone
 REHEARSAL = "rehearsal"  # note on seeded, untrained weights
 NOTES = ("args", REHEARSAL)  # texts that are copied with the weights
 DTYPES = {  # of torch -> of the safetensors format
@@ -192,7 +193,7 @@ def select_detector(checkpoint: Checkpoint, prefix: str) -> "dict[str, Tensor]":
     chosen = {key.removeprefix(prefix): value for key, value in checkpoint.state.items() if key.startswith(prefix)}
     if chosen:
         return chosen
-    if any(key.startswith(("convnext.", "image_encoder.")) for key in checkpoint.state):
+    if any(key.startswith(BARE_DETECTOR) for key in checkpoint.state):
         return checkpoint.state
     groups = sorted({key.partition(".")[0] for key in checkpoint.state})
     raise ToolError(

@@ -157,7 +157,7 @@ class WatermarkDetector:
 
         Args:
             image: A file, or an array: (H, W, 3) RGB, uint8 or floating point in [0, 1], or floating point (3, H, W).
-            expected: The expected message: hexadecimal or binary digits, an integer, or bool (K,).
+            expected: The expected message: hexadecimal or binary digits, text of K / 8 bytes, an integer, or bool (K,).
 
         Raises:
             ToolError: The file or the array is no image, or the expected message has the wrong length.

@@ -250,24 +250,31 @@ def describe_embedder(path: Path, card: str | None) -> AboutEmbedder:
     Raises:
         ToolError: The card has no embedder, or there is no card and the model says nothing of itself.
     """
-    if card is not None:
-        described = load_card(card)
-        if described.embedder is None or described.pipeline is None:
-            raise ToolError("this model's card has no embedder", where=card, remedy="add the tables [embedder] and [pipeline]")
-        channels = described.embedder.channels
-        return AboutEmbedder(described.nbits, described.image_size, channels, "residual", described.pipeline)
-    if not is_model(path):
-        raise ToolError("a checkpoint does not say which network it holds", where=path, remedy="name its card with --card")
-    metadata = ModelFile(path).metadata
+    metadata = ModelFile(path).metadata if is_model(path) else {}
     if metadata.get("component") != "embedder":
-        remedy = "give an embedder; for one of other origin, name its card with --card"
-        raise ToolError("the model does not say that it is an embedder", where=path, remedy=remedy)
+        return _of_card(path, card)
+    if card is not None and load_card(card).name != metadata.get("model"):
+        remedy = "leave out the card: the model says what is around it"
+        raise ToolError("the model is of another card", where=path, got=card, expected=metadata.get("model"), remedy=remedy)
     pipeline = {field.name: metadata[field.name] for field in fields(Pipeline) if field.name in metadata}
     names = ("nbits", "image_size", "channels", "form")
     try:
         return TypeAdapter(AboutEmbedder).validate_python({**{name: metadata.get(name) for name in names}, "pipeline": pipeline})
     except ValidationError as error:
         raise ToolError("the model's metadata is damaged", where=path, got=first_line(error), remedy="convert it again") from None
+
+
+def _of_card(path: Path, card: str | None) -> AboutEmbedder:
+    """Return what a card says of its embedder."""
+    if card is None and is_model(path):
+        remedy = "give an embedder; for one of other origin, name its card with --card"
+        raise ToolError("the model does not say that it is an embedder", where=path, remedy=remedy)
+    if card is None:
+        raise ToolError("a checkpoint does not say which network it holds", where=path, remedy="name its card with --card")
+    described = load_card(card)
+    if described.embedder is None or described.pipeline is None:
+        raise ToolError("this model's card has no embedder", where=card, remedy="add the tables [embedder] and [pipeline]")
+    return AboutEmbedder(described.nbits, described.image_size, described.embedder.channels, "residual", described.pipeline)
 
 
 def to_pixels(image: Image) -> Pixels:

@@ -133,7 +133,7 @@ def read_messages(path: Path) -> list[Labelled]:
     """Return the images that a messages file lists; names of files are relative to its folder.
 
     The file: `{"nbits": 32, "images": [{"file": "a.png", "message": "1f3a09bc", "original": "b.png"}, ...]}`; a message is
-    hexadecimal or binary digits, or null for an unmarked image; `original` may be left out.
+    hexadecimal or binary digits, or text, as of `parse_message`, or null for an unmarked image; `original` may be left out.
 
     Raises:
         ToolError: The file is missing or has a wrong form; an image is missing or outside the folder; a message is wrong.

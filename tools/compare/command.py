@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,11 +36,12 @@ from shared.networks.card import load_card
 from shared.runtime.benchmark import sample_count
 from shared.runtime.model import DetectorCheckpoint, Source
 from shared.runtime.samples import PHOTOS, Guess
+from shared.watermark.embedding import is_model
 from tools.compare.accuracy import choose_labelled, parse_attacks
 from tools.compare.comparison import Findings
 from tools.compare.gates import read_gates, require_measurable
 from tools.compare.image_quality import find_truths, images_at
-from tools.compare.matrix import mark_photos
+from tools.compare.matrix import mark_photos, require_place_for_marks
 from tools.compare.options import (
     Alternatives,
     Attacks,
@@ -90,7 +91,8 @@ def _sources(given: Mapping[str, Any]) -> list[Source]:
     if twice := next((path for number, path in enumerate(paths) if path in paths[:number]), None):
         raise ToolError("a candidate is named twice", where=twice)
     card = None if given["model"] is None else load_card(given["model"])
-    reference: Source = ModelFile(given["reference"]) if card is None else DetectorCheckpoint(given["reference"], card)
+    is_checkpoint = card is not None and not is_model(given["reference"])
+    reference: Source = DetectorCheckpoint(given["reference"], card) if card and is_checkpoint else ModelFile(given["reference"])
     sources = [reference, *map(ModelFile, paths)]
     for source in sources:
         with contextlib.suppress(DamagedError):  # reported as a model that does not run
@@ -111,6 +113,7 @@ def _marked_folder(given: Mapping[str, Any]) -> Iterator[Path]:
     """Yield the folder for marked photos: next to the JSON file, else a temporary one."""
     output = given["output"]
     if given["embedder"] and output is not None:
+        require_place_for_marks(output, replaces=given["overwrite"] or given["refresh"])
         yield output.with_name(f"{output.stem}_marked")
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -201,7 +204,8 @@ def compare(
     require_sense(given)
     has_marks = messages is not None or embedder is not None
     met = parse_attacks("standard" if attacks is None else attacks) if has_marks else []
-    require_measurable(limits, met, has_messages=has_marks, has_ground_truth=ground_truth is not None, has_embedders=bool(embedder))
+    kinds = {"has_messages": has_marks, "has_ground_truth": ground_truth is not None, "has_embedders": bool(embedder)}
+    require_measurable(limits, met, **kinds, has_candidates=bool(candidates or alternatives))
     with _marked_folder(given) as folder:
         return _compare(given, _task(given, met, folder), limits)
 
@@ -232,7 +236,7 @@ def _plan(given: Mapping[str, Any], task: CompareTask, gates: Mapping[str, float
         "seed": given["seed"],
         "cpu": cpu_name(),
         "gates": dict(gates),
-        "card": card and card.as_arguments(),
+        "card": card and {**card.as_arguments(), "ends": asdict(card) if given["embedder"] else None},
         "alternatives": task.alternatives,
         "pixel_range": list(task.pixel_range),
         "truths": len(task.truths),

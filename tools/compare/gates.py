@@ -19,7 +19,7 @@ OF_OUTPUTS = ("min_cosine", "max_error")  # may be followed by a colon and the n
 READ_LOSS = "max_loss_where_read"  # as max_accuracy_drop, but kept where the reference reads nothing, which compare then says
 OF_MESSAGES = ("min_bit_accuracy", UNDER, "max_accuracy_drop", READ_LOSS, "min_auc")
 OF_GROUND_TRUTH = ("max_psnr_drop", "min_psnr_gain")
-OF_MARKING = matrix.GATES  # of --embedder
+OF_MARKING = matrix.MARKING_GATES  # of --embedder
 SHARES = ("min_bit_agreement", "min_cosine", *OF_MESSAGES, "min_ssim", "max_marking_drop")  # from 0 to 1
 GATES = (
     "min_bit_agreement",
@@ -71,6 +71,7 @@ def require_measurable(
     has_messages: bool,
     has_ground_truth: bool,
     has_embedders: bool = False,
+    has_candidates: bool = True,
 ) -> None:
     """Raise ToolError for gates on values that are not measured, and for limits that no value can have."""
     names = [attack.name for attack in attacks]
@@ -78,6 +79,8 @@ def require_measurable(
         kind, colon, attack = name.partition(":")
         if kind in OF_MESSAGES and not (has_messages or has_embedders):
             raise ToolError(f"--gate {kind} needs images whose messages are known", remedy="give --messages FILE")
+        if kind not in OF_MARKING and not has_candidates:
+            raise ToolError(f"--gate {kind} is for candidates, and there is none", remedy="name a candidate, or leave it out")
         if kind in OF_MARKING and not has_embedders:
             raise ToolError(f"--gate {kind} needs embedders", remedy="give --embedder FILE")
         if kind in OF_GROUND_TRUTH and not has_ground_truth:

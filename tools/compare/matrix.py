@@ -28,7 +28,7 @@ from tools.compare.accuracy import Accuracy, Condition, largest_drop, read_accur
 from tools.compare.image_quality import score
 
 PEAK, MESSAGE_SEED = 255.0, 1
-GATES = ("max_marking_drop", "min_marked_psnr", "min_marking_psnr")
+MARKING_GATES = ("max_marking_drop", "min_marked_psnr", "min_marking_psnr")
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,22 @@ class Matrix:
         """Whether every gate was kept."""
         return all(gate.ok for gate in self.gates)
 
-    def checked(self, limits: Mapping[str, float]) -> "Matrix":
-        """Return the matrix with its gates: `max_marking_drop` of all cells, the others of all embedders."""
-        drops = [cell.drop for cell in self.cells if cell.drop is not None]
+    def checked(self, limits: Mapping[str, float], alternatives: int = 0) -> "Matrix":
+        """Return the matrix with its gates: `max_marking_drop` of all cells, the others of all embedders.
+
+        The last `alternatives` detectors may break theirs.
+        """
+        gated = len(self.detectors) - alternatives
+        drops = [cell.drop for cell in self.cells if cell.drop is not None and cell.detector < gated]
         nearness = [marking.to_first_db for marking in self.markings if marking.to_first_db is not None]
         values = {
             "max_marking_drop": max(drops, default=0.0),  # where the references read nothing, compare says so
             "min_marked_psnr": min(marking.worst_psnr_db for marking in self.markings),
             "min_marking_psnr": min(nearness, default=None),
         }
-        return replace(self, gates=[check_gate(name, values[name], limit) for name, limit in limits.items() if name in GATES])
+        return replace(
+            self, gates=[check_gate(name, values[name], limit) for name, limit in limits.items() if name in MARKING_GATES]
+        )
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,14 @@ class MarkedPhotos:
         ]
         marked = [[one.file for one in self.of(row)] for row in range(len(self.markings))]
         return Matrix(self.markings, list(detectors), cells, self.photos, marked)
+
+
+def require_place_for_marks(output: Path, *, replaces: bool) -> None:
+    """Raise ToolError now for what writing the report would fail on after the photos were marked."""
+    if output.exists() and not replaces:
+        raise ToolError("the report exists", where=output, remedy="use --overwrite to replace it, or choose another file with -o")
+    if not output.parent.is_dir():
+        raise ToolError("no such folder", where=output.parent, remedy="create it, or choose another file with -o")
 
 
 def mark_photos(embedders: Sequence[Path], card: str | None, photos: Sequence[Path], folder: Path, threads: int) -> MarkedPhotos:

@@ -15,8 +15,11 @@ Alternatives = Annotated[
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the comparison as JSON.")]
 Html = Annotated[Path | None, typer.Option(help="Also write the comparison as one HTML page.")]
-CardName = Annotated[str | None, typer.Option(help="Model card of a reference that is a checkpoint.")]
-Images = Annotated[Path | None, typer.Option(help="Image, folder, pattern, calibration manifest or .npz; default: seeded samples.")]
+CardName = Annotated[str | None, typer.Option(help="Model card of a reference and of embedders that are checkpoints.")]
+Images = Annotated[
+    Path | None,
+    typer.Option(help="Image, folder, pattern, calibration manifest or .npz; default: seeded samples, photos for --embedder."),
+]
 GroundTruth = Annotated[
     Path | None, typer.Option(help="Folder or pattern of what --images should become, by name; for super-resolution.")
 ]

@@ -108,7 +108,7 @@ class CompareTask:
         if self.marked is not None:
             answers = [None if isinstance(run, ChildError) else self._accuracies(run) for run in done.runs]
             matrix = self.marked.matrix([source.path for source in self.sources], answers)
-            findings = replace(findings, matrix=matrix.checked(gates))
+            findings = replace(findings, matrix=matrix.checked(gates, self.alternatives))
         return recommend(findings)
 
     def _against(self, reference: ModelRun, number: int, run: ModelRun | ChildError) -> Candidate:

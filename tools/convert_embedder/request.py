@@ -8,7 +8,6 @@ from shared.networks.card import Card, EmbedderSizes
 from tools.convert_detector import ModelFormat, Precision, joined
 
 BYTES_PER_PARAMETER = 4
-SMALLEST = 16  # pixels: the four levels halve them three times, and the last two are padded by reflection
 
 
 class EmbedderForm(StrEnum):
@@ -20,7 +19,8 @@ class EmbedderForm(StrEnum):
 
 def prefix_of(card: Card) -> str:
     """Return the beginning of the names of an embedder's products, such as videoseal_embedder_videoseal."""
-    return card.output_prefix.replace("_detector_", "_embedder_")
+    prefix = card.output_prefix
+    return prefix.replace("_detector_", "_embedder_") if "_detector_" in prefix else f"{prefix}_embedder"
 
 
 def file_name(
@@ -46,7 +46,7 @@ def choose_size(card: Card, form: EmbedderForm, asked: int | None) -> int:
     """Return the side of the product's image, pixels; the residual form takes the network's alone.
 
     Raises:
-        ToolError: Another size for the residual form, or one that is too small.
+        ToolError: Another size for the residual form.
     """
     if form is EmbedderForm.RESIDUAL and asked not in (None, card.image_size):
         remedy = "leave it out: an app resizes around this form; or add --form image"

@@ -186,16 +186,16 @@ def extract_weights(
     open_once = cache(partial(request.open_component, source))
     plan = _plan(request, source, target, open_once)
     plan = replace(plan, overwrite=overwrite, refresh=refresh, reproducible=reproducible, dry_run=dry_run)
-    if dry_run:
-        artifacts.end_dry_run(plan)
-    require_place(plan)  # before its folder is made
     try:
+        if dry_run:
+            artifacts.end_dry_run(plan)
+        require_place(plan)  # before its folder is made
         with new_folder(target.parent):
             product, contents = artifacts.build(plan, Contents, partial(_extract, request, target, open_once))
     except MissingComponentError as error:
         if not allow_missing:
             raise
-        if target.exists():  # ours, and replaceable: that was checked before
+        if target.exists() and not dry_run:  # ours, and replaceable: that was checked before
             target.unlink()
             provenance_path(target).unlink(missing_ok=True)
         return Extraction(source, None, None, f"{error}; nothing extracted")

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from shared.command.errors import ToolError
 from shared.networks.card import Card, card_names, load_card
-from shared.networks.checkpoint import Checkpoint, open_checkpoint, select_detector, write_safetensors
+from shared.networks.checkpoint import BARE_DETECTOR, Checkpoint, open_checkpoint, write_safetensors
+
+BARE_EMBEDDER, EMBEDDER = ("unet.",), "embedder."
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,25 +47,30 @@ class Contents:
     blank: list[str]
 
 
+def is_bare(checkpoint: Checkpoint, prefix: str, *, is_detector: bool) -> bool:
+    """Return whether a checkpoint is the component alone, its keys without a prefix."""
+    starts = BARE_DETECTOR if is_detector else BARE_EMBEDDER if prefix == EMBEDDER else ()
+    return any(key.startswith(starts) for key in checkpoint.state) if starts else False
+
+
 def choose_weights(checkpoint: Checkpoint, prefix: str, *, is_detector: bool) -> "dict[str, Tensor]":
     """Return the tensors to keep under the keys that the published code loads.
 
     Args:
         checkpoint: The opened checkpoint.
         prefix: The keys to keep start with it.
-        is_detector: Whether the component is the detector, which may also lie bare in the checkpoint, without a prefix.
+        is_detector: Whether the component is the detector. It, and the embedder, may also lie bare, without a prefix.
 
     Raises:
         MissingComponentError: No key starts with the prefix.
     """
     chosen = {key: tensor for key, tensor in checkpoint.state.items() if key.startswith(prefix)}
-    if not chosen and is_detector:
-        chosen = {prefix + key: tensor for key, tensor in select_detector(checkpoint, prefix).items()}
+    if not chosen and is_bare(checkpoint, prefix, is_detector=is_detector):
+        chosen = {prefix + key: tensor for key, tensor in checkpoint.state.items()}
     if not chosen:
         groups = ", ".join(sorted({key.partition(".")[0] for key in checkpoint.state}))
-        raise MissingComponentError(
-            f"no key starts with '{prefix}'", where=checkpoint.path, got=f"groups {groups}", remedy="use --prefix"
-        )
+        what = f"no key starts with '{prefix}'"
+        raise MissingComponentError(what, where=checkpoint.path, got=f"groups {groups}", remedy="use --prefix")
     return chosen
 
 

@@ -96,6 +96,59 @@ def test_odd_sizes_are_kept(tmp_path: Path) -> None:
     assert read_film(tmp_path / "draft")[0][0].shape == (95, 127, 3)
 
 
+def test_sound_that_a_container_does_not_take_is_named(tmp_path: Path) -> None:
+    film = tmp_path / "film.mkv"
+    with av.open(str(film), "w") as made:
+        video, sound = made.add_stream("libx264", rate=24), made.add_stream("pcm_s16le", rate=44100)
+        video.height, video.width, video.pix_fmt = 96, 128, "yuv420p"
+        for pixels in pictures():
+            made.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        piece = av.AudioFrame.from_ndarray(np.zeros((1, 44100), np.int16), format="s16", layout="mono")
+        piece.sample_rate = 44100
+        made.mux(sound.encode(piece))
+        made.mux(video.encode(None))
+    assert transcode(film, tmp_path / "draft", ".mkv", unchanged, crf=8) == FRAMES
+    with pytest.raises(ToolError, match=r"\.mkv, which takes any sound"):
+        transcode(film, tmp_path / "draft", ".mp4", unchanged, crf=8)
+
+
+def test_pixels_that_are_not_square_stay_so(tmp_path: Path) -> None:
+    film, output = tmp_path / "film.mp4", tmp_path / "draft"
+    with av.open(str(film), "w") as made:
+        video = made.add_stream("libx264", rate=24)
+        video.height, video.width, video.pix_fmt = 96, 128, "yuv420p"
+        video.codec_context.sample_aspect_ratio = Fraction(16, 11)
+        for pixels in pictures():
+            made.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        made.mux(video.encode(None))
+    transcode(film, output, ".mp4", unchanged, crf=8)
+    with av.open(str(output)) as opened:
+        assert opened.streams.video[0].sample_aspect_ratio == Fraction(16, 11)
+
+
+@pytest.mark.parametrize(("kind", "encoder"), [("avi", "mpeg4"), ("mov", "png")])
+def test_files_without_times_and_files_of_rgb_keep_length_and_colours(tmp_path: Path, kind: str, encoder: str) -> None:
+    film, output = tmp_path / f"film.{kind}", tmp_path / "draft"
+    with av.open(str(film), "w") as made:
+        video = made.add_stream(encoder, rate=24)
+        video.height, video.width = 96, 128
+        video.pix_fmt = "rgb24" if encoder == "png" else "yuv420p"
+        if encoder == "mpeg4":
+            video.codec_context.max_b_frames = 2
+            video.bit_rate = 4_000_000
+        for pixels in pictures():
+            made.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        made.mux(video.encode(None))
+    assert transcode(film, output, ".mp4", unchanged, crf=4) == FRAMES
+    with av.open(str(output)) as opened:
+        frames = [*opened.decode(video=0)]
+    assert float(frames[-1].time or 0) - float(frames[0].time or 0) == pytest.approx((FRAMES - 1) / 24, abs=0.05)
+    for one, frame in zip(pictures(), frames, strict=True):
+        found = frame.to_ndarray(format="rgb24").astype(np.float64)
+        assert np.abs(found.mean(axis=(0, 1)) - one.mean(axis=(0, 1))).max() < 2
+        assert psnr_db(one.astype(np.float64), found, 255.0) > 28
+
+
 def test_a_file_cut_off_is_an_error_and_not_a_shorter_film(tmp_path: Path) -> None:
     content = write_film(tmp_path / "film.mkv", pictures()).read_bytes()
     (tmp_path / "cut.mkv").write_bytes(content[: len(content) // 2])

@@ -116,6 +116,8 @@ def test_what_makes_no_sense_is_refused(miniseal: Miniseal, embedders: tuple[Pat
         ("--gate min_marked_psnr needs embedders", {"candidates": [miniseal.int8], "gate": ["min_marked_psnr=38"]}),
         ("does not say that it is an embedder", {"embedder": [miniseal.int8]}),
         ("does not say which network it holds", {"embedder": [miniseal.checkpoint]}),
+        ("--gate min_cosine is for candidates, and there is none", {"embedder": [embedders[0]], "gate": ["min_cosine=0.9"]}),
+        ("no such folder", {"embedder": [embedders[0]], "output": tmp_path / "absent" / "ends.json"}),
     ):
         with pytest.raises(ToolError, match=says):
             compare(miniseal.float_model, **{"candidates": [], **given})  # type: ignore[arg-type]
@@ -129,3 +131,14 @@ def test_a_reference_that_reads_nothing_is_named_and_its_losses_are_none(
     assert result.ok
     assert "BUT the reference reads no message better than chance" in result.message
     assert not compare(miniseal.float_model, [miniseal.int8], gate=["max_accuracy_drop=0"], **given).ok
+
+
+def test_an_alternative_may_break_the_gates_of_the_matrix(miniseal: Miniseal, embedders: tuple[Path, Path], tmp_path: Path) -> None:
+    blind = tmp_path / "blind.onnx"
+    network = nn.Sequential(nn.Conv2d(3, 33, kernel_size=256))
+    torch.manual_seed(0)
+    export_onnx(nn.Sequential(network, nn.Flatten()).eval(), {"image": torch.zeros(1, 3, 256, 256)}, blind, {"nbits": 32})
+    given: dict[str, Any] = {"images": PHOTOS, "samples": 2, "attacks": "none", "runs": 3, "embedder": [embedders[0]]}
+    gate = ["max_marking_drop=0.01"]
+    assert compare(miniseal.float_model, [miniseal.int8], alternatives=[blind], gate=gate, **given).ok
+    assert not compare(miniseal.float_model, [blind], gate=gate, **given).ok

@@ -115,6 +115,17 @@ def test_a_message_blind_model_never_gets_its_name(tmp_path: Path, monkeypatch: 
     assert not list(tmp_path.glob("*.onnx*"))
 
 
+def test_a_card_never_changes_what_a_model_says_of_itself(tmp_path: Path) -> None:
+    """An RGB embedder's image form has the same inputs as its residual form: as such it would add the photo to itself."""
+    published = Published("chunkyseal", tmp_path)
+    model = converted(published, "m.onnx", form=EmbedderForm.IMAGE)
+    image, message = published.made["output_small"][:1], published.made["message"][0]
+    with WatermarkEmbedder(model) as alone, WatermarkEmbedder(model, card=published.card()) as carded:
+        np.testing.assert_array_equal(alone.embed_float(image, message), carded.embed_float(image, message))
+    with pytest.raises(ToolError, match="the model is of another card"):
+        WatermarkEmbedder(model, card="chunkyseal")
+
+
 @pytest.mark.parametrize("card", CARDS)
 def test_the_size_predicted_from_a_card_is_right(card: str) -> None:
     from shared.networks.embedder import embedder_shapes

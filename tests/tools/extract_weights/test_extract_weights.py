@@ -123,6 +123,18 @@ def test_a_component_that_may_be_missing_leaves_nothing_of_another_checkpoint(fu
     assert {path.name for path in full.parent.iterdir()} == {"checkpoint.pth"}
 
 
+def test_an_embedders_checkpoint_lacks_the_detector_and_a_bare_one_is_taken(full: Path) -> None:
+    content = torch.load(full, weights_only=True)["model"]
+    embedder = {key: value for key, value in content.items() if key.startswith("embedder.")}
+    torch.save({"model": embedder}, full)
+    missing = extract_weights(full, model=str(_card(full)), allow_missing=True, output=full.with_name("d.safetensors"))
+    assert missing.product is None
+    torch.save({key.removeprefix("embedder."): value for key, value in embedder.items()}, full)
+    found = extract_weights(full, component=Component.EMBEDDER, output=full.with_name("e.safetensors"))
+    assert found.product is not None
+    assert load_file(found.product.path).keys() == embedder.keys()
+
+
 def test_nan_is_refused_and_nothing_written(full: Path) -> None:
     content = torch.load(full, weights_only=True)
     content["model"]["detector.pixel_decoder.linear.bias"][0] = float("nan")
