@@ -1,4 +1,4 @@
-"""Mark photos and videos with a message, at their own size, so that a detector can read it back.
+"""Mark photos and videos with a message, at their own size; a detector reads it back.
 
 Example:
     python -m tools.mark photo.jpg -o marked.png --embedder y_256b_img.pth --card videoseal --message random

@@ -187,8 +187,10 @@ def mark_photos(embedders: Sequence[Path], card: str | None, photos: Sequence[Pa
         place = folder / f"{number}_{path.stem}"
         place.mkdir(parents=True, exist_ok=True)
         made = _marked(path, None if is_model(path) else card, photos, place, threads)
-        if labelled and made[0].message is not None and made[0].message.shape != (expected := labelled[0].message).shape:  # type: ignore[union-attr]
-            raise ToolError("the embedders have messages of different lengths", where=path, expected=f"{len(expected)} bits")  # type: ignore[arg-type]
+        nbits = [len(one.message) for one in (*labelled[:1], *made[:1]) if one.message is not None]
+        if len(set(nbits)) > 1:
+            what, remedy = "the embedders have messages of different lengths", "compare embedders of one model"
+            raise ToolError(what, where=path, got=f"{nbits[1]} bits", expected=f"{nbits[0]} bits", remedy=remedy)
         pixels = [read_pixels(one.file) for one in made]
         markings.append(_judged(path, [read_pixels(photo) for photo in photos], pixels, first))
         first = first or pixels

@@ -25,10 +25,13 @@ from shared.watermark import WatermarkEmbedder
 from tools.convert_detector import (
     CHECK_SEED,
     Conversion,
-    ModelFormat,
+    Format,
     Network,
+    Output,
     Precision,
+    Quantize,
     Reference,
+    UseRehearsal,
     Writing,
     choose_format,
     convert_network,
@@ -54,12 +57,8 @@ ATTENUATION = "Attenuation_attenuation"
 CheckpointFile = Annotated[
     Path | None, typer.Option("--checkpoint", help="Full or embedder-only checkpoint, .pth or .safetensors.")
 ]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: the guides' name in models/out/.")]
 Form = Annotated[EmbedderForm, typer.Option(help="residual: the network alone, for images of any size; image: all at one size.")]
-Format = Annotated[ModelFormat | None, typer.Option("--format", help="Default: as the output's name ends, else tflite.")]
-Quantize = Annotated[Precision, typer.Option(help="Precision of the product; the float32 model is kept next to it.")]
 ImageSize = Annotated[int | None, typer.Option(min=32, max=8192, help="Pixels of --form image; default: the network's own size.")]
-UseRehearsal = Annotated[bool, typer.Option("--rehearsal", help="Use seeded, untrained weights instead of a checkpoint.")]
 
 
 def convert_embedder(

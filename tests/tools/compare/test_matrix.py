@@ -106,6 +106,16 @@ def test_the_same_embedder_twice_makes_the_same_rows(miniseal: Miniseal, embedde
     assert matrix.markings[1].to_first_db == 200
 
 
+def test_embedders_of_other_message_lengths_are_refused(miniseal: Miniseal, embedders: tuple[Path, Path], tmp_path: Path) -> None:
+    other, patterns = tmp_path / "other.onnx", Patterns(16)
+    inputs = {"image": torch.zeros(1, 1, 256, 256), "message": torch.zeros(1, 16)}
+    export_onnx(Network(patterns, 0).eval(), inputs, other, {**ABOUT, **PIPELINE, "nbits": 16, "rehearsal": False})
+    with pytest.raises(
+        ToolError, match="messages of different lengths; got 16 bits; expected 32 bits; compare embedders of one model"
+    ):
+        compare(miniseal.float_model, embedder=[embedders[0], other], images=PHOTOS, samples=1, attacks="none")
+
+
 def test_what_makes_no_sense_is_refused(miniseal: Miniseal, embedders: tuple[Path, Path], tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
